@@ -1,0 +1,78 @@
+"""The exceptions of isw_plugin. Every one is also the built-in error that such a mistake usually raises.
+
+ISWError
+├── SettingError (ValueError)             a setting outside its range, or unknown
+│   └── PatternError                      a layer-name pattern that selects nothing
+├── NoSitesError (ValueError)             a model without a feature map that could be gated
+├── ProbeError (RuntimeError)             the model could not be run on the example inputs
+├── AttachError (RuntimeError)            a second pruner on one model, or none where one is needed
+├── UnsupportedError (RuntimeError)       a wrapper or mode that gates cannot work under
+├── NothingRecordedError (RuntimeError)   a penalty asked for before any training forward
+├── RecordedWithoutGradError (RuntimeError)  a site that ran under no_grad inside a training forward
+├── NonFiniteFeatureError (ValueError)    NaN or infinity in a feature map
+├── BudgetError (ValueError)              thresholds within the budget do not exist
+└── StateMismatchError (ValueError)       a state_dict of another model
+"""
+
+__all__ = [
+    "AttachError",
+    "BudgetError",
+    "ISWError",
+    "NoSitesError",
+    "NonFiniteFeatureError",
+    "NothingRecordedError",
+    "PatternError",
+    "ProbeError",
+    "RecordedWithoutGradError",
+    "SettingError",
+    "StateMismatchError",
+    "UnsupportedError",
+]
+
+
+class ISWError(Exception):
+    """Whatever isw_plugin raises on purpose."""
+
+
+class SettingError(ISWError, ValueError):
+    """A setting is outside its range, or its name is unknown."""
+
+
+class PatternError(SettingError):
+    """A layer-name pattern is malformed or selects no layer of the model."""
+
+
+class NoSitesError(ISWError, ValueError):
+    """The model has no feature map that a convolution or linear layer reads."""
+
+
+class ProbeError(ISWError, RuntimeError):
+    """The model could not be run on the example inputs."""
+
+
+class AttachError(ISWError, RuntimeError):
+    """The model already has a pruner, has none, or its pruner was removed."""
+
+
+class UnsupportedError(ISWError, RuntimeError):
+    """The model is wrapped or run in a way that gates cannot work under."""
+
+
+class NothingRecordedError(ISWError, RuntimeError):
+    """The penalty was asked for, but no training forward was recorded."""
+
+
+class RecordedWithoutGradError(ISWError, RuntimeError):
+    """A site ran under no_grad inside a training forward, so its penalty would have no gradient."""
+
+
+class NonFiniteFeatureError(ISWError, ValueError):
+    """A feature map holds NaN or infinity."""
+
+
+class BudgetError(ISWError, ValueError):
+    """No thresholds meet the budget; the message says the best that was found."""
+
+
+class StateMismatchError(ISWError, ValueError):
+    """A state_dict belongs to another model or another version."""

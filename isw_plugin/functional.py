@@ -1,0 +1,88 @@
+"""The paper as pure functions, one an equation (Liu et al., "Learning Instance-wise Sparsity for
+Accelerating Deep Models", 2019).
+
+N instances, C channels, H W map size. Norms are float32 (float64 for float64 features).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["channel_norm", "coefficient_of_variation", "instance_penalty", "keep_mask", "mean_norm"]
+
+
+def channel_norm(feature: Tensor, axis: int = 1) -> Tensor:
+    """Norm of every channel of every instance (Eq. 3).
+
+    Args:
+        feature: Feature map, instances on axis 0: (N, C, H, W), (N, T, C), (N, C), ...
+        axis: The channel axis.
+
+    Returns:
+        ||feature[n, c]||_2, shape (N, C). The gradient of an all-zero channel is 0.
+    """
+    dtype = torch.promote_types(feature.dtype, torch.float32)
+    with torch.autocast(feature.device.type, enabled=False):
+        if feature.dim() == 2:
+            return feature.to(dtype).abs()
+        others = [dim for dim in range(1, feature.dim()) if dim != axis % feature.dim()]
+        # A hand-written sqrt of squares has NaN gradients on dead channels and overflows in float16.
+        norms: Tensor = torch.linalg.vector_norm(feature, dim=others, dtype=dtype)
+        return norms
+
+
+def instance_penalty(norms: Iterable[Tensor]) -> Tensor:
+    """Sum of an instance's channel norms over all sites (Eq. 4).
+
+    Args:
+        norms: Channel norms of each site, shapes (N, C_l); at least one.
+
+    Returns:
+        N_n, shape (N,).
+    """
+    return torch.stack([norm.sum(1) for norm in norms]).sum(0)
+
+
+def mean_norm(norms: Tensor) -> Tensor:
+    """Mean over channels (Eq. 7).
+
+    Args:
+        norms: Channel norms of one site, shape (N, C).
+
+    Returns:
+        mu, shape (N, 1).
+    """
+    return norms.mean(1, keepdim=True)
+
+
+def coefficient_of_variation(norms: Tensor) -> Tensor:
+    """Population standard deviation over mean (Eq. 6).
+
+    Args:
+        norms: Channel norms of one site, shape (N, C).
+
+    Returns:
+        CV, shape (N,). An all-zero map has CV 0; the paper does not say.
+    """
+    mean = mean_norm(norms)
+    std = (norms - mean).square().mean(1, keepdim=True).sqrt()
+    return torch.where(mean == 0, 0.0, std / mean).squeeze(1)
+
+
+def keep_mask(norms: Tensor, alpha: float, beta: float) -> Tensor:
+    """Which channels survive (section 3.3).
+
+    A site takes part for an instance when its CV exceeds alpha; there, channels with a norm under
+    beta times the mean are dropped. Both tests are strict, so NaN statistics drop nothing.
+
+    Args:
+        norms: Channel norms of one site, shape (N, C).
+        alpha: CV threshold, >= 0; infinity keeps everything.
+        beta: Drop threshold as a multiple of the mean norm, in [0, 2); 0 keeps everything.
+
+    Returns:
+        True where the channel is kept, bool, shape (N, C).
+    """
+    prunable = coefficient_of_variation(norms).unsqueeze(1) > alpha
+    return ~(prunable & (norms < beta * mean_norm(norms)))

@@ -1,0 +1,37 @@
+"""The paper's gate."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from isw_plugin.errors import SettingError
+from isw_plugin.functional import keep_mask
+
+__all__ = ["CVGate"]
+
+
+@dataclass(frozen=True)
+class CVGate:
+    """Drop channels of small norm where norms vary much (section 3.3, Eq. 6-7).
+
+    Args:
+        alpha: CV threshold, >= 0: a map is prunable for an instance when its CV exceeds it.
+        beta: Drop threshold as a multiple of the mean norm, in [0, 2).
+    """
+
+    alpha: float = 0.5
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.alpha) or self.alpha < 0:
+            raise SettingError(f"alpha={self.alpha}: a CV threshold is 0 or more")
+        if not 0 <= self.beta < 2:
+            raise SettingError(f"beta={self.beta}: a drop threshold lies in [0, 2)")
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.beta == 0
+
+    def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
+        return keep_mask(norms, self.alpha, self.beta)

@@ -1,0 +1,82 @@
+"""The paper's baselines (section 4.2, Table 3): the same share of channels dropped for every instance."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isw_plugin.errors import SettingError
+
+__all__ = ["MinNorm", "RandomGate"]
+
+
+@dataclass(frozen=True)
+class MinNorm:
+    """Drop the floor(ratio * C) channels of smallest norm.
+
+    Args:
+        ratio: Share of channels to drop, in [0, 1).
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.ratio == 0
+
+    def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
+        return _drop_smallest(norms, self.ratio)
+
+
+@dataclass(frozen=True)
+class RandomGate:
+    """Drop floor(ratio * C) channels drawn uniformly for every instance.
+
+    The draw is a hash of the seed and the instance's mean norm: an instance loses the same channels
+    alone and in any batch, on any device, without a generator's state.
+
+    Args:
+        ratio: Share of channels to drop, in [0, 1).
+        seed: Chooses another draw.
+    """
+
+    ratio: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.ratio == 0
+
+    def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
+        # Coarser than float rounding, so that the order of a sum does not change the draw.
+        instance = norms.mean(1, keepdim=True).float().view(torch.int32).to(torch.int64) >> 9
+        channel = torch.arange(norms.shape[1], device=norms.device)
+        return _drop_smallest(_hash(_hash(instance + _hash(channel + (self.seed << 20)))), self.ratio)
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise SettingError(f"ratio={ratio}: the share of channels to drop lies in [0, 1)")
+
+
+def _drop_smallest(scores: Tensor, ratio: float) -> Tensor:
+    """Keep mask without the floor(ratio * C) smallest scores of each row; ties keep the later channel."""
+    channels = scores.shape[1]
+    dropped = math.floor(ratio * channels)
+    order = scores.argsort(dim=1, stable=True)
+    return torch.ones_like(scores, dtype=torch.bool).scatter(1, order[:, :dropped], False)
+
+
+def _hash(value: Tensor) -> Tensor:
+    """A 32-bit integer mixer (Wellons' lowbias32) on non-negative int64."""
+    value = value & 0xFFFFFFFF
+    value = (value ^ (value >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    value = (value ^ (value >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return value ^ (value >> 16)

@@ -1,0 +1,304 @@
+"""The pruner: attaches a feature regularizer and a per-image channel gate to a model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
+from isw_plugin.functional import instance_penalty
+from isw_plugin.gates import Gate, with_parameters
+from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of
+from isw_plugin.settings import Settings, check_lambda, choose_gate
+from isw_plugin.sites import Found, Inputs, Patterns, Site, default_inputs
+from isw_plugin.wrappers import attachable, unwrapped
+
+__all__ = ["InstanceWisePruner"]
+
+
+class InstanceWisePruner:
+    """Feature decay for training and a per-image channel gate for inference (Liu et al., 2019).
+
+    A site is a feature map that a convolution or linear layer reads. In training, ``regularize`` adds
+    lambda times the norms of all sites' channels to the loss (Eq. 5). With gates on, each image drops
+    the channels of small norm where norms vary much (Eq. 6-7). Gates are off after construction. No
+    parameter, buffer or state_dict key is added; ``remove`` leaves the model as it was.
+
+    Args:
+        model: Any module; timm models need no ``example_inputs``.
+        example_inputs: What the model's forward takes, a tensor, tuple or dict; only shapes are looked
+            at. None: the size that a timm model declares, else the inputs of the first forward.
+        lambda_: Weight of the penalty, >= 0, per unit of feature. Under reduction="sum" it is tied to
+            the batch size and the map size.
+        layers: Which layers' maps, by name: a glob or several, ``re:`` for a regular expression, or a
+            function (name, module) -> bool.
+        exclude: Layers to leave out, in the same form.
+        alpha, beta: Short for ``gate=CVGate(alpha, beta)`` (0.5 and 1.0).
+        gate: "cv", or any ``Gate``.
+        scope: "all": dropped channels are zero for every user of the map, the literal reading of
+            section 3.3. "consumers": only for the convolutions and linear layers; shortcuts and
+            squeeze-excite see the whole map.
+        reduction: "sum" over the batch as in Eq. 5, or "mean".
+        per_site: Patterns and what differs there, such as ``{"blocks.0.*": {"beta": 0.0}}``.
+        min_keep: Channels that every instance keeps at every site, the largest.
+
+    Raises:
+        SettingError: A setting outside its range, an unknown gate parameter, a pattern without a match.
+        NoSitesError: There is no map to gate.
+        ProbeError: The model cannot be run on the inputs.
+        AttachError: The model already has a pruner.
+        UnsupportedError: A compiled model, DataParallel or FSDP.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs | None = None,
+        lambda_: float = 1e-6,
+        *,
+        layers: Patterns = "*",
+        exclude: Patterns = (),
+        alpha: float | None = None,
+        beta: float | None = None,
+        gate: Gate | Literal["cv"] = "cv",
+        scope: Literal["all", "consumers"] = "all",
+        reduction: Literal["sum", "mean"] = "sum",
+        per_site: Mapping[str, Mapping[str, Any]] | None = None,
+        min_keep: int = 0,
+    ) -> None:
+        model = attachable(model)
+        overrides = {pattern: dict(override) for pattern, override in (per_site or {}).items()}
+        chosen = choose_gate(gate, alpha, beta)
+        settings = Settings(lambda_, chosen, layers, exclude, scope, reduction, overrides)
+        if min_keep < 0:
+            raise SettingError(f"min_keep={min_keep}: a number of channels is 0 or more")
+        inputs = example_inputs if example_inputs is not None else default_inputs(model)
+        if inputs is not None:
+            settings.resolve(model, inputs)
+        self.model = model
+        self._settings = settings
+        self._memory = Memory(owner=settings)
+        self._memory.min_keep = min_keep
+        self._attach()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """The pruner of a model that was copied, unpickled or attached elsewhere.
+
+        Raises:
+            AttachError: The model has none.
+        """
+        model = unwrapped(model)
+        memory = memory_of(model)
+        if memory is None:
+            raise AttachError(f"{type(model).__name__} has no pruner attached")
+        pruner = cls.__new__(cls)
+        pruner.model, pruner._memory, pruner._settings = model, memory, memory.owner
+        return pruner
+
+    # -- what is attached where --------------------------------------------------------------------
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The gated feature maps, in the order of execution.
+
+        Raises:
+            AttachError: They are not known before the first forward, or were removed.
+        """
+        return self._found.sites
+
+    def summary(self) -> str:
+        """A table of layer -> where it is gated -> who reads it, and every layer left out with the reason."""
+        rows = [("layer", "channels", "gated at", "read by")]
+        for site in self.sites:
+            readers = ", ".join(consumer.layer for consumer in site.consumers)
+            taps = ", ".join(str(tap) for tap in site.taps)
+            rows.append((" + ".join(site.layers), str(site.channels), taps, readers))
+        rows += [(name, "", "-", f"left out: {reason}") for name, reason in self._found.left_out.items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
+        channels = sum(site.channels for site in self.sites)
+        return "\n".join([*lines, f"{len(self.sites)} sites, {channels:,} channels"])
+
+    def update_regularizer(self) -> None:
+        """Find the sites again, after a static pruning step has changed the model."""
+        inputs = self._settings.inputs
+        if inputs is None:
+            raise AttachError("the model has not been run yet: there are no sites to update")
+        enabled, self._memory.enabled = self._memory.enabled, False  # the probe must see the bare model
+        try:
+            self._settings.resolve(self.model, inputs)
+        finally:
+            self._memory.enabled = enabled
+        self._attach()
+
+    def remove(self) -> None:
+        """Take everything out of the model again; safe to call twice."""
+        detach_hooks(self.model)
+        self._settings.found = None
+        self._settings.inputs = None
+
+    # -- training: Eq. 5 ---------------------------------------------------------------------------
+
+    @property
+    def lambda_(self) -> float:
+        """Weight of the penalty; may be set at any time. Sites with a ``per_site`` value keep theirs."""
+        return self._settings.lambda_
+
+    @lambda_.setter
+    def lambda_(self, value: float) -> None:
+        check_lambda(value)
+        self._settings.lambda_ = value
+        self._configure()
+
+    def penalty(self) -> Tensor:
+        """Take the penalty of the training forwards since it was last taken (second term of Eq. 5).
+
+        Returns:
+            lambda times the sum (or mean) over instances of Eq. 4, a scalar in the graph.
+
+        Raises:
+            NothingRecordedError: No training forward was recorded and lambda is not 0.
+        """
+        tape, self._memory.tape = [norms for norms in self._memory.tape if norms], []
+        weights = {name: self._settings.lambda_and_gate(o)[0] for name, o in self._settings.overrides.items()}
+        if tape:
+            return torch.stack([self._decay(norms, weights) for norms in tape]).sum()
+        if any(weights.values()) or (not weights and self.lambda_):
+            raise NothingRecordedError(
+                "no training forward of the attached model was recorded since the penalty was last taken: it ran in "
+                "eval mode, under no_grad, through a submodule, or was compiled before the pruner was attached"
+            )
+        return torch.zeros((), device=next(self.model.parameters(), torch.empty(0)).device)
+
+    def regularize(
+        self, model: nn.Module, loss: Tensor, *, world_size: int | None = None, accumulation_steps: int = 1
+    ) -> Tensor:
+        """Add the penalty to the loss; call it before backward, on the loss of the whole step.
+
+        Args:
+            model: The attached model or a wrapper of it (DistributedDataParallel, compiled).
+            loss: Task loss, a scalar, a mean over this rank's batch.
+            world_size: Ranks whose gradients are averaged; None: the process group's size.
+            accumulation_steps: Parts that the loss of one optimizer step is divided into afterwards.
+
+        Returns:
+            loss + penalty. Under reduction="sum" the penalty is multiplied by both factors, so that the
+            gradient equals one process on the whole batch.
+        """
+        if unwrapped(model) is not self.model:
+            raise AttachError("regularize got another model than the one this pruner is attached to")
+        penalty = self.penalty()
+        if self._settings.reduction == "sum":
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            ranks = world_size or (torch.distributed.get_world_size() if distributed else 1)
+            penalty = penalty * (ranks * accumulation_steps)
+        return loss + penalty
+
+    def _decay(self, norms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+        instances = instance_penalty(weights[name] * norm for name, norm in norms.items())
+        return instances.sum() if self._settings.reduction == "sum" else instances.mean()
+
+    # -- inference: Eq. 6-7 ------------------------------------------------------------------------
+
+    @property
+    def gate(self) -> Gate:
+        """The gate; sites with ``per_site`` parameters differ in those."""
+        return self._settings.gate
+
+    @property
+    def enabled(self) -> bool:
+        """Whether gates act."""
+        return self._memory.enabled
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """Which channels each instance kept in the last gated forward, by site: bool, (N, C)."""
+        return {site.name: self._memory.keep[site.name] for site in self.sites if site.name in self._memory.keep}
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """Channel norms (Eq. 3) of the last gated forward, by site: (N, C), detached."""
+        return {site.name: self._memory.norms[site.name] for site in self.sites if site.name in self._memory.norms}
+
+    def enable(self, **parameters: Any) -> None:
+        """Switch gates on, with new gate parameters where given (``alpha=``, ``beta=``, ...)."""
+        self._settings.gate = with_parameters(self.gate, **parameters)
+        self._configure()
+        self._memory.enabled = True
+
+    def step(self) -> None:
+        """Switch gates on. As in torch-pruning, the step after which the model is smaller, here per image."""
+        self.enable()
+
+    def disable(self) -> None:
+        """Switch gates off: the model computes what it would without a pruner, bit for bit."""
+        self._memory.enabled = False
+
+    @contextmanager
+    def gating(self, **parameters: Any) -> Iterator[None]:
+        """Gates on inside the block; thresholds and on / off are as before after it."""
+        gate, enabled = self.gate, self.enabled
+        self.enable(**parameters)
+        try:
+            yield
+        finally:
+            self._settings.gate = gate
+            self._configure()
+            self._memory.enabled = enabled
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and sites as plain JSON values; the model's weights are not in it."""
+        return self._settings.state() | {"min_keep": self._memory.min_keep, "enabled": self.enabled}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the settings of a pruner on the same architecture.
+
+        Raises:
+            StateMismatchError: Another version, other sites, another scope, an unknown gate; nothing is
+                changed then.
+        """
+        self._settings = self._memory.owner = self._settings.restored(state, self.model)
+        self._memory.min_keep = state.get("min_keep", 0)
+        self._memory.enabled = state.get("enabled", False)
+        self._configure()
+
+    # -- attaching ---------------------------------------------------------------------------------
+
+    @property
+    def _found(self) -> Found:
+        if self._settings.found is None:
+            raise AttachError(
+                "no sites: they are found at the first forward (pass example_inputs to find them now), or the pruner "
+                "was removed"
+            )
+        return self._settings.found
+
+    def _attach(self) -> None:
+        detach_hooks(self.model)
+        found = self._settings.found
+        if found is None:
+            attach_at_first_forward(self.model, self._memory, _resolve_and_attach)
+            return
+        self._memory.tape.clear()
+        self._memory.norms.clear()
+        self._memory.keep.clear()
+        self._configure()
+        attach_hooks(self.model, self._memory, found.sites, self._settings.scope)
+
+    def _configure(self) -> None:
+        """Tell the hooks what holds at each site."""
+        for name, override in self._settings.overrides.items():
+            lambda_, gate = self._settings.lambda_and_gate(override)
+            self._memory.recording[name] = lambda_ > 0
+            self._memory.gates[name] = gate
+
+
+def _resolve_and_attach(model: nn.Module, inputs: Inputs) -> None:
+    pruner = InstanceWisePruner.of(model)
+    pruner._settings.resolve(model, inputs)
+    pruner._attach()

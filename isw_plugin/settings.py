@@ -1,0 +1,161 @@
+"""What a pruner is besides its model: plain values that are checked once, copied and saved."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from isw_plugin.errors import SettingError, StateMismatchError
+from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate, with_parameters
+from isw_plugin.sites import Found, Inputs, Patterns, find_sites
+from isw_plugin.sites.patterns import select
+
+__all__ = ["Settings", "check_lambda", "choose_gate"]
+
+_VERSION = 1
+_BUILT_IN = {gate.__name__: gate for gate in (CVGate, MinNorm, RandomGate)}
+
+
+@dataclass
+class Settings:
+    """All that a pruner is besides its model and memory; plain values, so it copies and pickles."""
+
+    lambda_: float
+    gate: Gate
+    layers: Patterns
+    exclude: Patterns
+    scope: str
+    reduction: str
+    per_site: dict[str, dict[str, Any]]
+    inputs: Any = None
+    found: Found | None = None
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # per_site, by site name
+
+    def __post_init__(self) -> None:
+        check_lambda(self.lambda_)
+        _check_choice("scope", self.scope, ("all", "consumers"))
+        _check_choice("reduction", self.reduction, ("sum", "mean"))
+        for override in self.per_site.values():
+            self.lambda_and_gate(override)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Functions as patterns become the names that they chose, which can be pickled."""
+        state = dict(self.__dict__)
+        if callable(self.layers) or callable(self.exclude):
+            state["layers"] = [name for site in self.found.sites for name in site.layers] if self.found else "*"
+            state["exclude"] = () if self.found else state["exclude"]
+        return state
+
+    def lambda_and_gate(self, override: Mapping[str, Any]) -> tuple[float, Gate]:
+        """What holds at a site with these overrides."""
+        parameters = dict(override)
+        lambda_ = parameters.pop("lambda_", self.lambda_)
+        check_lambda(lambda_)
+        return lambda_, with_parameters(self.gate, **parameters)
+
+    def resolve(self, model: nn.Module, inputs: Inputs) -> None:
+        """Find the sites, and which of them ``per_site`` means."""
+        found = find_sites(model, inputs, self.layers, self.exclude, self.scope)
+        self.overrides = _by_site(model, found, self.per_site)
+        self.found = found
+        self.inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
+
+    def state(self) -> dict[str, Any]:
+        """The settings as plain JSON values, with the channels of every site."""
+        gate = self.gate
+        parameters: dict[str, Any] = {}
+        if dataclasses.is_dataclass(gate) and not isinstance(gate, type):
+            parameters = dataclasses.asdict(gate)
+        return {
+            "version": _VERSION,
+            "lambda_": self.lambda_,
+            "gate": {"type": type(gate).__name__, "parameters": parameters},
+            "scope": self.scope,
+            "reduction": self.reduction,
+            "per_site": {pattern: dict(override) for pattern, override in self.per_site.items()},
+            "sites": {site.name: site.channels for site in self.found.sites} if self.found else {},
+        }
+
+    def restored(self, state: Mapping[str, Any], model: nn.Module) -> "Settings":
+        """These settings with the values of a saved state.
+
+        Raises:
+            StateMismatchError: Another version, other sites, another scope or an unknown gate.
+        """
+        here = self.state()
+        _require_same_model(here, state)
+        settings = dataclasses.replace(
+            self,
+            lambda_=state["lambda_"],
+            gate=self._stored_gate(state["gate"]),
+            reduction=state["reduction"],
+            per_site={pattern: dict(override) for pattern, override in state["per_site"].items()},
+        )
+        if settings.found:
+            settings.overrides = _by_site(model, settings.found, settings.per_site)
+        return settings
+
+    def _stored_gate(self, stored: Mapping[str, Any]) -> Gate:
+        if stored["type"] == type(self.gate).__name__:
+            return with_parameters(self.gate, **stored["parameters"])
+        if stored["type"] not in _BUILT_IN:
+            raise StateMismatchError(f"saved with the gate {stored['type']}: attach with that gate first")
+        return _BUILT_IN[stored["type"]](**stored["parameters"])
+
+
+def choose_gate(gate: Gate | str, alpha: float | None, beta: float | None) -> Gate:
+    """The gate that a user means by ``gate=``, ``alpha=`` and ``beta=``.
+
+    Raises:
+        SettingError: No gate, or thresholds of the CV gate beside another.
+    """
+    given = {name: value for name, value in (("alpha", alpha), ("beta", beta)) if value is not None}
+    if gate == "cv":
+        return CVGate(**given)
+    if isinstance(gate, str | type) or not callable(gate):
+        raise SettingError(f"gate={gate!r}: 'cv', or a gate such as MinNorm(ratio=0.3)")
+    if given:
+        raise SettingError(f"{', '.join(given)} set the CV gate, and gate={gate!r} is another: give it its own")
+    return gate
+
+
+def check_lambda(lambda_: float) -> None:
+    """Raise SettingError unless this can weigh a penalty."""
+    if not (lambda_ >= 0 and math.isfinite(lambda_)):
+        raise SettingError(f"lambda_={lambda_}: the weight of the penalty is a finite number, 0 or more")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}")
+
+
+def _by_site(model: nn.Module, found: Found, per_site: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What differs at each site; later patterns win."""
+    by_layer = {layer: site.name for site in found.sites for layer in site.layers}
+    layers = {name: module for name, module in model.named_modules() if name in by_layer}
+    overrides: dict[str, dict[str, Any]] = {site.name: {} for site in found.sites}
+    for pattern, override in per_site.items():
+        for layer in select(layers, pattern):
+            overrides[by_layer[layer]] |= override
+    return overrides
+
+
+def _require_same_model(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    missing = sorted(here.keys() - state.keys())
+    if missing or state["version"] != _VERSION:
+        raise StateMismatchError(f"no state_dict of version {_VERSION}: version {state.get('version')!r}, no {missing}")
+    if state["scope"] != here["scope"]:
+        raise StateMismatchError(f"saved with scope={state['scope']!r}: attach with that scope first")
+    names = dict.fromkeys([*here["sites"], *state["sites"]])
+    other = [
+        f"{name} has {here['sites'].get(name, 'no')} channels here and {state['sites'].get(name, 'no')} there"
+        for name in names
+        if here["sites"].get(name) != state["sites"].get(name)
+    ]
+    if other:
+        raise StateMismatchError(f"a state_dict of another model: {'; '.join(other[:5])}")

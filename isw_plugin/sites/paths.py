@@ -1,0 +1,195 @@
+"""How the channels of a map lie in what later operations hand on.
+
+Each rule says where channel c of a map is found in an operation's output, for operations that keep
+channels apart and zeros zero. Anything else ends a path.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+
+from isw_plugin.sites.probe import Graph, Node
+
+__all__ = ["ACTIVATIONS", "JOINS", "PASSES", "Path", "follow", "is_scale"]
+
+ACTIVATIONS = frozenset(
+    (
+        "relu",
+        "gelu",
+        "silu",
+        "hardswish",
+        "hardtanh",
+        "hardsigmoid",
+        "leaky_relu",
+        "mish",
+        "elu",
+        "celu",
+        "selu",
+        "softplus",
+        "sigmoid",
+        "tanh",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "prelu",
+        "_prelu_kernel",
+        "rrelu",
+        "rrelu_with_noise",
+        "threshold",
+        "hardshrink",
+        "softshrink",
+        "relu6",
+    )
+)
+PASSES = frozenset(
+    (
+        "alias",
+        "detach",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "dropout",
+        "native_dropout",
+        "lift_fresh",
+    )
+)
+JOINS = frozenset(["add"])
+_POOLS = frozenset(
+    (
+        "max_pool2d_with_indices",
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "_adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "max_pool1d",
+        "avg_pool1d",
+        "adaptive_avg_pool1d",
+        "max_pool3d_with_indices",
+        "avg_pool3d",
+        "_adaptive_avg_pool3d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "constant_pad_nd",
+    )
+)
+_REDUCTIONS = frozenset(["mean", "amax", "sum"])
+_VIEWS = frozenset(
+    (
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "flatten",
+        "squeeze",
+        "unsqueeze",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Channel c lies at ``start + c * repeat`` and the ``repeat - 1`` after it, on ``axis``."""
+
+    value: int
+    axis: int
+    start: int = 0
+    repeat: int = 1
+
+
+def follow(graph: Graph, node: Node, path: Path) -> list[Path]:
+    """Where the channels lie in the node's first output; empty where they cannot be told apart there."""
+    rule = _rule(graph, node)
+    if rule is None:
+        return []
+    return [found for found in rule(graph, node, replace(path, value=node.outputs[0]), path.value) if found]
+
+
+def is_scale(graph: Graph, node: Node, value: int) -> bool:
+    """Whether the node multiplies ``value`` by one number a channel (squeeze-excite, LayerScale) or in all."""
+    if node.kind not in ("mul", "div") or (node.kind == "div" and node.inputs[:1] != (value,)):
+        return False
+    others = [graph.shapes[other] for other in node.inputs if other != value]
+    shape = graph.shapes[value]
+    return all(len(other) == len(shape) and prod(other[2:]) == 1 and other[1] == shape[1] for other in others) and (
+        graph.shapes[node.outputs[0]] == shape
+    )
+
+
+_Rule = Callable[[Graph, Node, Path, int], list[Path | None]]
+
+
+def _rule(graph: Graph, node: Node) -> _Rule | None:
+    if node.kind in _POOLS:
+        return _pool
+    if node.kind in _REDUCTIONS:
+        return _reduction
+    if node.kind in _VIEWS:
+        return _view
+    return {"permute": _permute, "transpose": _transpose, "cat": _cat, "mul": _scale, "div": _scale}.get(
+        node.kind, _same if node.kind in PASSES else None
+    )
+
+
+def _same(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    return [path]
+
+
+def _pool(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    before, after = graph.shapes[source], graph.shapes[path.value]
+    return [path if len(before) == len(after) and before[:2] == after[:2] and path.axis == 1 else None]
+
+
+def _reduction(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    rank = len(graph.shapes[source])
+    dims = node.args[1] if len(node.args) > 1 else None
+    if not isinstance(dims, list | tuple):
+        return [None]
+    reduced = {dim % rank for dim in dims}
+    if not reduced or {0, path.axis} & reduced:
+        return [None]
+    kept = len(graph.shapes[path.value]) == rank
+    return [path if kept else replace(path, axis=path.axis - sum(dim < path.axis for dim in reduced))]
+
+
+def _view(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    before, after = graph.shapes[source], graph.shapes[path.value]
+    if path.axis == len(before) - 1 and after[-1:] == before[-1:] and after[0] == before[0]:
+        return [replace(path, axis=len(after) - 1)]
+    if path.axis != 1 or len(after) < 2 or after[0] != before[0]:
+        return [None]
+    if after[1] == before[1]:
+        return [path]
+    wide = prod(before[2:])
+    if after[1:] != (before[1] * wide,):
+        return [None]
+    return [replace(path, start=path.start * wide, repeat=path.repeat * wide)]
+
+
+def _permute(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    rank = len(graph.shapes[source])
+    order = [dim % rank for dim in node.args[1]]
+    return [replace(path, axis=order.index(path.axis)) if order[0] == 0 else None]
+
+
+def _transpose(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    rank = len(graph.shapes[source])
+    first, second = (dim % rank for dim in node.args[1:3])
+    swapped = {first: second, second: first}
+    return [replace(path, axis=swapped.get(path.axis, path.axis)) if 0 not in swapped else None]
+
+
+def _cat(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    dim = node.args[1] if len(node.args) > 1 else 0
+    rank = len(graph.shapes[source])
+    if dim % rank != path.axis or path.repeat != 1:
+        return [None]
+    offset, paths = 0, []
+    for part in node.inputs:
+        if part == source:
+            paths.append(replace(path, start=path.start + offset))
+        offset += graph.shapes[part][path.axis]
+    return list(paths)
+
+
+def _scale(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    return [path if is_scale(graph, node, source) else None]

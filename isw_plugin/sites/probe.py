@@ -1,0 +1,230 @@
+"""One forward of a copy without memory: which operation reads which tensor.
+
+Layers and norms are nodes; every other module is seen through, down to the operations it runs, so
+custom activation modules and functional code look alike.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from isw_plugin.errors import ProbeError
+
+__all__ = ["INSTANCES", "LAYERS", "Call", "Graph", "Inputs", "Node", "default_inputs", "probe"]
+
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
+
+LAYERS = (_ConvNd, nn.Linear)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+INSTANCES = 2  # a map whose axis 0 is not this long does not keep its instances apart
+
+
+@dataclass(frozen=True)
+class Node:
+    """A layer, a norm or an operation; ``inputs`` and ``outputs`` are numbers of values."""
+
+    kind: str  # "layer", "norm", or the operation's name
+    name: str  # of the module; "" for an operation
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    callers: tuple[str, ...]  # the modules it ran in, outermost first
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a module: the values it got, by position and by name, and the one it gave."""
+
+    name: str
+    inputs: tuple[int | None, ...]  # None: an argument that is no tensor
+    named: tuple[int, ...] = ()
+    output: int | None = None
+
+    def tensors(self) -> tuple[int, ...]:
+        return (*(value for value in self.inputs if value is not None), *self.named)
+
+
+@dataclass
+class Graph:
+    """What the probe saw, in the order of execution."""
+
+    modules: dict[str, nn.Module]  # of the model itself, not of the copy
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # by value
+    nodes: list[Node] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)  # a module comes after those it called
+
+    def __post_init__(self) -> None:
+        self.layers = {name: module for name, module in self.modules.items() if isinstance(module, LAYERS)}
+
+    def users(self) -> list[list[Node]]:
+        """For every value, the nodes that read it."""
+        users: list[list[Node]] = [[] for _ in self.shapes]
+        for node in self.nodes:
+            for value in dict.fromkeys(node.inputs):
+                users[value].append(node)
+        return users
+
+    def call_counts(self) -> Counter[str]:
+        return Counter(call.name for call in self.calls)
+
+
+def default_inputs(model: nn.Module) -> Tensor | None:
+    """Zeros of the size that a timm model declares, or None where it declares none."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if "input_size" not in config:
+        return None
+    channels, *size = config["input_size"]
+    first = next((module for module in model.modules() if isinstance(module, _ConvNd)), None)
+    if first is not None:
+        channels = first.in_channels
+    edited = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return torch.zeros(1, channels, *(edited or size), device="meta")
+
+
+def probe(model: nn.Module, inputs: Inputs) -> Graph:
+    """Run a copy of the model once, in eval mode, on ``meta`` (no memory, no arithmetic).
+
+    Args:
+        model: Left untouched.
+        inputs: What its forward takes: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Raises:
+        ProbeError: The forward fails on these inputs.
+    """
+    try:
+        return _run(model, _meta_copy(model), tree_map_only(Tensor, _as_two_instances("meta"), inputs))
+    except Exception as on_meta:
+        # Code that reads values (.item(), tables kept outside buffers) cannot run on meta.
+        try:
+            device = next(model.parameters(), torch.empty(0)).device
+            real = tree_map_only(Tensor, _as_two_instances(device), inputs)
+            return _run(model, copy.deepcopy(model), real)
+        except Exception as error:
+            shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+            raise ProbeError(
+                f"{type(model).__name__} could not be run on example inputs of shape {shapes}: {error} (on meta: "
+                f"{on_meta}). Pass example_inputs that its forward accepts"
+            ) from error
+
+
+def _as_two_instances(device: str | torch.device) -> Callable[[Tensor], Tensor]:
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0:
+            return tensor.to(device)
+        return torch.zeros(INSTANCES, *tensor.shape[1:], dtype=tensor.dtype, device=device)
+
+    return convert
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes only; nothing large is copied."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _run(model: nn.Module, copied: nn.Module, inputs: Inputs) -> Graph:
+    graph = Graph(dict(model.named_modules()))
+    recorder = _Recorder(graph, copied)
+    copied.eval()
+    try:
+        with torch.no_grad(), recorder:
+            if isinstance(inputs, dict):
+                copied(**inputs)
+            else:
+                copied(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+    finally:
+        recorder.unhook()
+    return graph
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
+    """Writes the graph: hooks see the modules, the dispatch mode the operations between them."""
+
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self.graph = graph
+        self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.values: dict[tuple[int, int], int] = {}
+        self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
+        self.stack: list[Call] = []
+        self.inside: str | None = None  # the layer or norm that runs; it is one node
+        self.handles = []
+        for name, module in model.named_modules():
+            pre, post = self._hooks(name, module)
+            self.handles += [
+                module.register_forward_pre_hook(pre, with_kwargs=True),
+                module.register_forward_hook(post, with_kwargs=True),
+            ]
+
+    def unhook(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+        kind = "layer" if isinstance(module, LAYERS) else "norm" if isinstance(module, _NORMS) else None
+
+        def pre(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.inside is not None:
+                return
+            positions = tuple(self._value(arg) if isinstance(arg, Tensor) else None for arg in args)
+            named = tuple(self._value(arg) for arg in kwargs.values() if isinstance(arg, Tensor))
+            self.stack.append(Call(name, positions, named))
+            if kind:
+                self.inside = name
+
+        def post(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            if self.inside not in (None, name):
+                return
+            self.inside = None
+            call = replace(self.stack.pop(), output=self._value(output) if isinstance(output, Tensor) else None)
+            if kind and call.output is not None:
+                self._add(Node(kind, name, call.tensors(), (call.output,), self._callers()))
+            self.graph.calls.append(call)
+
+        return pre, post
+
+    def _callers(self) -> tuple[str, ...]:
+        return tuple(call.name for call in self.stack)
+
+    def _value(self, tensor: Tensor, version: int | None = None) -> int:
+        key = (id(tensor), tensor._version if version is None else version)
+        if key not in self.values:
+            self.values[key] = len(self.graph.shapes)
+            self.graph.shapes.append(tuple(tensor.shape))
+            self.alive.append(tensor)
+        return self.values[key]
+
+    def _add(self, node: Node) -> None:
+        if set(node.outputs) - set(node.inputs):
+            self.graph.nodes.append(node)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.inside is not None:
+            return func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) not in self.constants]
+        inputs = tuple(self._value(t) for t in given if t.dim())
+        before = {id(t): t._version for t in given}
+        out = func(*args, **(kwargs or {}))
+        outputs = tuple(self._output(t, before) for t in tree_leaves(out) if isinstance(t, Tensor))
+        self._add(Node(func.overloadpacket.__name__.rstrip("_"), "", inputs, outputs, self._callers(), args))
+        return out
+
+    def _output(self, tensor: Tensor, before: dict[int, int]) -> int:
+        """An operation in place gives its input back; the version counter moves only after this call."""
+        return self._value(tensor, before[id(tensor)] + 1) if id(tensor) in before else self._value(tensor)
