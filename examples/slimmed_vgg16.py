@@ -1,70 +1,335 @@
-"""draft"""
+"""The main job: slim a VGG16 with torch-pruning, fine-tune it with feature decay, gate it per image.
 
-import argparse, sys, torch, torch_pruning as tp
+    python examples/slimmed_vgg16.py                          # embedded digits, a few minutes on a CPU
+    python examples/slimmed_vgg16.py --data cifar10 --lambda 0 1e-7 1e-6
+    python examples/slimmed_vgg16.py --data DIR               # DIR/train/CLASS/*.jpg and DIR/test or DIR/val
+
+Five stages, each saved when done and training after every epoch: interrupt it at any time and run the
+same command again. Ends with Table 6 of the paper for this run; everything is written into --out.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from images import Batches, DataError, ImageSplits, load
+from run_folder import RunFolder, SettingsError
 from timm.models.vgg import VGG
-from torch import nn
-import images as im
-from run_folder import RunFolder
-from training import Schedule, train, finish
+from torch import Tensor, nn
+from training import Schedule, finish, train
+
+from isw_plugin import Calibration, InstanceWisePruner, ISWError, calibrate, evaluate
+from isw_plugin.calibrate import Candidate
+from isw_plugin.errors import BudgetError
+from isw_plugin.measure import GateReport, compare, hardware, measuring
+from isw_plugin.report import channel_heatmap, frontier
 from isw_plugin.toolkits.torch_pruning import SlimmingImportance
 
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-POOL_AFTER = (1, 3, 6, 9, 12)
+POOLED = (1, 3, 6, 9, 12)
+MIN_CHANNELS = 8  # of every slimmed layer; with fewer, a layer is a bottleneck that fine-tuning cannot heal
+PAPER_PAIRS = ((0.5, 1.0), (0.7, 0.7))
+TIMED_BATCH = 64
 
 
-def vgg16(widths, num_classes):
-    layers = []
-    for i, w in enumerate(widths):
-        layers.append(w)
-        if i in POOL_AFTER:
-            layers.append("M")
-    model = VGG(cfg=layers, num_classes=num_classes, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d)
+def vgg16(widths: tuple[int, ...], classes: int) -> nn.Module:
+    """VGG16-BN with global average pooling and one linear layer, as in the paper's section 4.1."""
+    layout: list[int | str] = []
+    for index, width in enumerate(widths):
+        layout += [width, "M"] if index in POOLED else [width]
+    # timm's two hidden layers of 4096 go: mlp_ratio keeps them from being made at full size first.
+    model = VGG(cfg=layout, num_classes=classes, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d)
     model.pre_logits = nn.Identity()
-    model.head.fc = nn.Linear(widths[-1], num_classes)
+    model.head.fc = nn.Linear(widths[-1], classes)
+    return model.to(memory_format=torch.channels_last)
+
+
+@dataclass
+class Job:
+    """What every stage needs."""
+
+    args: argparse.Namespace
+    splits: ImageSplits
+    run: RunFolder
+    device: torch.device
+
+    @property
+    def example(self) -> Tensor:
+        return torch.zeros(1, 3, self.args.size, self.args.size, device=self.device)
+
+    def batches(self, part: str) -> Batches:
+        return Batches(getattr(self.splits, part), self.splits, 250, self.device)
+
+    def build(self, widths: tuple[int, ...]) -> nn.Module:
+        torch.manual_seed(self.args.seed)
+        return vgg16(widths, len(self.splits.classes)).to(self.device)
+
+    def dense_widths(self) -> tuple[int, ...]:
+        return tuple(max(MIN_CHANNELS, int(width * self.args.width)) for width in WIDTHS)
+
+    def stored(self, name: str, widths: tuple[int, ...]) -> nn.Module:
+        model = self.build(widths)
+        model.load_state_dict(self.run.load(name)[0])
+        return model.eval()
+
+    def train(self, model: nn.Module, stage: str, epochs: int, peak: float, **penalties: Callable[..., Any]) -> None:
+        schedule = Schedule(epochs, peak, self.args.batch)
+        bfloat16 = self.args.precision == "bfloat16"
+        train(
+            model,
+            self.splits,
+            schedule,
+            self.run,
+            stage,
+            seed=self.args.seed,
+            device=self.device,
+            bfloat16=bfloat16,
+            **penalties,
+        )
+        finish(model, self.run, stage)
+
+
+def static_pruner(job: Job, model: nn.Module) -> Any:
+    """torch-pruning as its users set it up: network slimming over the whole network."""
+    return tp.pruner.BNScalePruner(
+        model,
+        job.example,
+        importance=SlimmingImportance(MIN_CHANNELS),
+        reg=job.args.bn_l1,
+        global_pruning=True,
+        pruning_ratio=job.args.prune_ratio,
+        ignored_layers=[model.head.fc],
+    )
+
+
+def dense_stage(job: Job) -> None:
+    """Train with an L1 penalty on the batch norms' gamma."""
+    if not job.run.has("dense"):
+        model = job.build(job.dense_widths())
+        slimming = static_pruner(job, model)
+        job.train(model, "dense", job.args.epochs_dense, 0.1, after_backward=lambda: slimming.regularize(model))
+
+
+def slim_stage(job: Job) -> tuple[int, ...]:
+    """Prune the channels of smallest gamma; returns the widths that are left."""
+    if not job.run.has("slimmed"):
+        model = job.stored("dense", job.dense_widths())
+        static_pruner(job, model).step()
+        widths = [module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        job.run.save("slimmed", model.state_dict(), widths=widths)
+    return tuple(job.run.load("slimmed")[1]["widths"])
+
+
+def finetune_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> str:
+    """Fine-tune with feature decay (Eq. 5); returns the name that the model is stored under."""
+    name = f"finetuned-{lambda_:g}"
+    if not job.run.has(name):
+        model = job.stored("slimmed", widths)
+        pruner = InstanceWisePruner(model, job.example, lambda_=lambda_)
+        regularize = lambda loss: pruner.regularize(model, loss)  # noqa: E731
+        job.train(model, name, job.args.epochs_finetune, 0.05, regularize=regularize)
+    return name
+
+
+def calibrate_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> Calibration | None:
+    """Choose alpha and beta on held-out images; None where the budget cannot be met."""
+    file = f"calibrated-{lambda_:g}.json"
+    if (job.run.path / file).exists():
+        return _calibration(json.loads((job.run.path / file).read_text()))
+    model = job.stored(f"finetuned-{lambda_:g}", widths)
+    pruner = InstanceWisePruner(model, job.example)
+    try:
+        calibration = calibrate(pruner, job.batches("held_out"), max_drop=job.args.max_drop)
+    except BudgetError as error:
+        print(f"  lambda {lambda_:g}: {error}")
+        return None
+    job.run.write(file, json.dumps(asdict(calibration), indent=2))
+    return calibration
+
+
+def _calibration(stored: dict[str, Any]) -> Calibration:
+    candidates = tuple(Candidate(**candidate) for candidate in stored["candidates"])
+    return Calibration(Candidate(**stored["best"]), candidates, stored["accuracy"], stored["instances"])
+
+
+def measure_stage(job: Job, widths: tuple[int, ...], calibrations: dict[float, Calibration | None]) -> dict[str, Any]:
+    """Every stage's model on the test images, all timed in turn in one process."""
+    variants = [("dense", None, None, None), ("slimmed", None, None, None)]
+    for lambda_, calibration in calibrations.items():
+        variants.append(("finetuned", lambda_, None, None))
+        pairs = [*PAPER_PAIRS]
+        if calibration:
+            pairs.append((calibration.best.parameters["alpha"], calibration.best.parameters["beta"]))
+        variants += [("gated", lambda_, alpha, beta) for alpha, beta in pairs]
+    models = [_variant(job, widths, *variant) for variant in variants]
+    rows = []
+    for variant, model in zip(variants, models, strict=True):
+        report = evaluate(model, job.batches("test"), records=variant[2:] == PAPER_PAIRS[0])
+        if report.records is not None:
+            caption = f"{job.splits.name}, lambda {variant[1]:g}, alpha {variant[2]:g}, beta {variant[3]:g}"
+            channel_heatmap(report.records, job.splits.classes, job.run.path / "heatmap.png", caption)
+        rows.append(_row(*variant, report))
+    for row, milliseconds in zip(rows, _times(job, models), strict=True):
+        row["ms_per_image"] = milliseconds
+    return _provenance(job, widths) | {"rows": rows}
+
+
+def _variant(
+    job: Job, widths: tuple[int, ...], stage: str, lambda_: float | None, alpha: float | None, beta: float | None
+) -> nn.Module:
+    if lambda_ is None:
+        return job.stored(stage, job.dense_widths() if stage == "dense" else widths)
+    model = job.stored(f"finetuned-{lambda_:g}", widths)
+    if alpha is not None and beta is not None:
+        InstanceWisePruner(model, job.example, alpha=alpha, beta=beta).step()
     return model
 
 
+def _row(
+    stage: str, lambda_: float | None, alpha: float | None, beta: float | None, report: GateReport
+) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "alpha": alpha,
+        "beta": beta,
+        "lambda": lambda_,
+        "accuracy": report.accuracy,
+        "prune_ratio": report.prune_ratio,
+        "macs": report.macs,
+        "macs_saved": report.macs_saved,
+        "execution": report.execution,
+        "emptied": report.emptied,
+    }
+
+
+def _times(job: Job, models: list[nn.Module]) -> list[float]:
+    images, _ = next(iter(Batches(job.splits.test, job.splits, TIMED_BATCH, job.device)))
+
+    def forward(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            with measuring(model):
+                model(images)
+
+        return run
+
+    runs = {str(index): forward(model) for index, model in enumerate(models)}
+    return [latency.ms_per_image for latency in compare(runs, len(images), 7, job.device).values()]
+
+
+def _provenance(job: Job, widths: tuple[int, ...]) -> dict[str, Any]:
+    splits = job.splits
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": job.args.seed,
+        "date": date.today().isoformat(),
+        "hardware": f"{hardware(job.device)}, {torch.get_num_threads()} CPU threads",
+        "versions": {name: version(name) for name in ("torch", "timm", "torch-pruning", "isw_plugin")},
+        "data": {
+            "name": splits.name,
+            "train": len(splits.train),
+            "held_out": len(splits.held_out),
+            "test": len(splits.test),
+        },
+        "widths": list(widths),
+        "timed_batch": TIMED_BATCH,
+    }
+
+
+def table6(results: dict[str, Any]) -> str:
+    """The run in the form of the paper's Table 6, a line a row, with the MACs and times it lacks."""
+    data = results["data"]
+    lines = [
+        f"{data['name']}: {data['train']} training, {data['held_out']} held-out, {data['test']} test images; "
+        f"seed {results['seed']}; {results['hardware']}; {results['date']}",
+        f"widths after slimming: {results['widths']}",
+        "saved: share of the MACs of the same network ungated. ms: median an image, batch of "
+        f"{results['timed_batch']}, timed in turn; masked execution zeroes channels and skips nothing.",
+        "",
+        "stage       lambda  alpha   beta     acc     pr    MMACs  saved      ms",
+    ]
+    for row in results["rows"]:
+        numbers = [_number(row[name], "g") for name in ("lambda", "alpha", "beta")]
+        lines.append(
+            f"{row['stage']:<10} {numbers[0]:>7} {numbers[1]:>6} {numbers[2]:>6} {row['accuracy']:>7.4f} "
+            f"{row['prune_ratio']:>6.3f} {row['macs'] / 1e6:>8.2f} {row['macs_saved']:>6.1%} "
+            f"{row['ms_per_image']:>7.3f} {row['execution']}"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, cifar10, or a folder of images")
+    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
+    parser.add_argument("--width", type=float, help="share of VGG16's channels (0.5 on digits, else 1.0)")
+    parser.add_argument("--epochs-dense", type=int, help="12 on digits and elsewhere")
+    parser.add_argument("--epochs-finetune", type=int, help="10 on digits, else 8")
+    parser.add_argument("--batch", type=int, help="training batch (32 on digits, else 128); lambda is tied to it")
+    parser.add_argument("--lambda", dest="lambdas", type=float, nargs="+", default=[1e-6], help="feature decay, Eq. 5")
+    parser.add_argument("--bn-l1", type=float, default=5e-4, help="L1 penalty on batch norm gamma while dense")
+    parser.add_argument("--prune-ratio", type=float, default=0.67, help="share of channels to prune statically")
+    parser.add_argument("--max-drop", type=float, default=0.01, help="accuracy that calibration may lose")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="run folder (runs/slimmed_vgg16-DATA)")
+    args = parser.parse_args(argv)
+    small = args.data == "digits"
+    defaults = {
+        "width": 0.5 if small else 1.0,
+        "epochs_dense": 12,
+        "epochs_finetune": 10 if small else 8,
+        "batch": 32 if small else 128,
+        "out": Path("runs") / f"slimmed_vgg16-{Path(args.data).name}",
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run all stages that the run folder does not hold yet; returns what results.json holds."""
+    splits = load(args.data, args.size, args.seed)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
+    job = Job(args, splits, RunFolder(args.out, settings), torch.device(args.device))
+    print(f"[1/5] train with BN-L1 {args.bn_l1:g}")
+    dense_stage(job)
+    print(f"[2/5] prune {args.prune_ratio:.0%} of the channels")
+    widths = slim_stage(job)
+    print("[3/5] fine-tune with feature decay")
+    for lambda_ in args.lambdas:
+        finetune_stage(job, widths, lambda_)
+    print("[4/5] calibrate alpha and beta on held-out images")
+    calibrations = {lambda_: calibrate_stage(job, widths, lambda_) for lambda_ in args.lambdas}
+    met = {f"lambda {lambda_:g}": found for lambda_, found in calibrations.items() if found}
+    if met:
+        frontier(met, job.run.path / "frontier.png", f"slimmed VGG16, {splits.name}, {len(splits.held_out)} images")
+    print("[5/5] gate and measure")
+    results = measure_stage(job, widths, calibrations)
+    job.run.write("results.json", json.dumps(results, indent=2))
+    job.run.write("results.txt", table6(results) + "\n")
+    print(f"\n{table6(results)}\n\nwritten to {job.run.path}")
+    return results
+
+
 if __name__ == "__main__":
-    out = Path(sys.argv[2])
-    epochs = int(sys.argv[3])
-    data = sys.argv[1]
-    l1 = float(sys.argv[4])
-    width = float(sys.argv[5])
-    batch = int(sys.argv[6])
-    dev = torch.device("cpu")
-    splits = im.load(data, 32, 0)
-    settings = dict(data=data)
-    run = RunFolder(out, settings)
-    torch.manual_seed(0)
-    model = vgg16([max(8, int(w * width)) for w in WIDTHS], len(splits.classes)).to(memory_format=torch.channels_last)
-    slim = tp.pruner.BNScalePruner(
-        model,
-        torch.randn(1, 3, 32, 32),
-        importance=SlimmingImportance(),
-        reg=l1,
-        global_pruning=True,
-        pruning_ratio=0.67,
-        ignored_layers=[model.head.fc],
-    )
-    train(
-        model,
-        splits,
-        Schedule(epochs, 0.1, batch),
-        run,
-        "dense",
-        seed=0,
-        device=dev,
-        after_backward=lambda: slim.regularize(model),
-    )
-    correct = (
-        sum((model(x).argmax(1) == y).sum().item() for x, y in im.Batches(splits.test, splits, 256, dev))
-        if not torch.set_grad_enabled(False)
-        else 0
-    )
-    print("dense acc", correct / len(splits.test))
-    finish(model, run, "dense", accuracy=correct / len(splits.test))
-    slim.step()
-    print([m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
-    correct = sum((model(x).argmax(1) == y).sum().item() for x, y in im.Batches(splits.test, splits, 256, dev))
-    print("slimmed acc", correct / len(splits.test))
+    try:
+        main(arguments())
+    except (DataError, SettingsError, ISWError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: run the same command again to go on from the last saved epoch")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from isw_plugin.errors import RecordedWithoutGradError, UnsupportedError
 from isw_plugin.functional import channel_norm
@@ -25,6 +26,7 @@ __all__ = [
     "attach_hooks",
     "column_keep",
     "detach_hooks",
+    "has_hooks",
     "memory_of",
     "reader_parts",
 ]
@@ -40,7 +42,7 @@ class Memory:
         recording: By site name; whether its norms enter the penalty.
         enabled: Whether gates act.
         min_keep: Channels that every instance keeps at every site, the largest.
-        tape: One dict a training forward: site name -> norms (N, C), in the graph.
+        tape: One dict a training forward that ended: site name -> norms (N, C), in the graph.
         norms, keep: Of the last gated forward, by site name, (N, C), detached.
         owner: What the pruner of a copied model is rebuilt from; holds no module either.
     """
@@ -51,31 +53,47 @@ class Memory:
         self.recording: dict[str, bool] = {}
         self.enabled = False
         self.min_keep = 0
-        self.training = False  # the last forward was a training forward; a checkpoint's recompute repeats it
         self.running = False
+        self.training = False  # this forward, or the last, records
+        self.repeats = False  # so did the last with grad, which is what a checkpoint recomputes
+        self.current: dict[str, Tensor] = {}  # of this forward; lost when it raises
         self.tape: list[dict[str, Tensor]] = []
         self.norms: dict[str, Tensor] = {}
         self.keep: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"tape": [], "norms": {}, "keep": {}, "running": False}
+        dropped: dict[str, Any] = {"current": {}, "tape": [], "norms": {}, "keep": {}, "running": False}
+        return self.__dict__ | dropped | {"next_hook": RemovableHandle.next_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In another process, hooks registered later must not get the numbers of those that come with the model.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state.pop("next_hook"))
+        self.__dict__.update(state)
+
+    def clear(self) -> None:
+        """Forget all that was recorded and decided."""
+        for record in (self.current, self.tape, self.norms, self.keep):
+            record.clear()
 
     def begin(self, training: bool) -> None:
-        if self.running and self.training:
-            self.tape.pop()  # that forward raised
-        self.training = training and any(self.recording.values())
+        grad = torch.is_grad_enabled()
         self.running = True
-        if self.training:
-            self.tape.append({})
+        self.training = training and grad and any(self.recording.values())
+        if grad:
+            self.repeats = self.training
+        self.current = {}
+
+    def end(self) -> None:
+        self.running = False
+        if self.current:
+            self.tape.append(self.current)
+            self.current = {}
             if len(self.tape) == _FORGOTTEN:
                 warnings.warn(
                     f"{_FORGOTTEN} training forwards were recorded and no penalty taken: their graphs stay in memory. "
                     "Call pruner.regularize(model, loss) before backward, or set pruner.lambda_ = 0",
                     stacklevel=2,
                 )
-
-    def end(self) -> None:
-        self.running = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,7 @@ class _Begin:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if getattr(module, "_is_replica", False):
             raise UnsupportedError("nn.DataParallel runs gates in several threads: use DistributedDataParallel")
-        self.memory.begin(module.training and torch.is_grad_enabled())
+        self.memory.begin(module.training)
 
 
 class _End:
@@ -115,9 +133,17 @@ class _FirstForward:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs: Any = args
         if kwargs:
-            inputs = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+            inputs = _by_name(inspect.signature(module.forward), args, kwargs)
         self.attach(module, inputs)
         _Begin(self.memory)(module, args)
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    named = signature.bind(*args, **kwargs).arguments
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return dict(named)
 
 
 class _Observe:
@@ -130,25 +156,23 @@ class _Observe:
 
     def observe(self, feature: Tensor) -> Tensor:
         memory, site = self.memory, self.site
-        recording = memory.training and memory.recording[site.name]
+        # Outside a forward this is a checkpoint's recompute: it repeats the arithmetic, not the record.
+        recording = (memory.training if memory.running else memory.repeats) and memory.recording[site.name]
         if not (recording or memory.enabled):
             return feature
         norms = channel_norm(feature, site.axis)
-        if recording:
+        if recording and memory.running:
             self._record(norms)
         return self._gate(feature, norms.detach()) if memory.enabled else feature
 
     def _record(self, norms: Tensor) -> None:
-        # Outside a forward this is a checkpoint's recompute: it repeats the arithmetic, not the record.
-        if not self.memory.running:
-            return
         if not torch.is_grad_enabled():
             raise RecordedWithoutGradError(
                 f"{self.site.name} ran under no_grad inside a training forward, so its penalty would have no "
                 "gradient. Checkpointing: pass use_reentrant=False. Frozen on purpose: exclude it, or give it "
                 "per_site lambda_ 0"
             )
-        self.memory.tape[-1][self.site.name] = norms
+        self.memory.current[self.site.name] = norms
 
     def _gate(self, feature: Tensor, norms: Tensor) -> Tensor:
         memory, name = self.memory, self.site.name
@@ -268,11 +292,16 @@ def detach_hooks(model: nn.Module) -> None:
 
 
 def memory_of(model: nn.Module) -> Memory | None:
-    """The memory that this model's hooks share, or None where it has none."""
-    for _, hooks, number in _ours(model):
-        memory: Memory = hooks[number].memory
-        return memory
+    """The memory of the pruner that was attached to this model, or None; one on a part or a whole is not its own."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, _Begin | _FirstForward):
+            return hook.memory
     return None
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether any part of the model has hooks of ours."""
+    return any(True for _ in _ours(model))
 
 
 def _ours(model: nn.Module) -> Iterator[tuple[nn.Module, dict[int, Any], int]]:

@@ -78,7 +78,6 @@ class InstanceWisePruner:
         if inputs is not None:
             settings.resolve(model, inputs)
         self.model = model
-        self._settings = settings
         self._memory = Memory(owner=settings)
         self._memory.min_keep = min_keep
         self._attach()
@@ -95,7 +94,7 @@ class InstanceWisePruner:
         if memory is None:
             raise AttachError(f"{type(model).__name__} has no pruner attached")
         pruner = cls.__new__(cls)
-        pruner.model, pruner._memory, pruner._settings = model, memory, memory.owner
+        pruner.model, pruner._memory = model, memory
         return pruner
 
     # -- what is attached where --------------------------------------------------------------------
@@ -136,7 +135,9 @@ class InstanceWisePruner:
 
     def remove(self) -> None:
         """Take everything out of the model again; safe to call twice."""
-        detach_hooks(self.model)
+        if memory_of(self.model) is self._memory:
+            detach_hooks(self.model)
+        self._memory.clear()
         self._settings.found = None
         self._settings.inputs = None
 
@@ -162,7 +163,7 @@ class InstanceWisePruner:
         Raises:
             NothingRecordedError: No training forward was recorded and lambda is not 0.
         """
-        tape, self._memory.tape = [norms for norms in self._memory.tape if norms], []
+        tape, self._memory.tape = self._memory.tape, []
         weights = {name: self._settings.lambda_and_gate(o)[0] for name, o in self._settings.overrides.items()}
         if tape:
             return torch.stack([self._decay(norms, weights) for norms in tape]).sum()
@@ -187,9 +188,16 @@ class InstanceWisePruner:
         Returns:
             loss + penalty. Under reduction="sum" the penalty is multiplied by both factors, so that the
             gradient equals one process on the whole batch.
+
+        Raises:
+            AttachError: Another model.
+            SettingError: A factor below 1.
         """
         if unwrapped(model) is not self.model:
             raise AttachError("regularize got another model than the one this pruner is attached to")
+        for name, factor in (("world_size", world_size), ("accumulation_steps", accumulation_steps)):
+            if factor is not None and factor < 1:
+                raise SettingError(f"{name}={factor}: a count is 1 or more")
         penalty = self.penalty()
         if self._settings.reduction == "sum":
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -225,6 +233,7 @@ class InstanceWisePruner:
 
     def enable(self, **parameters: Any) -> None:
         """Switch gates on, with new gate parameters where given (``alpha=``, ``beta=``, ...)."""
+        self._require_attached()
         self._settings.gate = with_parameters(self.gate, **parameters)
         self._configure()
         self._memory.enabled = True
@@ -262,7 +271,8 @@ class InstanceWisePruner:
             StateMismatchError: Another version, other sites, another scope, an unknown gate; nothing is
                 changed then.
         """
-        self._settings = self._memory.owner = self._settings.restored(state, self.model)
+        self._require_attached()
+        self._memory.owner = self._settings.restored(state, self.model)
         self._memory.min_keep = state.get("min_keep", 0)
         self._memory.enabled = state.get("enabled", False)
         self._configure()
@@ -270,13 +280,17 @@ class InstanceWisePruner:
     # -- attaching ---------------------------------------------------------------------------------
 
     @property
+    def _settings(self) -> Settings:
+        settings: Settings = self._memory.owner  # one for all pruners of a model that ``of`` made
+        return settings
+
+    def _require_attached(self) -> None:
+        if memory_of(self.model) is not self._memory:
+            raise AttachError("this pruner was removed from its model: attach another")
+
+    @property
     def _found(self) -> Found:
-        if self._settings.found is None:
-            raise AttachError(
-                "no sites: they are found at the first forward (pass example_inputs to find them now), or the pruner "
-                "was removed"
-            )
-        return self._settings.found
+        return self._settings.known()
 
     def _attach(self) -> None:
         detach_hooks(self.model)
@@ -284,21 +298,22 @@ class InstanceWisePruner:
         if found is None:
             attach_at_first_forward(self.model, self._memory, _resolve_and_attach)
             return
-        self._memory.tape.clear()
-        self._memory.norms.clear()
-        self._memory.keep.clear()
+        self._memory.clear()
         self._configure()
         attach_hooks(self.model, self._memory, found.sites, self._settings.scope)
 
     def _configure(self) -> None:
         """Tell the hooks what holds at each site."""
-        for name, override in self._settings.overrides.items():
-            lambda_, gate = self._settings.lambda_and_gate(override)
-            self._memory.recording[name] = lambda_ > 0
-            self._memory.gates[name] = gate
+        settings = self._settings
+        held = {name: settings.lambda_and_gate(override) for name, override in settings.overrides.items()}
+        self._memory.recording = {name: lambda_ > 0 for name, (lambda_, _) in held.items()}
+        self._memory.gates = {name: gate for name, (_, gate) in held.items()}
 
 
 def _resolve_and_attach(model: nn.Module, inputs: Inputs) -> None:
     pruner = InstanceWisePruner.of(model)
-    pruner._settings.resolve(model, inputs)
-    pruner._attach()
+    detach_hooks(model)  # else the copy that the probe runs would look for its sites in turn
+    try:
+        pruner._settings.resolve(model, inputs)
+    finally:
+        pruner._attach()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from isw_plugin.errors import SettingError, StateMismatchError
+from isw_plugin.errors import AttachError, SettingError, StateMismatchError
 from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate, with_parameters
 from isw_plugin.sites import Found, Inputs, Patterns, find_sites
 from isw_plugin.sites.patterns import select
@@ -57,6 +57,15 @@ class Settings:
         check_lambda(lambda_)
         return lambda_, with_parameters(self.gate, **parameters)
 
+    def known(self) -> Found:
+        """The sites, once they are known."""
+        if self.found is None:
+            raise AttachError(
+                "no sites: they are found at the first forward (pass example_inputs to find them now), or the pruner "
+                "was removed"
+            )
+        return self.found
+
     def resolve(self, model: nn.Module, inputs: Inputs) -> None:
         """Find the sites, and which of them ``per_site`` means."""
         found = find_sites(model, inputs, self.layers, self.exclude, self.scope)
@@ -73,11 +82,11 @@ class Settings:
         return {
             "version": _VERSION,
             "lambda_": self.lambda_,
-            "gate": {"type": type(gate).__name__, "parameters": parameters},
+            "gate": {"type": _gate_type(gate), "parameters": parameters},
             "scope": self.scope,
             "reduction": self.reduction,
             "per_site": {pattern: dict(override) for pattern, override in self.per_site.items()},
-            "sites": {site.name: site.channels for site in self.found.sites} if self.found else {},
+            "sites": {site.name: site.channels for site in self.known().sites},
         }
 
     def restored(self, state: Mapping[str, Any], model: nn.Module) -> "Settings":
@@ -95,12 +104,11 @@ class Settings:
             reduction=state["reduction"],
             per_site={pattern: dict(override) for pattern, override in state["per_site"].items()},
         )
-        if settings.found:
-            settings.overrides = _by_site(model, settings.found, settings.per_site)
+        settings.overrides = _by_site(model, settings.known(), settings.per_site)
         return settings
 
     def _stored_gate(self, stored: Mapping[str, Any]) -> Gate:
-        if stored["type"] == type(self.gate).__name__:
+        if stored["type"] == _gate_type(self.gate):
             return with_parameters(self.gate, **stored["parameters"])
         if stored["type"] not in _BUILT_IN:
             raise StateMismatchError(f"saved with the gate {stored['type']}: attach with that gate first")
@@ -121,6 +129,10 @@ def choose_gate(gate: Gate | str, alpha: float | None, beta: float | None) -> Ga
     if given:
         raise SettingError(f"{', '.join(given)} set the CV gate, and gate={gate!r} is another: give it its own")
     return gate
+
+
+def _gate_type(gate: Gate) -> str:
+    return str(getattr(gate, "__qualname__", type(gate).__name__))  # a function's own name
 
 
 def check_lambda(lambda_: float) -> None:

@@ -4,8 +4,9 @@ from typing import cast
 
 from torch import nn
 
-from isw_plugin.errors import AttachError, UnsupportedError
-from isw_plugin.hooks import memory_of
+from isw_plugin.errors import AttachError, NoSitesError, UnsupportedError
+from isw_plugin.hooks import has_hooks, memory_of
+from isw_plugin.sites import LAYERS
 
 __all__ = ["attachable", "unwrapped"]
 
@@ -14,11 +15,13 @@ def attachable(model: nn.Module) -> nn.Module:
     """The module to attach to.
 
     Raises:
-        UnsupportedError, AttachError: It cannot be attached to; says what to do.
+        UnsupportedError, AttachError, NoSitesError: It cannot be attached to; says what to do.
     """
     kinds = {kind.__name__ for kind in type(model).__mro__}
-    if "OptimizedModule" in kinds or model._compiled_call_impl is not None:
-        raise UnsupportedError("the model is compiled and would ignore hooks added now: attach first, then compile")
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+        raise UnsupportedError(
+            "the model or a part is compiled and would ignore hooks added now: attach first, then compile"
+        )
     if "DataParallel" in kinds:
         raise UnsupportedError("nn.DataParallel runs gates in several threads: use DistributedDataParallel")
     if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
@@ -30,6 +33,10 @@ def attachable(model: nn.Module) -> nn.Module:
         raise AttachError(
             f"{type(model).__name__} already has a pruner: InstanceWisePruner.of(model) gives it; remove() it first"
         )
+    if has_hooks(model):
+        raise AttachError(f"{type(model).__name__} has a part, or is part of a model, that already has a pruner")
+    if not any(isinstance(module, LAYERS) for module in model.modules()):
+        raise NoSitesError(f"{type(model).__name__} has no convolution or linear layer")
     return model
 
 

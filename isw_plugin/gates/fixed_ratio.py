@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from isw_plugin.errors import SettingError
 
 __all__ = ["MinNorm", "RandomGate"]
+
+Integer = TypeVar("Integer", Tensor, int)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class RandomGate:
         # Coarser than float rounding, so that the order of a sum does not change the draw.
         instance = norms.mean(1, keepdim=True).float().view(torch.int32).to(torch.int64) >> 9
         channel = torch.arange(norms.shape[1], device=norms.device)
-        return _drop_smallest(_hash(_hash(instance + _hash(channel + (self.seed << 20)))), self.ratio)
+        return _drop_smallest(_hash(_hash(instance + _hash(channel + _hash(self.seed)))), self.ratio)
 
 
 def _check_ratio(ratio: float) -> None:
@@ -74,8 +77,8 @@ def _drop_smallest(scores: Tensor, ratio: float) -> Tensor:
     return torch.ones_like(scores, dtype=torch.bool).scatter(1, order[:, :dropped], False)
 
 
-def _hash(value: Tensor) -> Tensor:
-    """A 32-bit integer mixer (Wellons' lowbias32) on non-negative int64."""
+def _hash(value: Integer) -> Integer:
+    """A 32-bit integer mixer (Wellons' lowbias32) on int or int64; only the low 32 bits count."""
     value = value & 0xFFFFFFFF
     value = (value ^ (value >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     value = (value ^ (value >> 15)) * 0x846CA68B & 0xFFFFFFFF

@@ -108,6 +108,7 @@ class _Finder:
         value = node.outputs[0]
         linear = isinstance(self.graph.modules[node.name], nn.Linear)
         axis = len(self.graph.shapes[value]) - 1 if linear else 1
+        joined = False
         while True:
             self.axes[value] = axis  # all that a walk goes through keeps the shape
             if self.readers(value):
@@ -117,8 +118,11 @@ class _Finder:
             if len(users) != 1:
                 return None, f"splits into {len(users)} before a layer reads it" if users else "the model's output"
             reason = self._obstacle(users[0], value)
+            if joined and users[0].kind == "norm":
+                reason = f"{users[0].name} norms it after a join"
             if reason:
                 return None, reason
+            joined |= users[0].kind in JOINS
             value = users[0].outputs[0]
 
     def _obstacle(self, user: Node, value: int) -> str:
@@ -201,12 +205,21 @@ class _Finder:
     def taps(self, value: int) -> tuple[Tap, ...]:
         """One module that gives the map, or else the inputs that cover everyone who must see it gated."""
         for call in self.graph.calls:
-            if call.output == value and self.counts[call.name] == 1:
+            # An Identity gives the map too, but only to those after it.
+            if call.output == value and value not in call.tensors() and self.counts[call.name] == 1:
                 return (Tap(call.name),)
-        users = self.users[value]
-        needed = users if self.scope == "all" else [user for user in users if user.kind == "layer"][:1]
-        taps = [self._input_tap(user, value) for user in needed]
+        taps = [self._input_tap(user, value) for user in self._needed(value)]
         return tuple(dict.fromkeys(tap for tap in taps if tap)) if all(taps) else ()
+
+    def _needed(self, value: int) -> list[Node]:
+        """Users that must be reachable: all, or under scope="consumers" one that runs no later than any reader."""
+        if self.scope == "all":
+            return self.users[value]
+        readers = {consumer.layer for consumer in self.readers(value)}
+        first = next(node for node in self.graph.nodes if node.name in readers)
+        order = {id(node): index for index, node in enumerate(self.graph.nodes)}
+        early = [user for user in self.users[value] if order[id(user)] <= order[id(first)]]
+        return [user for user in early if self._input_tap(user, value)][:1] or early[:1]
 
     def _input_tap(self, user: Node, value: int) -> Tap | None:
         """The outermost module around a user that takes the map as an argument."""

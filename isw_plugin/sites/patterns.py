@@ -37,10 +37,11 @@ def select(layers: Mapping[str, nn.Module], include: Patterns, exclude: Patterns
     """Names of the layers that ``include`` means and ``exclude`` does not, in the order of ``layers``.
 
     Raises:
-        PatternError: A pattern of ``include`` means no layer (a typing error would go unseen), or
-            ``exclude`` takes away all that ``include`` means.
+        PatternError: A pattern means no layer (a typing error would go unseen), or ``exclude`` takes away
+            all that ``include`` means.
     """
-    _require_each_fits(layers, include)
+    _require_each_fits(layers, "layers", include)
+    _require_each_fits(layers, "exclude", exclude)
     included = [name for name, module in layers.items() if matches(include, name, module)]
     selected = tuple(name for name in included if not matches(exclude, name, layers[name]))
     if not selected:
@@ -64,12 +65,14 @@ def _fits(pattern: str, name: str) -> bool:
         raise PatternError(f"{pattern!r} is no regular expression: {error}") from error
 
 
-def _require_each_fits(layers: Mapping[str, nn.Module], patterns: Patterns) -> None:
+def _require_each_fits(layers: Mapping[str, nn.Module], setting: str, patterns: Patterns) -> None:
     if callable(patterns):
         return
     for pattern in _listed(patterns):
         if not any(_fits(pattern, name) for name in layers):
-            raise PatternError(f"layers={pattern!r} matches 0 of {len(layers)} layers. {_close_names(layers, pattern)}")
+            raise PatternError(
+                f"{setting}={pattern!r} matches 0 of {len(layers)} layers. {_close_names(layers, pattern)}"
+            )
 
 
 def _close_names(layers: Mapping[str, nn.Module], patterns: Patterns) -> str:

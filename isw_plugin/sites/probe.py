@@ -101,20 +101,22 @@ def probe(model: nn.Module, inputs: Inputs) -> Graph:
     Raises:
         ProbeError: The forward fails on these inputs.
     """
-    try:
-        return _run(model, _meta_copy(model), tree_map_only(Tensor, _as_two_instances("meta"), inputs))
-    except Exception as on_meta:
-        # Code that reads values (.item(), tables kept outside buffers) cannot run on meta.
+    device = next(model.parameters(), torch.empty(0)).device
+    # Inference tensors have no versions; a forward that draws noise must not move the user's generators.
+    with torch.inference_mode(False), torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            device = next(model.parameters(), torch.empty(0)).device
-            real = tree_map_only(Tensor, _as_two_instances(device), inputs)
-            return _run(model, copy.deepcopy(model), real)
-        except Exception as error:
-            shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-            raise ProbeError(
-                f"{type(model).__name__} could not be run on example inputs of shape {shapes}: {error} (on meta: "
-                f"{on_meta}). Pass example_inputs that its forward accepts"
-            ) from error
+            return _run(model, _meta_copy(model), tree_map_only(Tensor, _as_two_instances("meta"), inputs))
+        except Exception as on_meta:
+            # Code that reads values (.item(), tables kept outside buffers) cannot run on meta.
+            try:
+                real = tree_map_only(Tensor, _as_two_instances(device), inputs)
+                return _run(model, copy.deepcopy(model), real)
+            except Exception as error:
+                shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+                raise ProbeError(
+                    f"{type(model).__name__} could not be run on example inputs of shape {shapes}: {error} (on meta: "
+                    f"{on_meta}). Pass example_inputs that its forward accepts"
+                ) from error
 
 
 def _as_two_instances(device: str | torch.device) -> Callable[[Tensor], Tensor]:

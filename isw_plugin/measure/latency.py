@@ -1,0 +1,91 @@
+"""Wall-clock time, never without the machine it was taken on."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+__all__ = ["Latency", "compare", "hardware", "summarize", "timed"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one image in milliseconds: the median over batches, and the quartiles.
+
+    Attributes:
+        batch: Images a batch.
+        batches: How many were timed.
+        hardware: Processor or GPU.
+        threads: CPU threads of torch.
+    """
+
+    ms_per_image: float
+    low: float
+    high: float
+    batch: int
+    batches: int
+    hardware: str
+    threads: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ms_per_image:.3f} ms/image ({self.low:.3f} to {self.high:.3f}; {self.batches} batches of "
+            f"{self.batch}, {self.hardware}, {self.threads} threads)"
+        )
+
+
+def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """The result of ``run`` and the seconds it took on its device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def summarize(seconds: Sequence[float], sizes: Sequence[int], device: torch.device) -> Latency:
+    """Latency over batches; the first, which warms caches up, is left out where there are others.
+
+    Args:
+        seconds: Time of each batch.
+        sizes: Images in each batch.
+    """
+    first = 1 if len(seconds) > 1 else 0
+    per_image = [1000 * s / n for s, n in zip(seconds[first:], sizes[first:], strict=True)]
+    low, middle, high = statistics.quantiles(per_image, n=4) if len(per_image) > 1 else per_image * 3
+    return Latency(middle, low, high, max(sizes), len(per_image), hardware(device), torch.get_num_threads())
+
+
+def compare(
+    runs: Mapping[str, Callable[[], object]], images: int, rounds: int, device: torch.device
+) -> dict[str, Latency]:
+    """Time several ways to do one thing in turn, round by round, so that a machine's drift hits all alike.
+
+    Args:
+        runs: Name -> what to time; each handles the same ``images`` images.
+        rounds: Timed rounds, after one that warms up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, device)[1])
+    return {name: summarize(taken, [images] * len(taken), device) for name, taken in seconds.items()}
+
+
+def hardware(device: torch.device | None = None) -> str:
+    """Name of the GPU, or of the CPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

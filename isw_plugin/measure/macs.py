@@ -1,0 +1,155 @@
+"""Multiply-adds: what the dense model computes for an image, and what dropped channels save.
+
+One multiply-add is one MAC. Convolutions and linear layers are counted, as in the paper; norms,
+activations and biases are not. A dropped channel saves the work of its readers on that input channel,
+so the saving is linear in the number of dropped channels.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._pytree import tree_leaves
+
+from isw_plugin.hooks import memory_of
+from isw_plugin.measure.modes import measuring
+from isw_plugin.pruner import InstanceWisePruner
+from isw_plugin.sites import LAYERS, Inputs, Site
+
+__all__ = ["DenseMacs", "MacReport", "count_dense", "count_macs", "saved_by_site"]
+
+
+@dataclass
+class DenseMacs:
+    """MACs of one image with every channel kept.
+
+    Attributes:
+        per_layer: Layer name -> MACs of one call.
+        calls: Layer name -> calls in one forward.
+        columns: Layer name -> input channels or features.
+        gate: The gates' own multiply-adds: a square for every element of a site, and 4 a channel for
+            mean and CV (section 3.4).
+    """
+
+    per_layer: dict[str, int] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, int] = field(default_factory=dict)
+    gate: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(macs * self.calls[name] for name, macs in self.per_layer.items())
+
+
+@dataclass(frozen=True)
+class MacReport:
+    """MACs of a batch.
+
+    Attributes:
+        dense: Of one image with every channel kept.
+        gated: Of each image with its dropped channels skipped, (N,) float64.
+        per_site: Site name -> MACs saved in the readers of this map, (N,) float64; they add up.
+        per_layer: Layer name -> dense MACs of one image.
+        gate: The gates' own multiply-adds for one image, not in ``gated``.
+    """
+
+    dense: int
+    gated: Tensor
+    per_site: dict[str, Tensor]
+    per_layer: dict[str, int]
+    gate: int
+
+    @property
+    def saved(self) -> Tensor:
+        """Share of the dense MACs that each image saves, (N,)."""
+        return 1 - self.gated / max(self.dense, 1)
+
+
+def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
+    """Count the MACs of a batch, with the gates as they are (on or off, or no pruner at all).
+
+    Args:
+        model: A bare or an attached model.
+        inputs: What its forward takes, N images; it is run once.
+    """
+    dense = count_dense(model, inputs)
+    instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    memory = memory_of(model)
+    gated = memory is not None and memory.enabled
+    pruner = InstanceWisePruner.of(model) if gated else None
+    saved = saved_by_site(pruner.sites, pruner.keep, dense) if pruner else {}
+    total = torch.full((instances,), float(dense.total), dtype=torch.float64)
+    per_layer = {name: macs * dense.calls[name] for name, macs in dense.per_layer.items()}
+    return MacReport(dense.total, total - sum(saved.values()), saved, per_layer, dense.gate if pruner else 0)
+
+
+def saved_by_site(sites: tuple[Site, ...], keep: Mapping[str, Tensor], dense: DenseMacs) -> dict[str, Tensor]:
+    """MACs that each image saves in the readers of each site, (N,) float64 on the CPU."""
+    saved = {}
+    for site in sites:
+        per_channel = sum(
+            dense.per_layer[reader.layer] * reader.repeat / dense.columns[reader.layer] for reader in site.consumers
+        )
+        saved[site.name] = (~keep[site.name]).sum(1).double().cpu() * per_channel
+    return saved
+
+
+def count_dense(model: nn.Module, inputs: Inputs) -> DenseMacs:
+    """Run the model once and count one image's MACs by layer."""
+    counted = DenseMacs()
+    instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            counted.columns[name] = module.in_channels if isinstance(module, _ConvNd) else module.in_features
+            handles.append(module.register_forward_hook(_LayerCounter(counted, name, instances)))
+    for site in _sites(model):
+        counted.gate += 4 * site.channels
+        handles.append(_count_gate(model, site, counted, instances))
+    try:
+        with measuring(model):
+            _call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted
+
+
+def _sites(model: nn.Module) -> tuple[Site, ...]:
+    memory = memory_of(model)
+    return InstanceWisePruner.of(model).sites if memory is not None and memory.gates else ()
+
+
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+
+
+class _LayerCounter:
+    def __init__(self, counted: DenseMacs, name: str, instances: int) -> None:
+        self.counted, self.name, self.instances = counted, name, instances
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        weight: Any = module.weight
+        # A transposed convolution spreads every input element, any other layer gathers every output element.
+        elements = args[0].numel() if isinstance(module, _ConvTransposeNd) else output.numel()
+        self.counted.per_layer[self.name] = elements // self.instances * (weight.numel() // len(weight))
+        self.counted.calls[self.name] += 1
+
+
+def _count_gate(model: nn.Module, site: Site, counted: DenseMacs, instances: int) -> Any:
+    tap = site.taps[0]
+    module = model.get_submodule(tap.module)
+
+    def add(feature: Tensor) -> None:
+        counted.gate += feature.numel() // instances
+
+    if tap.argument is None:
+        return module.register_forward_hook(lambda _, args, output: add(output))
+    argument = tap.argument
+    return module.register_forward_pre_hook(lambda _, args: add(args[argument]))

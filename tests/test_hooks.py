@@ -1,0 +1,140 @@
+import pickle
+
+import pytest
+import torch
+from conftest import Concat, Net, made
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isw_plugin import InstanceWisePruner
+from isw_plugin.functional import keep_mask
+from isw_plugin.hooks import Memory, Part, column_keep, has_hooks, memory_of, reader_parts
+
+KEEP = {"a": torch.tensor([[True, False], [False, True]]), "b": torch.tensor([[False], [True]])}
+
+COLUMNS: list[tuple[list[Part], int, list[list[int]]]] = [
+    ([Part("a", 0, 1)], 2, [[1, 0], [0, 1]]),
+    ([Part("a", 1, 1)], 4, [[1, 1, 0, 1], [1, 0, 1, 1]]),
+    ([Part("a", 0, 2)], 4, [[1, 1, 0, 0], [0, 0, 1, 1]]),
+    ([Part("a", 0, 1), Part("b", 2, 1)], 3, [[1, 0, 0], [0, 1, 1]]),
+    ([Part("b", 0, 1), Part("a", 2, 1)], 4, [[0, 1, 1, 0], [1, 1, 0, 1]]),
+    ([Part("a", 1, 1), Part("b", 0, 1)], 3, [[0, 1, 0], [1, 0, 1]]),
+    ([Part("b", 3, 2)], 6, [[1, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1]]),
+]
+
+
+@pytest.mark.parametrize(("parts", "columns", "expected"), COLUMNS)
+def test_column_keep(parts: list[Part], columns: int, expected: list[list[int]]) -> None:
+    assert column_keep(parts, KEEP, columns).int().tolist() == expected
+
+
+def test_reader_parts_say_which_site_fills_which_columns() -> None:
+    net = made(Concat)
+    assert reader_parts(InstanceWisePruner(net, net.images(1)).sites) == {
+        "c": (Part("a", 0, 1), Part("b", 7, 1)),
+        "fc": (Part("c", 0, 4),),
+    }
+
+
+def test_a_model_knows_its_memory_and_a_part_does_not(residual: Net) -> None:
+    assert memory_of(residual) is None
+    assert not has_hooks(residual)
+    InstanceWisePruner(residual, residual.images(1))
+    assert memory_of(residual) is not None
+    assert memory_of(residual.block) is None
+    assert has_hooks(residual.block)
+
+
+def test_memory_holds_no_tensor_in_a_pickle(plain: Net) -> None:
+    pruner = InstanceWisePruner(plain, plain.images(1), lambda_=1.0)
+    pruner.step()
+    plain.train()(plain.images())
+    memory = pickle.loads(pickle.dumps(memory_of(plain)))
+    assert (memory.tape, memory.norms, memory.keep, memory.running) == ([], {}, {}, False)
+    assert (memory.enabled, memory.gates) == (True, pruner._memory.gates)
+
+
+def test_memory_holds_no_module(plain: Net) -> None:
+    InstanceWisePruner(plain, plain.images(1))
+    assert b"torch.nn.modules" not in pickle.dumps(memory_of(plain))
+
+
+def test_a_hundred_forwards_without_a_penalty_are_warned_of() -> None:
+    memory = Memory()
+    memory.recording = {"a": True}
+    with pytest.warns(UserWarning, match="100 training forwards .*pruner.regularize") as warned:
+        for _ in range(150):
+            memory.begin(training=True)
+            memory.current["a"] = torch.zeros(1, 1)
+            memory.end()
+    assert len(warned) == 1
+
+
+def test_gates_are_out_of_place(plain: Net) -> None:
+    pruner = InstanceWisePruner(plain, plain.images(1), alpha=0.0, beta=1.5)
+    kept: list[Tensor] = []
+    plain.bn1.register_forward_hook(lambda module, args, output: kept.append(output))
+    pruner.step()
+    images = plain.images()
+    before = images.clone()
+    plain(images)
+    assert torch.equal(images, before)
+    assert torch.equal(kept[0], plain.bn1(plain.c1(images)))
+
+
+def test_dropped_channels_that_are_not_finite_become_zero() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval()
+    nn.init.constant_(net[0].weight, 1e38)
+    pruner = InstanceWisePruner(net, torch.zeros(1, 1, 2, 2), gate=lambda feature, norms: norms < 0)
+    pruner.step()
+    assert torch.equal(net(torch.full((1, 1, 2, 2), 1e38)), net[2].bias.view(1, 2, 1, 1).expand(1, 2, 2, 2))
+
+
+class TwoReaders(nn.Module):
+    """A functional map that two convolutions read: masked at each of them, decided at the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        return self.b(x) + self.c(x)
+
+
+class PoolFirst(TwoReaders):
+    """The first reader reads through a pool, the second directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        return self.b(self.pool(x)) + self.c(x)
+
+
+@pytest.mark.parametrize("kind", [TwoReaders, PoolFirst])
+@pytest.mark.parametrize("scope", ["all", "consumers"])
+def test_every_reader_sees_this_forwards_decision(kind: type[TwoReaders], scope: str) -> None:
+    torch.manual_seed(0)
+    net = kind().eval()
+    pruner = InstanceWisePruner(net, torch.zeros(1, 3, 4, 4), alpha=0.0, beta=1.0, scope=scope)
+    pruner.step()
+    for images in torch.randn(2, 5, 3, 4, 4):
+        output, keep = net(images), pruner.keep["a"]
+        assert torch.equal(keep, keep_mask(pruner.norms["a"], 0.0, 1.0))
+        assert not keep.all()
+        with torch.no_grad():
+            masked = F.relu(F.conv2d(images, net.a.weight, net.a.bias)) * keep[:, :, None, None]
+            pooled = masked.mean((2, 3), keepdim=True) if kind is PoolFirst else masked
+            expected = F.conv2d(pooled, net.b.weight, net.b.bias) + F.conv2d(masked, net.c.weight, net.c.bias)
+        torch.testing.assert_close(output, expected)
+
+
+def test_a_norms_memory_is_of_the_last_forward(plain: Net) -> None:
+    pruner = InstanceWisePruner(plain, plain.images(1))
+    pruner.step()
+    plain(plain.images(4))
+    plain(plain.images(2))
+    assert {len(norms) for norms in pruner.norms.values()} == {2}

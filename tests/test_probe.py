@@ -1,0 +1,147 @@
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from conftest import Net, Plain, hooks_of, made
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isw_plugin.errors import ProbeError
+from isw_plugin.sites.probe import default_inputs, probe
+
+
+class Custom(nn.Module):
+    """A layer, and whatever a test makes its forward do."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.after = forward
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return self.after(self.layer, *args, **kwargs)
+
+
+def kinds(model: nn.Module, inputs: object) -> list[str]:
+    return [node.kind for node in probe(model, inputs).nodes]
+
+
+def test_layers_and_norms_are_nodes_and_the_rest_its_operations() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    assert kinds(model, torch.zeros(1, 3, 1, 1)) == ["layer", "norm", "relu", "view", "layer"]
+
+
+def test_an_operation_in_place_makes_a_new_value() -> None:
+    graph = probe(Custom(lambda layer, x: F.relu_(layer(x)).add_(1)), torch.zeros(1, 4))
+    assert [node.kind for node in graph.nodes] == ["layer", "relu", "add"]
+    layer, relu, add = graph.nodes
+    assert relu.inputs == layer.outputs != relu.outputs
+    assert add.inputs == relu.outputs != add.outputs
+
+
+@pytest.mark.parametrize("inputs", [
+    torch.zeros(1, 4),
+    torch.zeros(7, 4),
+    torch.zeros(1, 4, device="meta"),
+    (torch.zeros(1, 4),),
+    {"x": torch.zeros(1, 4)},
+    (torch.zeros(1, 4), 2.0),
+    {"x": torch.zeros(1, 4), "scale": torch.tensor(2.0)},
+    {"x": torch.zeros(1, 4), "scale": None},
+])
+def test_inputs_may_be_a_tensor_a_tuple_or_a_dict(inputs: object) -> None:
+    model = Custom(lambda layer, x, scale=None: layer(x) if scale is None else layer(x) * scale)
+    assert probe(model, inputs).nodes[0].name == "layer"
+
+
+def test_the_probe_runs_two_instances() -> None:
+    assert probe(made(Plain), torch.zeros(5, 3, 8, 8)).shapes[0] == (2, 3, 8, 8)
+
+
+def test_integer_inputs_keep_their_type() -> None:
+    assert kinds(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)), torch.zeros(1, 3, dtype=torch.long))[-1] == "layer"
+
+
+def test_a_forward_that_reads_values_is_run_on_the_models_device() -> None:
+    assert kinds(Custom(lambda layer, x: layer(x) * x.sum().item()), torch.zeros(1, 4))[0] == "layer"
+
+
+def test_a_model_on_meta_can_be_probed() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert kinds(model, torch.zeros(1, 4)) == ["layer", "relu", "layer"]
+
+
+def test_the_model_is_left_untouched(net: Net) -> None:
+    net.train()
+    before, hooks, state = pickle.dumps(net), hooks_of(net), copy.deepcopy(net.state_dict())
+    probe(net, net.images())
+    assert hooks_of(net) == hooks
+    assert pickle.dumps(net) == before
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(module.training for module in net.modules())
+
+
+def _fails(layer: nn.Module, x: Tensor) -> Tensor:
+    raise ZeroDivisionError("inside")
+
+
+@pytest.mark.parametrize("forward", [
+    lambda layer, x: layer(x) + torch.rand(4),
+    lambda layer, x: layer(x + torch.rand(4)) * x.sum().item(),
+])
+def test_the_random_generator_is_left_untouched(forward) -> None:
+    model, state = Custom(forward), torch.get_rng_state()
+    probe(model, torch.zeros(1, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_probe_works_under_inference_mode(plain: Net) -> None:
+    with torch.inference_mode():
+        assert probe(plain, plain.images()).nodes
+
+
+def test_the_probe_works_under_autocast(plain: Net) -> None:
+    bare = kinds(plain, plain.images())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kinds(plain, plain.images()) == bare
+
+
+@pytest.mark.parametrize(("inputs", "shape"), [
+    (torch.zeros(1, 5), r"\(1, 5\)"),
+    ((torch.zeros(1, 4), torch.zeros(1, 9)), r"\(1, 4\), \(1, 9\)"),
+    ({"y": torch.zeros(1, 4)}, r"\(1, 4\)"),
+])
+def test_inputs_that_do_not_fit_are_an_error_with_their_shapes(inputs: object, shape: str) -> None:
+    model = Custom(lambda layer, x: layer(x))
+    hooks = hooks_of(model)
+    with pytest.raises(ProbeError, match=f"Custom could not be run on example inputs of shape .*{shape}"):
+        probe(model, inputs)
+    assert hooks_of(model) == hooks
+
+
+def test_an_error_inside_the_forward_is_the_cause() -> None:
+    with pytest.raises(ProbeError, match="inside") as caught:
+        probe(Custom(_fails), torch.zeros(1, 4))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+# -- default inputs --------------------------------------------------------------------------------
+
+
+def test_a_timm_model_declares_its_input_size() -> None:
+    assert default_inputs(timm.create_model("test_resnet")).shape == (1, 3, 160, 160)
+
+
+def test_the_first_convolution_says_how_many_channels_an_image_has() -> None:
+    assert default_inputs(timm.create_model("test_resnet", in_chans=1)).shape[1] == 1
+
+
+def test_an_edited_image_size_counts() -> None:
+    assert default_inputs(timm.create_model("test_vit", img_size=64)).shape[2:] == (64, 64)
+
+
+def test_other_models_declare_nothing(plain: Net) -> None:
+    assert default_inputs(plain) is None
