@@ -57,8 +57,8 @@ def main() -> None:
         ratios.append(taken[1] / taken[0])
     low, middle, high = statistics.quantiles(ratios[2:], n=4)  # the first two warm up
     print(
-        f"VGG16-BN, 32x32, batch {args.batch}, float32, channels_last; {hardware()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}\nstep without penalty {statistics.median(seconds[2:]):.3f} s (median); "
+        f"VGG16-BN, 32x32, batch {args.batch}, float32, channels_last; {hardware()}, {torch.get_num_threads()} CPU "
+        f"threads, torch {torch.__version__}\nstep without penalty {statistics.median(seconds[2:]):.3f} s (median); "
         f"with / without, median of {args.rounds} rounds in turn: {middle:.3f} (quartiles {low:.3f} to {high:.3f})"
     )
 

@@ -42,7 +42,7 @@ class Memory:
         recording: By site name; whether its norms enter the penalty.
         enabled: Whether gates act.
         min_keep: Channels that every instance keeps at every site, the largest.
-        tape: One dict a training forward that ended: site name -> norms (N, C), in the graph.
+        tape: One dict a training forward: site name -> norms (N, C), in the graph.
         norms, keep: Of the last gated forward, by site name, (N, C), detached.
         owner: What the pruner of a copied model is rebuilt from; holds no module either.
     """
@@ -56,13 +56,12 @@ class Memory:
         self.running = False
         self.training = False  # this forward, or the last, records
         self.repeats = False  # so did the last with grad, which is what a checkpoint recomputes
-        self.current: dict[str, Tensor] = {}  # of this forward; lost when it raises
         self.tape: list[dict[str, Tensor]] = []
         self.norms: dict[str, Tensor] = {}
         self.keep: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped: dict[str, Any] = {"current": {}, "tape": [], "norms": {}, "keep": {}, "running": False}
+        dropped: dict[str, Any] = {"tape": [], "norms": {}, "keep": {}, "running": False}
         return self.__dict__ | dropped | {"next_hook": RemovableHandle.next_id}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -72,28 +71,40 @@ class Memory:
 
     def clear(self) -> None:
         """Forget all that was recorded and decided."""
-        for record in (self.current, self.tape, self.norms, self.keep):
-            record.clear()
+        self.take()
+        self.norms.clear()
+        self.keep.clear()
+
+    def take(self) -> list[dict[str, Tensor]]:
+        """The tape, which is empty from here on."""
+        self._drop_unfinished()
+        tape, self.tape = self.tape, []
+        return [norms for norms in tape if norms]
+
+    def _drop_unfinished(self) -> None:
+        if self.running and self.training:
+            self.tape.pop()  # that forward raised
+        self.running = False
 
     def begin(self, training: bool) -> None:
+        self._drop_unfinished()
         grad = torch.is_grad_enabled()
         self.running = True
         self.training = training and grad and any(self.recording.values())
         if grad:
             self.repeats = self.training
-        self.current = {}
-
-    def end(self) -> None:
-        self.running = False
-        if self.current:
-            self.tape.append(self.current)
-            self.current = {}
+        if self.training:
+            self.tape.append({})
             if len(self.tape) == _FORGOTTEN:
                 warnings.warn(
                     f"{_FORGOTTEN} training forwards were recorded and no penalty taken: their graphs stay in memory. "
                     "Call pruner.regularize(model, loss) before backward, or set pruner.lambda_ = 0",
                     stacklevel=2,
                 )
+
+    def end(self) -> None:
+        # Nothing more: torch.compile runs this hook as a graph of its own, and would look into the tape's tensors.
+        self.running = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,7 @@ class _FirstForward:
         inputs: Any = args
         if kwargs:
             inputs = _by_name(inspect.signature(module.forward), args, kwargs)
-        self.attach(module, inputs)
+        torch.compiler.disable(self.attach)(module, inputs)  # type: ignore[no-untyped-call]  # of torch
         _Begin(self.memory)(module, args)
 
 
@@ -172,7 +183,7 @@ class _Observe:
                 "gradient. Checkpointing: pass use_reentrant=False. Frozen on purpose: exclude it, or give it "
                 "per_site lambda_ 0"
             )
-        self.memory.current[self.site.name] = norms
+        self.memory.tape[-1][self.site.name] = norms
 
     def _gate(self, feature: Tensor, norms: Tensor) -> Tensor:
         memory, name = self.memory, self.site.name

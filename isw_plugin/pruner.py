@@ -163,7 +163,7 @@ class InstanceWisePruner:
         Raises:
             NothingRecordedError: No training forward was recorded and lambda is not 0.
         """
-        tape, self._memory.tape = self._memory.tape, []
+        tape = self._memory.take()
         weights = {name: self._settings.lambda_and_gate(o)[0] for name, o in self._settings.overrides.items()}
         if tape:
             return torch.stack([self._decay(norms, weights) for norms in tape]).sum()

@@ -39,7 +39,9 @@ class Net(nn.Module):
         def touch(name: str, feature: Tensor) -> tuple[Tensor, Tensor]:
             axis = 1 if feature.dim() == 4 else -1
             keep = keep_mask(channel_norm(feature, axis), alpha, beta)
-            keep = keep[:, :, None, None] if feature.dim() == 4 else keep.view(len(keep), *[1] * (feature.dim() - 2), -1)
+            keep = (
+                keep[:, :, None, None] if feature.dim() == 4 else keep.view(len(keep), *[1] * (feature.dim() - 2), -1)
+            )
             masked = torch.where(keep, feature, torch.zeros(()))
             return masked, masked if scope == "all" else feature
 

@@ -101,12 +101,15 @@ def test_non_finite_instances_drop_nothing_and_do_not_touch_the_others(poison: f
     assert torch.equal(keep[[0, 2]], clean[[0, 2]])
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-])
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_norms_are_float32_or_better(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert channel_norm(random(2, 3, 4, 4, dtype=dtype)).dtype == expected
     assert channel_norm(random(2, 3, dtype=dtype)).dtype == expected
@@ -158,7 +161,9 @@ def test_channel_norm_passes_gradcheck() -> None:
 
 maps = st.builds(
     lambda seed, n, c: random(n, c, 3, 3, seed=seed) * torch.linspace(0, 2, c)[:, None, None],
-    st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 12),
+    st.integers(0, 2**31),
+    st.integers(1, 4),
+    st.integers(1, 12),
 )
 alphas = st.floats(0, 1.5)
 betas = st.floats(0, 1.999)

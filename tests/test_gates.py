@@ -126,16 +126,19 @@ def test_an_infinite_alpha_keeps_everything() -> None:
     assert CVGate(math.inf, 1.9)(FEATURE, NORMS).all()
 
 
-@pytest.mark.parametrize(("gate", "expected"), [
-    (CVGate(0.0, 0.0), True),
-    (CVGate(0.0, 0.1), False),
-    (MinNorm(0.0), True),
-    (MinNorm(0.1), False),
-    (RandomGate(0.0), True),
-    (RandomGate(0.1), False),
-    (Above(), False),
-    (above_four, False),
-])
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        (CVGate(0.0, 0.0), True),
+        (CVGate(0.0, 0.1), False),
+        (MinNorm(0.0), True),
+        (MinNorm(0.1), False),
+        (RandomGate(0.0), True),
+        (RandomGate(0.1), False),
+        (Above(), False),
+        (above_four, False),
+    ],
+)
 def test_a_gate_says_whether_it_keeps_all(gate: Gate, expected: bool) -> None:
     assert keeps_all(gate) is expected
 
@@ -151,12 +154,15 @@ def test_third_party_gates_are_gates_like_ours(gate: Gate) -> None:
     assert isinstance(gate, Gate)
 
 
-@pytest.mark.parametrize(("gate", "parameters", "expected"), [
-    (CVGate(0.1, 1.0), {"beta": 0.5}, CVGate(0.1, 0.5)),
-    (RandomGate(0.1, seed=4), {"ratio": 0.2}, RandomGate(0.2, seed=4)),
-    (Above(), {"limit": 2.0}, Above(2.0)),
-    (above_four, {}, above_four),
-])
+@pytest.mark.parametrize(
+    ("gate", "parameters", "expected"),
+    [
+        (CVGate(0.1, 1.0), {"beta": 0.5}, CVGate(0.1, 0.5)),
+        (RandomGate(0.1, seed=4), {"ratio": 0.2}, RandomGate(0.2, seed=4)),
+        (Above(), {"limit": 2.0}, Above(2.0)),
+        (above_four, {}, above_four),
+    ],
+)
 def test_parameters_are_replaced_by_name(gate: Gate, parameters: dict[str, float], expected: Gate) -> None:
     assert with_parameters(gate, **parameters) == expected
 

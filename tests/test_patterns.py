@@ -4,7 +4,15 @@ from torch import nn
 from isw_plugin.errors import PatternError
 from isw_plugin.sites.patterns import Patterns, select
 
-NAMES = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.downsample.0", "layer10.0.conv1", "fc")
+NAMES = (
+    "conv1",
+    "layer1.0.conv1",
+    "layer1.0.conv2",
+    "layer2.0.conv1",
+    "layer2.0.downsample.0",
+    "layer10.0.conv1",
+    "fc",
+)
 LAYERS = {name: nn.Linear(1, 1) if name == "fc" else nn.Conv2d(1, 1, 1) for name in NAMES}
 
 ROWS: list[tuple[Patterns, Patterns, tuple[str, ...]]] = [
@@ -36,15 +44,18 @@ def test_patterns_tell_upper_from_lower_case() -> None:
         select(LAYERS, "FC")
 
 
-@pytest.mark.parametrize(("layers", "exclude"), [
-    ("layer3.*", ()),
-    (["fc", "layer3.*"], ()),
-    ("re:layer3.*", ()),
-    ("*", "layer3.*"),
-    ("*", ["fc", "layer3.*"]),
-])
+@pytest.mark.parametrize(
+    ("layers", "exclude"),
+    [
+        ("layer3.*", ()),
+        (["fc", "layer3.*"], ()),
+        ("re:layer3.*", ()),
+        ("*", "layer3.*"),
+        ("*", ["fc", "layer3.*"]),
+    ],
+)
 def test_a_pattern_that_matches_nothing_is_named(layers: Patterns, exclude: Patterns) -> None:
-    with pytest.raises(PatternError, match="layer3.*matches 0 of 7 layers"):
+    with pytest.raises(PatternError, match=r"layer3.*matches 0 of 7 layers"):
         select(LAYERS, layers, exclude)
 
 
@@ -53,11 +64,14 @@ def test_the_error_says_which_setting_it_was() -> None:
         select(LAYERS, "*", "x")
 
 
-@pytest.mark.parametrize(("typo", "close"), [
-    ("layer1.0.conv3", "layer1.0.conv2"),
-    ("layer2.0.downsampel.0", "layer2.0.downsample.0"),
-    ("re:layer1.0.cnv1", "layer1.0.conv1"),
-])
+@pytest.mark.parametrize(
+    ("typo", "close"),
+    [
+        ("layer1.0.conv3", "layer1.0.conv2"),
+        ("layer2.0.downsampel.0", "layer2.0.downsample.0"),
+        ("re:layer1.0.cnv1", "layer1.0.conv1"),
+    ],
+)
 def test_close_names_are_offered(typo: str, close: str) -> None:
     with pytest.raises(PatternError, match=f"Close names: .*{close}"):
         select(LAYERS, typo)

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -41,16 +42,19 @@ def test_an_operation_in_place_makes_a_new_value() -> None:
     assert add.inputs == relu.outputs != add.outputs
 
 
-@pytest.mark.parametrize("inputs", [
-    torch.zeros(1, 4),
-    torch.zeros(7, 4),
-    torch.zeros(1, 4, device="meta"),
-    (torch.zeros(1, 4),),
-    {"x": torch.zeros(1, 4)},
-    (torch.zeros(1, 4), 2.0),
-    {"x": torch.zeros(1, 4), "scale": torch.tensor(2.0)},
-    {"x": torch.zeros(1, 4), "scale": None},
-])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.zeros(1, 4),
+        torch.zeros(7, 4),
+        torch.zeros(1, 4, device="meta"),
+        (torch.zeros(1, 4),),
+        {"x": torch.zeros(1, 4)},
+        (torch.zeros(1, 4), 2.0),
+        {"x": torch.zeros(1, 4), "scale": torch.tensor(2.0)},
+        {"x": torch.zeros(1, 4), "scale": None},
+    ],
+)
 def test_inputs_may_be_a_tensor_a_tuple_or_a_dict(inputs: object) -> None:
     model = Custom(lambda layer, x, scale=None: layer(x) if scale is None else layer(x) * scale)
     assert probe(model, inputs).nodes[0].name == "layer"
@@ -88,10 +92,13 @@ def _fails(layer: nn.Module, x: Tensor) -> Tensor:
     raise ZeroDivisionError("inside")
 
 
-@pytest.mark.parametrize("forward", [
-    lambda layer, x: layer(x) + torch.rand(4),
-    lambda layer, x: layer(x + torch.rand(4)) * x.sum().item(),
-])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda layer, x: layer(x) + torch.rand(4),
+        lambda layer, x: layer(x + torch.rand(4)) * x.sum().item(),
+    ],
+)
 def test_the_random_generator_is_left_untouched(forward) -> None:
     model, state = Custom(forward), torch.get_rng_state()
     probe(model, torch.zeros(1, 4))
@@ -109,11 +116,14 @@ def test_the_probe_works_under_autocast(plain: Net) -> None:
         assert kinds(plain, plain.images()) == bare
 
 
-@pytest.mark.parametrize(("inputs", "shape"), [
-    (torch.zeros(1, 5), r"\(1, 5\)"),
-    ((torch.zeros(1, 4), torch.zeros(1, 9)), r"\(1, 4\), \(1, 9\)"),
-    ({"y": torch.zeros(1, 4)}, r"\(1, 4\)"),
-])
+@pytest.mark.parametrize(
+    ("inputs", "shape"),
+    [
+        (torch.zeros(1, 5), r"\(1, 5\)"),
+        ((torch.zeros(1, 4), torch.zeros(1, 9)), r"\(1, 4\), \(1, 9\)"),
+        ({"y": torch.zeros(1, 4)}, r"\(1, 4\)"),
+    ],
+)
 def test_inputs_that_do_not_fit_are_an_error_with_their_shapes(inputs: object, shape: str) -> None:
     model = Custom(lambda layer, x: layer(x))
     hooks = hooks_of(model)
@@ -141,6 +151,20 @@ def test_the_first_convolution_says_how_many_channels_an_image_has() -> None:
 
 def test_an_edited_image_size_counts() -> None:
     assert default_inputs(timm.create_model("test_vit", img_size=64)).shape[2:] == (64, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_weights_say_of_which_type_an_image_is(dtype: torch.dtype) -> None:
+    model = timm.create_model("test_resnet").to(dtype)
+    assert probe(model, default_inputs(model)).nodes
+
+
+def test_warnings_of_the_forward_are_kept_for_the_users_own() -> None:
+    def warns(layer: nn.Module, x: Tensor) -> Tensor:
+        warnings.warn("of the model", stacklevel=1)
+        return layer(x)
+
+    assert probe(Custom(warns), torch.zeros(1, 4)).nodes
 
 
 def test_other_models_declare_nothing(plain: Net) -> None:

@@ -301,13 +301,16 @@ def test_a_model_without_layers_is_refused(inputs: Tensor | None) -> None:
     assert not model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("change", [
-    lambda pruner: pruner.enable(beta=2.5),
-    lambda pruner: pruner.enable(gamma=1),
-    lambda pruner: pruner.gating(beta=2.5).__enter__(),
-    lambda pruner: setattr(pruner, "lambda_", -1.0),
-    lambda pruner: setattr(pruner, "lambda_", float("nan")),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pruner: pruner.enable(beta=2.5),
+        lambda pruner: pruner.enable(gamma=1),
+        lambda pruner: pruner.gating(beta=2.5).__enter__(),
+        lambda pruner: setattr(pruner, "lambda_", -1.0),
+        lambda pruner: setattr(pruner, "lambda_", float("nan")),
+    ],
+)
 def test_bad_changes_change_nothing(plain: Net, change) -> None:
     pruner = attached(plain)
     before = pruner.state_dict()
@@ -409,15 +412,18 @@ def test_a_second_remove_leaves_the_next_pruner_alone(plain: Net) -> None:
     assert hooks_of(plain) == hooks
 
 
-@pytest.mark.parametrize("use", [
-    lambda pruner: pruner.sites,
-    lambda pruner: pruner.summary(),
-    lambda pruner: pruner.keep,
-    lambda pruner: pruner.step(),
-    lambda pruner: pruner.state_dict(),
-    lambda pruner: pruner.load_state_dict({}),
-    lambda pruner: pruner.update_regularizer(),
-])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pruner: pruner.sites,
+        lambda pruner: pruner.summary(),
+        lambda pruner: pruner.keep,
+        lambda pruner: pruner.step(),
+        lambda pruner: pruner.state_dict(),
+        lambda pruner: pruner.load_state_dict({}),
+        lambda pruner: pruner.update_regularizer(),
+    ],
+)
 def test_a_removed_pruner_says_so(plain: Net, use) -> None:
     pruner = attached(plain)
     pruner.remove()
@@ -505,14 +511,17 @@ class Mixed(nn.Module):
 X = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("args", "kwargs"), [
-    ((X,), {}),
-    ((X, 2.0), {}),
-    ((), {"x": X}),
-    ((X,), {"scale": 2.0}),
-    ((X, 2.0), {"shift": torch.ones(2)}),
-    ((X,), {"shift": torch.ones(2), "extra_one": 1.0}),
-])
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((X,), {}),
+        ((X, 2.0), {}),
+        ((), {"x": X}),
+        ((X,), {"scale": 2.0}),
+        ((X, 2.0), {"shift": torch.ones(2)}),
+        ((X,), {"shift": torch.ones(2), "extra_one": 1.0}),
+    ],
+)
 def test_sites_are_found_at_the_first_forward(args: tuple, kwargs: dict) -> None:
     torch.manual_seed(0)
     model = Mixed()
@@ -559,15 +568,18 @@ def test_patterns_are_checked_at_the_first_forward(plain: Net) -> None:
 # -- saving ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [
-    {"alpha": 0.2, "beta": 0.9, "lambda_": 1e-3, "reduction": "mean", "min_keep": 2},
-    {"gate": MinNorm(0.25)},
-    {"gate": RandomGate(0.25, seed=7)},
-    {"gate": Above(1.5)},
-    {"gate": norm_above},
-    {"alpha": float("inf")},
-    {"per_site": {"c1": {"beta": 0.1, "lambda_": 0.0}}},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha": 0.2, "beta": 0.9, "lambda_": 1e-3, "reduction": "mean", "min_keep": 2},
+        {"gate": MinNorm(0.25)},
+        {"gate": RandomGate(0.25, seed=7)},
+        {"gate": Above(1.5)},
+        {"gate": norm_above},
+        {"alpha": float("inf")},
+        {"per_site": {"c1": {"beta": 0.1, "lambda_": 0.0}}},
+    ],
+)
 def test_state_dict_survives_json(settings: dict) -> None:
     pruner = attached(made(Plain), **settings)
     pruner.enable()

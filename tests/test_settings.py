@@ -3,14 +3,11 @@ import math
 import pickle
 
 import pytest
-import torch
 from conftest import Net, Plain, made
 
 from isw_plugin.errors import AttachError, SettingError
 from isw_plugin.gates import CVGate, Gate, MinNorm
 from isw_plugin.settings import Settings, check_lambda, choose_gate
-
-
 
 
 def resolved(net: Net, **changes: object) -> Settings:
@@ -20,12 +17,15 @@ def resolved(net: Net, **changes: object) -> Settings:
     return settings
 
 
-@pytest.mark.parametrize(("gate", "alpha", "beta", "expected"), [
-    ("cv", None, None, CVGate(0.5, 1.0)),
-    ("cv", 0.1, None, CVGate(0.1, 1.0)),
-    ("cv", None, 0.0, CVGate(0.5, 0.0)),
-    (MinNorm(0.1), None, None, MinNorm(0.1)),
-])
+@pytest.mark.parametrize(
+    ("gate", "alpha", "beta", "expected"),
+    [
+        ("cv", None, None, CVGate(0.5, 1.0)),
+        ("cv", 0.1, None, CVGate(0.1, 1.0)),
+        ("cv", None, 0.0, CVGate(0.5, 0.0)),
+        (MinNorm(0.1), None, None, MinNorm(0.1)),
+    ],
+)
 def test_the_gate_that_is_meant(gate: Gate | str, alpha: float | None, beta: float | None, expected: Gate) -> None:
     assert choose_gate(gate, alpha, beta) == expected
 

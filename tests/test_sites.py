@@ -160,7 +160,9 @@ def test_squeeze_excite_does_not_read_the_map_it_scales() -> None:
     _, found = found_in("efficientnet_b0")
     sites = by_name(found)
     assert [consumer.layer for consumer in sites["blocks.0.0.conv_dw"].consumers] == ["blocks.0.0.conv_pw"]
-    assert [consumer.layer for consumer in sites["blocks.0.0.se.conv_reduce"].consumers] == ["blocks.0.0.se.conv_expand"]
+    assert [consumer.layer for consumer in sites["blocks.0.0.se.conv_reduce"].consumers] == [
+        "blocks.0.0.se.conv_expand"
+    ]
     assert found.left_out["blocks.0.0.se.conv_expand"] == "scales another map"
 
 
@@ -359,10 +361,13 @@ def test_layers_without_a_site_are_an_error_with_the_reason() -> None:
         found(made(Plain), 3, 8, 8, layers="fc")
 
 
-@pytest.mark.parametrize(("model", "said"), [
-    (nn.Sequential(nn.Flatten(), nn.ReLU()), "0 conv / linear layers"),
-    (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "1 conv / linear layers .*1: the model's output"),
-])
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.ReLU()), "0 conv / linear layers"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "1 conv / linear layers .*1: the model's output"),
+    ],
+)
 def test_a_model_without_sites_is_an_error_that_says_why(model: nn.Module, said: str) -> None:
     with pytest.raises(NoSitesError, match=said):
         found(model, 3, 4, 4)

@@ -5,6 +5,7 @@ custom activation modules and functional code look alike.
 """
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -79,7 +80,7 @@ class Graph:
 
 
 def default_inputs(model: nn.Module) -> Tensor | None:
-    """Zeros of the size that a timm model declares, or None where it declares none."""
+    """Zeros of the size that a timm model declares, in the type of its weights, or None where it declares none."""
     config = getattr(model, "pretrained_cfg", None) or {}
     if "input_size" not in config:
         return None
@@ -88,7 +89,8 @@ def default_inputs(model: nn.Module) -> Tensor | None:
     if first is not None:
         channels = first.in_channels
     edited = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return torch.zeros(1, channels, *(edited or size), device="meta")
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return torch.zeros(1, channels, *(edited or size), dtype=dtype, device="meta")
 
 
 def probe(model: nn.Module, inputs: Inputs) -> Graph:
@@ -103,7 +105,8 @@ def probe(model: nn.Module, inputs: Inputs) -> Graph:
     """
     device = next(model.parameters(), torch.empty(0)).device
     # Inference tensors have no versions; a forward that draws noise must not move the user's generators.
-    with torch.inference_mode(False), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with torch.inference_mode(False), generators, warnings.catch_warnings(action="ignore"):
         try:
             return _run(model, _meta_copy(model), tree_map_only(Tensor, _as_two_instances("meta"), inputs))
         except Exception as on_meta:

@@ -1,0 +1,132 @@
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from isw_plugin import InstanceWisePruner, evaluate
+from isw_plugin.errors import NonFiniteFeatureError, SettingError
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+
+
+def batches(sizes: tuple[int, ...] = (4, 4, 2)) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 3, 6, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes
+    ]
+
+
+def gated() -> tuple[nn.Module, InstanceWisePruner]:
+    model = net()
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 6, 6), alpha=0.0, beta=0.9)
+    pruner.step()
+    return model, pruner
+
+
+def test_accuracy_is_top_1() -> None:
+    model = net()
+    loader = batches()
+    right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in loader)
+    report = evaluate(model, loader)
+    assert report.instances == 10
+    assert report.accuracy == pytest.approx(right / 10)
+    assert (report.prune_ratio, report.macs_saved, report.execution) == (0, 0, "dense")
+
+
+def test_ratio_and_macs_are_means_over_instances() -> None:
+    model, pruner = gated()
+    dropped = []
+    for images, _ in batches():
+        model(images)
+        dropped.append((~pruner.keep["0"]).double().mean(1))
+    report = evaluate(model, batches(), records=True)
+    assert report.records is not None
+    assert torch.allclose(report.records.prune_ratio, torch.cat(dropped))
+    assert report.prune_ratio == pytest.approx(torch.cat(dropped).mean().item())
+    assert report.prune_ratio > 0
+    assert report.execution == "masked"
+    assert report.macs_saved == pytest.approx(sum(site.macs_saved for site in report.per_site.values()))
+    assert report.per_site["0"].keep_ratio == pytest.approx(1 - report.prune_ratio)
+
+
+def test_classes_add_up_to_the_whole() -> None:
+    model, _ = gated()
+    report = evaluate(model, batches())
+    counts = [c.instances for c in report.per_class.values()]
+    assert sum(counts) == report.instances
+    for name in ("accuracy", "prune_ratio", "macs_saved"):
+        mean = sum(getattr(c, name) * c.instances for c in report.per_class.values()) / report.instances
+        assert mean == pytest.approx(getattr(report, name))
+
+
+def test_records_keep_every_decision() -> None:
+    model, _ = gated()
+    records = evaluate(model, batches(), records=True).records
+    assert records is not None
+    assert records.keep["0"].shape == (10, 8)
+    assert records.cv["0"].shape == (10,)
+    assert torch.equal(records.labels, torch.cat([labels for _, labels in batches()]))
+    assert evaluate(model, batches()).records is None
+
+
+def test_emptied_maps_are_counted() -> None:
+    model = net()
+    InstanceWisePruner(model, torch.zeros(1, 3, 6, 6), gate=lambda feature, norms: norms < 0).step()
+    assert evaluate(model, batches()).emptied == 10
+
+
+def test_images_of_several_sizes() -> None:
+    model, _ = gated()
+    loader = [(torch.randn(2, 3, side, side), torch.zeros(2).long()) for side in (6, 12)]
+    report = evaluate(model, loader)
+    conv, linear = 3 * 8 * 9, 8 * 3
+    assert report.dense_macs == pytest.approx(conv * (36 + 144) / 2 + linear)
+
+
+def test_metric_and_forward_can_be_given() -> None:
+    report = evaluate(
+        net(),
+        batches(),
+        forward=lambda model, images: model(images * 2),
+        metric=lambda outputs, labels: torch.full((len(labels),), 0.25),
+    )
+    assert report.accuracy == pytest.approx(0.25)
+
+
+def test_the_model_is_left_in_its_mode() -> None:
+    model, _ = gated()
+    model.train()
+    model[1].eval()
+    evaluate(model, batches())
+    assert model.training
+    assert not model[1].training
+
+
+def test_non_finite_features_name_the_site() -> None:
+    model, _ = gated()
+    images, labels = batches()[0]
+    images[1, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteFeatureError, match="feature map of 0 "):
+        evaluate(model, [(images, labels)])
+
+
+def test_an_empty_loader_is_refused() -> None:
+    with pytest.raises(SettingError, match="no batch"):
+        evaluate(net(), [])
+
+
+def test_a_report_is_json_and_one_line() -> None:
+    model, _ = gated()
+    report = evaluate(model, batches(), records=True)
+    stored = json.loads(json.dumps(report.to_dict()))
+    assert stored["accuracy"] == report.accuracy
+    assert set(stored["per_class"]) <= {"0", "1", "2"}
+    assert "records" not in stored
+    assert "masked" in str(report)
+    assert "\n" not in str(report)

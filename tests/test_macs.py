@@ -1,0 +1,88 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from isw_plugin import InstanceWisePruner, count_macs
+
+
+def vgg16() -> nn.Module:
+    model = timm.create_model("vgg16_bn", num_classes=10)
+    model.pre_logits = nn.Identity()
+    model.head.fc = nn.Linear(512, 10)
+    return model
+
+
+def two_convs() -> nn.Sequential:
+    """8x8 input: 3 -> 4 channels, 3x3, 64 positions; then 4 -> 6 channels, 1x1."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 1))
+
+
+FIRST, SECOND = 3 * 4 * 9 * 64, 4 * 6 * 64
+
+
+def test_dense_macs_of_the_networks_on_cifar() -> None:
+    assert count_macs(vgg16(), torch.zeros(1, 3, 32, 32)).dense == 313_201_664
+    mobilenet = timm.create_model("mobilenetv2_100", num_classes=10)
+    mobilenet.conv_stem.stride = mobilenet.blocks[1][0].conv_dw.stride = (1, 1)
+    assert round(count_macs(mobilenet, torch.zeros(1, 3, 32, 32)).dense / 1e6) == 88
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5), 25 * 6 * 2 * 9),
+        (nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4), (2, 4, 6, 6), 9 * 4 * 9),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 5, 5), 25 * 4 * 6 * 4),
+        (nn.Linear(7, 3), (2, 11, 7), 11 * 7 * 3),
+    ],
+)
+def test_a_layer_counts_multiply_adds(layer: nn.Module, shape: tuple[int, ...], macs: int) -> None:
+    assert count_macs(nn.Sequential(layer), torch.zeros(shape)).dense == macs
+
+
+def test_a_layer_called_twice_counts_twice() -> None:
+    shared = nn.Conv2d(3, 3, 1)
+    assert count_macs(nn.Sequential(shared, shared), torch.zeros(1, 3, 4, 4)).dense == 2 * 9 * 16
+
+
+def test_dropped_channels_save_their_readers_work() -> None:
+    model = two_convs()
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 8, 8), layers="0")
+    with pruner.gating(alpha=0.0, beta=1.0):
+        report = count_macs(model, torch.randn(5, 3, 8, 8))
+        dropped = (~pruner.keep["0"]).sum(1)
+    assert report.dense == FIRST + SECOND
+    assert dropped.sum() > 0
+    assert torch.equal(report.per_site["0"], dropped.double() * SECOND / 4)
+    assert torch.equal(report.gated, report.dense - report.per_site["0"])
+    assert torch.allclose(report.saved, dropped.double() * SECOND / 4 / report.dense)
+
+
+def test_the_gates_own_work_is_apart() -> None:
+    model = two_convs()
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 8, 8))
+    assert count_macs(model, torch.zeros(1, 3, 8, 8)).gate == 0
+    with pruner.gating():
+        report = count_macs(model, torch.zeros(1, 3, 8, 8))
+    assert report.gate == 4 * 64 + 4 * 4
+    assert report.dense == FIRST + SECOND
+
+
+def test_gates_off_saves_nothing() -> None:
+    model = two_convs()
+    InstanceWisePruner(model, torch.zeros(1, 3, 8, 8))
+    report = count_macs(model, torch.zeros(3, 3, 8, 8))
+    assert report.gated.tolist() == [report.dense] * 3
+    assert report.per_site == {}
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model = vgg16().train()
+    model.features[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    count_macs(model, torch.randn(2, 3, 32, 32))
+    assert model.training
+    assert not model.features[1].training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
