@@ -121,7 +121,8 @@ class _Choice:
     def within(self, candidate: Candidate) -> bool:
         # A hair of tolerance: 0.97 - 0.96 is a little more than 0.01 in binary.
         fits = candidate.accuracy >= self.accuracy - self.max_drop - 1e-9 and not candidate.emptied
-        return fits and candidate.macs <= (self.target_macs or float("inf")) and candidate.macs_saved > 0
+        reached = self.target_macs is None or candidate.macs <= self.target_macs
+        return fits and reached and candidate.macs_saved > 0
 
     def merit(self, candidate: Candidate) -> tuple[float, float]:
         if self.target_macs is None:

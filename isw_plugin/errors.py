@@ -2,6 +2,7 @@
 
 ISWError
 ├── SettingError (ValueError)             a setting outside its range, or unknown
+│   ├── GateParameterError                a gate parameter that the gate does not have
 │   └── PatternError                      a layer-name pattern that selects nothing
 ├── NoSitesError (ValueError)             a model without a feature map that could be gated
 ├── ProbeError (RuntimeError)             the model could not be run on the example inputs
@@ -17,6 +18,7 @@ ISWError
 __all__ = [
     "AttachError",
     "BudgetError",
+    "GateParameterError",
     "ISWError",
     "NoSitesError",
     "NonFiniteFeatureError",
@@ -36,6 +38,10 @@ class ISWError(Exception):
 
 class SettingError(ISWError, ValueError):
     """A setting is outside its range, or its name is unknown."""
+
+
+class GateParameterError(SettingError):
+    """A gate has no parameter of this name."""
 
 
 class PatternError(SettingError):

@@ -66,8 +66,9 @@ def coefficient_of_variation(norms: Tensor) -> Tensor:
         CV, shape (N,). An all-zero map has CV 0; the paper does not say.
     """
     mean = mean_norm(norms)
-    std = (norms - mean).square().mean(1, keepdim=True).sqrt()
-    return torch.where(mean == 0, 0.0, std / mean).squeeze(1)
+    # Relative to the mean first: the squares of large norms overflow.
+    relative = torch.where(mean == 0, 0.0, norms / mean - 1)
+    return relative.square().mean(1).sqrt()
 
 
 def keep_mask(norms: Tensor, alpha: float, beta: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from isw_plugin.errors import RecordedWithoutGradError, UnsupportedError
+from isw_plugin.errors import RecordedWithoutGradError, SettingError, UnsupportedError
 from isw_plugin.functional import channel_norm
 from isw_plugin.gates import Gate, keeps_all
 from isw_plugin.sites import Site
@@ -145,7 +145,10 @@ class _FirstForward:
         inputs: Any = args
         if kwargs:
             inputs = _by_name(inspect.signature(module.forward), args, kwargs)
-        torch.compiler.disable(self.attach)(module, inputs)  # type: ignore[no-untyped-call]  # of torch
+        attach: Callable[..., None] = self.attach
+        if torch.compiler.is_compiling():
+            attach = torch.compiler.disable(attach)  # type: ignore[no-untyped-call]  # of torch
+        attach(module, inputs)
         _Begin(self.memory)(module, args)
 
 
@@ -193,6 +196,11 @@ class _Observe:
             memory.keep[name] = torch.ones_like(norms, dtype=torch.bool)
             return feature
         keep = gate(feature.detach(), norms)
+        if keep.dtype != torch.bool or keep.shape != norms.shape:
+            raise SettingError(
+                f"{gate} gave {keep.dtype} of shape {tuple(keep.shape)} at {name}: a gate gives bool of shape "
+                f"{tuple(norms.shape)}, True where the channel is kept"
+            )
         if memory.min_keep:
             largest = norms.topk(min(memory.min_keep, norms.shape[1]), dim=1).indices
             keep = keep.scatter(1, largest, True)

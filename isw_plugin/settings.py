@@ -152,7 +152,7 @@ def _by_site(model: nn.Module, found: Found, per_site: Mapping[str, Mapping[str,
     layers = {name: module for name, module in model.named_modules() if name in by_layer}
     overrides: dict[str, dict[str, Any]] = {site.name: {} for site in found.sites}
     for pattern, override in per_site.items():
-        for layer in select(layers, pattern):
+        for layer in select(layers, pattern, setting="per_site"):
             overrides[by_layer[layer]] |= override
     return overrides
 

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in page.read_text()
-]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
 
 def loader() -> list[tuple[torch.Tensor, torch.Tensor]]:

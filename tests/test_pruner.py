@@ -133,6 +133,20 @@ def test_any_gate_decides(net: Net, gate: object) -> None:
     assert torch.equal(pruner.keep[first.name], gate(features[first.name], norms))
 
 
+@pytest.mark.parametrize(
+    ("gate", "gave"),
+    [
+        (lambda feature, norms: (norms > 1).float(), r"torch\.float32 of shape \(4, 4\)"),
+        (lambda feature, norms: norms[:, :1] > 1, r"torch\.bool of shape \(4, 1\)"),
+        (lambda feature, norms: feature > 1, r"torch\.bool of shape \(4, 4, 6, 6\)"),
+    ],
+)
+def test_a_gate_that_gives_something_else_is_refused(plain: Net, gate, gave: str) -> None:
+    attached(plain, gate=gate).step()
+    with pytest.raises(SettingError, match=f"{gave} at c1"):
+        plain(plain.images())
+
+
 def test_keep_and_norms_are_detached_and_in_site_order(net: Net) -> None:
     pruner = attached(net)
     pruner.step()
@@ -274,7 +288,7 @@ BAD_SETTINGS = [
     ({"min_keep": -1}, SettingError, "min_keep=-1"),
     ({"per_site": {"c1": {"gamma": 1}}}, SettingError, "gamma"),
     ({"per_site": {"c1": {"lambda_": -1}}}, SettingError, "lambda_=-1"),
-    ({"per_site": {"c9": {"beta": 0.1}}}, PatternError, "c9"),
+    ({"per_site": {"c9": {"beta": 0.1}}}, PatternError, "per_site='c9' matches 0 of 2 layers"),
     ({"layers": "c9"}, PatternError, "c9.*Close names: c1|c2"),
     ({"exclude": "c9"}, PatternError, "c9"),
     ({"exclude": "*"}, PatternError, "leaves none"),

@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from isw_plugin.errors import SettingError
+from isw_plugin.errors import GateParameterError
 
 __all__ = ["Gate", "keeps_all", "with_parameters"]
 
@@ -41,12 +41,15 @@ def with_parameters(gate: G, **parameters: Any) -> G:
     """Return the gate with some parameters replaced.
 
     Raises:
-        SettingError: An unknown name, or a value that the gate refuses.
+        GateParameterError: An unknown name.
+        SettingError: A value that the gate refuses.
     """
     if not parameters:
         return gate
     known: list[str] = [f.name for f in dataclasses.fields(gate)] if dataclasses.is_dataclass(gate) else []
     unknown = sorted(parameters.keys() - set(known))
     if unknown:
-        raise SettingError(f"{type(gate).__name__} has no parameter {', '.join(unknown)}; it has {known or 'none'}")
+        raise GateParameterError(
+            f"{type(gate).__name__} has no parameter {', '.join(unknown)}; it has {known or 'none'}"
+        )
     return dataclasses.replace(gate, **parameters)  # type: ignore[type-var]  # a dataclass: it has fields

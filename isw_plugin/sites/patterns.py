@@ -33,20 +33,27 @@ def matches(patterns: Patterns, name: str, module: nn.Module) -> bool:
     return any(_fits(pattern, name) for pattern in _listed(patterns))
 
 
-def select(layers: Mapping[str, nn.Module], include: Patterns, exclude: Patterns = ()) -> tuple[str, ...]:
+def select(
+    layers: Mapping[str, nn.Module], include: Patterns, exclude: Patterns = (), setting: str = "layers"
+) -> tuple[str, ...]:
     """Names of the layers that ``include`` means and ``exclude`` does not, in the order of ``layers``.
+
+    Args:
+        layers: All there are.
+        include, exclude: Patterns.
+        setting: What the user knows ``include`` as.
 
     Raises:
         PatternError: A pattern means no layer (a typing error would go unseen), or ``exclude`` takes away
             all that ``include`` means.
     """
-    _require_each_fits(layers, "layers", include)
+    _require_each_fits(layers, setting, include)
     _require_each_fits(layers, "exclude", exclude)
     included = [name for name, module in layers.items() if matches(include, name, module)]
     selected = tuple(name for name in included if not matches(exclude, name, layers[name]))
     if not selected:
         raise PatternError(
-            f"layers={include!r} selects {len(included)} of {len(layers)} layers and exclude={exclude!r} "
+            f"{setting}={include!r} selects {len(included)} of {len(layers)} layers and exclude={exclude!r} "
             f"leaves none. {_close_names(layers, include)}"
         )
     return selected
