@@ -4,19 +4,22 @@
     python examples/gate_pretrained.py resnet18 --data DIR --checkpoint my_weights.safetensors
 
 DIR holds train/CLASS/*.jpg and val/CLASS or test/CLASS. Thresholds are chosen on training images and
-reported on the others. Weights come from the hub, or from a local file with --checkpoint.
+reported on the others; where the model was trained on the former, they look too easy, so compare the loss
+on the others with --max-drop. Weights come from the hub, or from a local file with --checkpoint.
 """
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
 import torch
-from images import DataError
-from PIL import Image, UnidentifiedImageError
+from images import UNREADABLE, DataError
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -30,13 +33,13 @@ def open_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: not a readable image ({error})") from error
 
 
 def folders(root: Path) -> tuple[ImageFolder, ImageFolder]:
     """The images to choose thresholds on, and those to report on."""
-    report = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    report = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or report is None:
         raise DataError(f"{root}: expected train/ and val/ (or test/) in it, one folder a class in each")
     try:
@@ -50,7 +53,10 @@ def load_model(name: str, checkpoint: Path | None, classes: int) -> nn.Module:
     if checkpoint is not None:
         if not checkpoint.is_file():
             raise DataError(f"{checkpoint}: no such checkpoint")
-        return timm.create_model(name, num_classes=classes, checkpoint_path=str(checkpoint))
+        try:
+            return timm.create_model(name, num_classes=classes, checkpoint_path=str(checkpoint))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{checkpoint}: no weights of {name} for {classes} classes ({error})") from error
     try:
         model = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
@@ -87,11 +93,19 @@ def main(args: argparse.Namespace) -> None:
     dense = evaluate(model, loaders[1])
     with pruner.gating():
         gated = evaluate(model, loaders[1])
-    print(f"gates off: {dense}\ngates on:  {gated}")
+    print(f"gates off: {dense}\ngates on:  {gated}\nlost {dense.accuracy - gated.accuracy:.4f} of accuracy")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         frontier({args.model: calibration}, args.out / "frontier.png", f"{args.model}, {args.data.name}, no training")
-        results = {"pruner": pruner.state_dict(), "dense": dense.to_dict(), "gated": gated.to_dict()}
+        results = {
+            "command": shlex.join(["python", *sys.argv]),
+            "seed": args.seed,
+            "versions": {name: version(name) for name in ("torch", "timm", "isw_plugin")},
+            "chosen_on": {"instances": calibration.instances, "accuracy": calibration.accuracy},
+            "pruner": pruner.state_dict(),
+            "dense": dense.to_dict(),
+            "gated": gated.to_dict(),
+        }
         (args.out / "results.json").write_text(json.dumps(results, indent=2))
 
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torchvision.datasets import CIFAR10, ImageFolder
 from tqdm import tqdm
 
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)  # all that Pillow raises
+
 
 class DataError(ValueError):
     """The data set cannot be read as asked; the message names the folder or file."""
@@ -118,7 +120,8 @@ def load(data: str, size: int, seed: int) -> ImageSplits:
     else:
         train, test, classes = _folder(Path(data), size)
     train, held_out = _split(train, 0.05, seed)
-    return _splits(data if data == "cifar10" else Path(data).name, classes, train, held_out, test, flip=True)
+    name = data if data == "cifar10" else f"folder {Path(data).resolve().name}"
+    return _splits(name, classes, train, held_out, test, flip=True)
 
 
 def _splits(
@@ -149,6 +152,8 @@ def _digits(size: int) -> tuple[Images, tuple[str, ...]]:
 
 
 def _cifar10(size: int) -> tuple[Images, Images, tuple[str, ...]]:
+    if size != 32:
+        raise DataError(f"CIFAR-10 has 32x32 images: --size {size} is for a folder of images")
     root = Path(torch.hub.get_dir()) / "datasets"
     try:
         parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
@@ -156,8 +161,6 @@ def _cifar10(size: int) -> tuple[Images, Images, tuple[str, ...]]:
         raise DataError(
             f"CIFAR-10 could not be downloaded to {root} ({error}): give a folder of images with --data"
         ) from error
-    if size != 32:
-        raise DataError(f"CIFAR-10 has 32x32 images: --size {size} is for a folder of images")
     train, test = (
         Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in parts
@@ -196,7 +199,7 @@ def _read(path: str, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: not a readable image ({error})") from error
     if image.size != (size, size):
         scale = size / min(image.size)

@@ -10,8 +10,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-class SettingsError(ValueError):
-    """The folder holds a run with other settings; nothing in it was touched."""
+class OtherRunError(ValueError):
+    """The folder holds something else, or a run with other settings; nothing in it was touched."""
 
 
 class RunFolder:
@@ -22,17 +22,12 @@ class RunFolder:
         settings: JSON values that the results depend on.
 
     Raises:
-        SettingsError: The folder belongs to other settings.
+        OtherRunError: The folder belongs to other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        require_free_or_same(path, settings)
         self.path = path
-        known = path / "settings.json"
-        if known.exists():
-            _require_equal(json.loads(known.read_text()), json.loads(json.dumps(settings)), path)
-            return
-        if path.exists() and any(not file.name.endswith(".draft") for file in path.iterdir()):
-            raise SettingsError(f"{path} is not empty and is no run folder: choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         self.write("settings.json", json.dumps(settings, indent=2))
 
@@ -64,10 +59,21 @@ class RunFolder:
         (self.path / f"{name}.safetensors").unlink(missing_ok=True)
 
 
+def require_free_or_same(path: Path, settings: dict[str, Any]) -> None:
+    """Raise OtherRunError unless the path is free or holds a run with these settings; changes nothing."""
+    known = path / "settings.json"
+    if known.exists():
+        _require_equal(json.loads(known.read_text()), json.loads(json.dumps(settings)), path)
+    elif path.exists() and not path.is_dir():
+        raise OtherRunError(f"{path} is a file: choose another --out")
+    elif path.exists() and any(not file.name.endswith(".draft") for file in path.iterdir()):
+        raise OtherRunError(f"{path} is not empty and is no run folder: choose another --out")
+
+
 def _require_equal(found: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
     keys = sorted(found.keys() | asked.keys())
     other = [f"{k}: {found.get(k)!r} there, {asked.get(k)!r} asked" for k in keys if found.get(k) != asked.get(k)]
     if other:
-        raise SettingsError(
+        raise OtherRunError(
             f"{path} holds a run with other settings ({'; '.join(other)}): choose another --out, or delete it"
         )

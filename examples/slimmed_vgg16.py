@@ -10,11 +10,13 @@ same command again. Ends with Table 6 of the paper for this run; everything is w
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,23 +24,26 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from images import Batches, DataError, ImageSplits, load
-from run_folder import RunFolder, SettingsError
+from run_folder import OtherRunError, RunFolder, require_free_or_same
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 from training import Schedule, finish, train
 
 from isw_plugin import Calibration, InstanceWisePruner, ISWError, calibrate, evaluate
 from isw_plugin.calibrate import Candidate
-from isw_plugin.errors import BudgetError
-from isw_plugin.measure import GateReport, compare, hardware, measuring
+from isw_plugin.errors import BudgetError, SettingError
+from isw_plugin.measure import GateReport, Latency, compare, hardware, measuring
 from isw_plugin.report import channel_heatmap, frontier
+from isw_plugin.settings import check_lambda
 from isw_plugin.toolkits.torch_pruning import SlimmingImportance
 
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 POOLED = (1, 3, 6, 9, 12)
 MIN_CHANNELS = 8  # of every slimmed layer; with fewer, a layer is a bottleneck that fine-tuning cannot heal
 PAPER_PAIRS = ((0.5, 1.0), (0.7, 0.7))
+NOT_TRAINED_WITH = ("out", "device", "lambdas", "max_drop")  # a run may go on with others of these
 TIMED_BATCH = 64
+TIMED_ROUNDS = 9
 
 
 def vgg16(widths: tuple[int, ...], classes: int) -> nn.Module:
@@ -124,6 +129,15 @@ def slim_stage(job: Job) -> tuple[int, ...]:
     if not job.run.has("slimmed"):
         model = job.stored("dense", job.dense_widths())
         static_pruner(job, model).step()
+        before, after = (
+            sum(job.dense_widths()),
+            sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)),
+        )
+        if abs(1 - after / before - job.args.prune_ratio) > 0.02:
+            raise SettingError(
+                f"--prune-ratio {job.args.prune_ratio:g}: {1 - after / before:.3f} of {before} channels can go, since "
+                f"every layer keeps {MIN_CHANNELS}; prune less, or a wider network"
+            )
         widths = [module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         job.run.save("slimmed", model.state_dict(), widths=widths)
     return tuple(job.run.load("slimmed")[1]["widths"])
@@ -131,7 +145,7 @@ def slim_stage(job: Job) -> tuple[int, ...]:
 
 def finetune_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> str:
     """Fine-tune with feature decay (Eq. 5); returns the name that the model is stored under."""
-    name = f"finetuned-{lambda_:g}"
+    name = f"finetuned-{lambda_!r}"
     if not job.run.has(name):
         model = job.stored("slimmed", widths)
         pruner = InstanceWisePruner(model, job.example, lambda_=lambda_)
@@ -142,10 +156,10 @@ def finetune_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> str:
 
 def calibrate_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> Calibration | None:
     """Choose alpha and beta on held-out images; None where the budget cannot be met."""
-    file = f"calibrated-{lambda_:g}.json"
+    file = f"calibrated-{lambda_!r}-{job.args.max_drop!r}.json"
     if (job.run.path / file).exists():
         return _calibration(json.loads((job.run.path / file).read_text()))
-    model = job.stored(f"finetuned-{lambda_:g}", widths)
+    model = job.stored(f"finetuned-{lambda_!r}", widths)
     pruner = InstanceWisePruner(model, job.example)
     try:
         calibration = calibrate(pruner, job.batches("held_out"), max_drop=job.args.max_drop)
@@ -171,15 +185,16 @@ def measure_stage(job: Job, widths: tuple[int, ...], calibrations: dict[float, C
             pairs.append((calibration.best.parameters["alpha"], calibration.best.parameters["beta"]))
         variants += [("gated", lambda_, alpha, beta) for alpha, beta in pairs]
     models = [_variant(job, widths, *variant) for variant in variants]
+    drawn = ("gated", max(calibrations), *PAPER_PAIRS[0])  # Figure 3 is drawn at this pair
     rows = []
     for variant, model in zip(variants, models, strict=True):
-        report = evaluate(model, job.batches("test"), records=variant[2:] == PAPER_PAIRS[0])
+        report = evaluate(model, job.batches("test"), records=variant == drawn)
         if report.records is not None:
             caption = f"{job.splits.name}, lambda {variant[1]:g}, alpha {variant[2]:g}, beta {variant[3]:g}"
             channel_heatmap(report.records, job.splits.classes, job.run.path / "heatmap.png", caption)
         rows.append(_row(*variant, report))
-    for row, milliseconds in zip(rows, _times(job, models), strict=True):
-        row["ms_per_image"] = milliseconds
+    for row, latency in zip(rows, _times(job, models), strict=True):
+        row |= {"ms_per_image": latency.ms_per_image, "ms_quartiles": [latency.low, latency.high]}
     return _provenance(job, widths) | {"rows": rows}
 
 
@@ -188,7 +203,7 @@ def _variant(
 ) -> nn.Module:
     if lambda_ is None:
         return job.stored(stage, job.dense_widths() if stage == "dense" else widths)
-    model = job.stored(f"finetuned-{lambda_:g}", widths)
+    model = job.stored(f"finetuned-{lambda_!r}", widths)
     if alpha is not None and beta is not None:
         InstanceWisePruner(model, job.example, alpha=alpha, beta=beta).step()
     return model
@@ -211,18 +226,12 @@ def _row(
     }
 
 
-def _times(job: Job, models: list[nn.Module]) -> list[float]:
+def _times(job: Job, models: list[nn.Module]) -> list[Latency]:
     images, _ = next(iter(Batches(job.splits.test, job.splits, TIMED_BATCH, job.device)))
 
-    def forward(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            with measuring(model):
-                model(images)
-
-        return run
-
-    runs = {str(index): forward(model) for index, model in enumerate(models)}
-    return [latency.ms_per_image for latency in compare(runs, len(images), 7, job.device).values()]
+    runs = {str(index): partial(model, images) for index, model in enumerate(models)}
+    with measuring(nn.ModuleList(models)):
+        return list(compare(runs, len(images), TIMED_ROUNDS, job.device).values())
 
 
 def _provenance(job: Job, widths: tuple[int, ...]) -> dict[str, Any]:
@@ -240,7 +249,7 @@ def _provenance(job: Job, widths: tuple[int, ...]) -> dict[str, Any]:
             "test": len(splits.test),
         },
         "widths": list(widths),
-        "timed_batch": TIMED_BATCH,
+        "timed": {"batch": TIMED_BATCH, "rounds": TIMED_ROUNDS},
     }
 
 
@@ -250,18 +259,22 @@ def table6(results: dict[str, Any]) -> str:
     lines = [
         f"{data['name']}: {data['train']} training, {data['held_out']} held-out, {data['test']} test images; "
         f"seed {results['seed']}; {results['hardware']}; {results['date']}",
+        ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
+        results["command"],
         f"widths after slimming: {results['widths']}",
-        "saved: share of the MACs of the same network ungated. ms: median an image, batch of "
-        f"{results['timed_batch']}, timed in turn; masked execution zeroes channels and skips nothing.",
+        "saved: share of the MACs of the same network ungated. ms: of an image, median and quartiles of "
+        f"{results['timed']['rounds']} batches of {results['timed']['batch']}, all rows in turn; masked execution zeroes "
+        "channels and skips nothing.",
         "",
-        "stage       lambda  alpha   beta     acc     pr    MMACs  saved      ms",
+        "stage       lambda  alpha   beta     acc     pr    MMACs  saved      ms  (quartiles)",
     ]
     for row in results["rows"]:
+        low, high = row["ms_quartiles"]
         numbers = [_number(row[name], "g") for name in ("lambda", "alpha", "beta")]
         lines.append(
             f"{row['stage']:<10} {numbers[0]:>7} {numbers[1]:>6} {numbers[2]:>6} {row['accuracy']:>7.4f} "
             f"{row['prune_ratio']:>6.3f} {row['macs'] / 1e6:>8.2f} {row['macs_saved']:>6.1%} "
-            f"{row['ms_per_image']:>7.3f} {row['execution']}"
+            f"{row['ms_per_image']:>7.3f}  ({low:.3f} to {high:.3f}) {row['execution']}"
         )
     return "\n".join(lines)
 
@@ -275,7 +288,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="digits", help="digits, cifar10, or a folder of images")
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument("--width", type=float, help="share of VGG16's channels (0.5 on digits, else 1.0)")
-    parser.add_argument("--epochs-dense", type=int, help="12 on digits and elsewhere")
+    parser.add_argument("--epochs-dense", type=int, help="12")
     parser.add_argument("--epochs-finetune", type=int, help="10 on digits, else 8")
     parser.add_argument("--batch", type=int, help="training batch (32 on digits, else 128); lambda is tied to it")
     parser.add_argument("--lambda", dest="lambdas", type=float, nargs="+", default=[1e-6], help="feature decay, Eq. 5")
@@ -301,10 +314,33 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise SettingError for options that a later stage would refuse."""
+    for lambda_ in args.lambdas:
+        check_lambda(lambda_)
+    ranges = {
+        "--batch": (args.batch, 1, math.inf),
+        "--size": (args.size, 32, math.inf),  # five times halved, a pixel is left
+        "--epochs-dense": (args.epochs_dense, 1, math.inf),
+        "--epochs-finetune": (args.epochs_finetune, 1, math.inf),
+        "--width": (args.width, 0.05, 4),
+        "--bn-l1": (args.bn_l1, 0, 1),
+        "--prune-ratio": (args.prune_ratio, 0.01, 0.99),
+        "--max-drop": (args.max_drop, 0, 1),
+    }
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise SettingError(f"{name} {value:g}: from {low:g} to {high:g}")
+
+
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run all stages that the run folder does not hold yet; returns what results.json holds."""
+    check(args)
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_TRAINED_WITH}
+    require_free_or_same(args.out, settings)
     splits = load(args.data, args.size, args.seed)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
+    if len(splits.train) < args.batch:
+        raise SettingError(f"--batch {args.batch}: there are only {len(splits.train)} training images")
     job = Job(args, splits, RunFolder(args.out, settings), torch.device(args.device))
     print(f"[1/5] train with BN-L1 {args.bn_l1:g}")
     dense_stage(job)
@@ -329,7 +365,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main(arguments())
-    except (DataError, SettingsError, ISWError) as error:
+    except (DataError, OtherRunError, ISWError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped: run the same command again to go on from the last saved epoch")

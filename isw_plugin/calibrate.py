@@ -18,7 +18,7 @@ __all__ = ["Calibration", "Candidate", "calibrate"]
 Parameters = dict[str, float]
 
 _GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
-    "CVGate": {"alpha": (0.0, 0.25, 0.5, 0.75, 1.0), "beta": (0.25, 0.5, 0.75, 1.0)},
+    "CVGate": {"alpha": (0.0, 0.25, 0.5, 1.0, 2.0), "beta": (0.25, 0.5, 0.75, 1.0)},
     "MinNorm": {"ratio": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)},
     "RandomGate": {"ratio": (0.05, 0.1, 0.15, 0.2, 0.3)},
 }
@@ -81,7 +81,8 @@ def calibrate(
 
     Args:
         pruner: Its gate's parameters are set; unchanged on any error.
-        loader: Held-out (images, labels); its first ``max_instances`` images are kept in memory.
+        loader: Held-out (images, labels), in random order: its first ``max_instances`` images are used,
+            and kept in memory. Images that the model was trained on make the loss look too small.
         max_drop: Accuracy that may be lost against gates off, a fraction (0.01 is one point).
         target_macs: MACs an image may take at most.
         grid: Gate parameter -> values to try, instead of the gate's own grid and its refinement.
@@ -93,6 +94,8 @@ def calibrate(
     """
     if not max_drop >= 0:
         raise SettingError(f"max_drop={max_drop}: a loss of accuracy is 0 or more")
+    if target_macs is not None and not target_macs > 0:
+        raise SettingError(f"target_macs={target_macs}: a number of MACs is more than 0")
     values = _grid(pruner, grid)
     batches = list(_first(loader, max_instances))
     with tqdm(desc="calibrating", unit="candidate", leave=False) as progress:
@@ -143,7 +146,7 @@ class _Choice:
         best = self.nearest(candidates)
         if self.within(best):
             return best
-        wanted = f"at most {self.max_drop:g} under the accuracy with gates off, {self.accuracy:.4f}"
+        wanted = f"and loses at most {self.max_drop:g} of the accuracy with gates off, {self.accuracy:.4f}"
         if self.target_macs is not None:
             wanted += f", with at most {self.target_macs:,.0f} MACs"
         raise BudgetError(
@@ -188,8 +191,10 @@ class _Trial:
 def _grid(pruner: InstanceWisePruner, grid: Mapping[str, Sequence[float]] | None) -> dict[str, tuple[float, ...]]:
     gate = pruner.gate
     values = grid if grid is not None else _GRIDS.get(type(gate).__name__)
-    if not values or not all(values.values()):
+    if values is None:
         raise SettingError(f"{type(gate).__name__} has no grid of its own: pass grid={{parameter: values}}")
+    if not values or not all(values.values()):
+        raise SettingError(f"grid={grid}: every parameter needs a value to try")
     for point in itertools.product(*values.values()):
         with_parameters(gate, **dict(zip(values, point, strict=True)))  # raises before anything is tried
     return {name: tuple(found) for name, found in values.items()}

@@ -91,6 +91,8 @@ class Memory:
         grad = torch.is_grad_enabled()
         self.running = True
         self.training = training and grad and any(self.recording.values())
+        if self.enabled:
+            self.norms, self.keep = {}, {}  # a site that this forward skips has no decision
         if grad:
             self.repeats = self.training
         if self.training:

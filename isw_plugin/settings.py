@@ -45,9 +45,9 @@ class Settings:
     def __getstate__(self) -> dict[str, Any]:
         """Functions as patterns become the names that they chose, which can be pickled."""
         state = dict(self.__dict__)
-        if callable(self.layers) or callable(self.exclude):
-            state["layers"] = [name for site in self.found.sites for name in site.layers] if self.found else "*"
-            state["exclude"] = () if self.found else state["exclude"]
+        if self.found and (callable(self.layers) or callable(self.exclude)):
+            state["layers"] = [name for site in self.found.sites for name in site.layers]
+            state["exclude"] = ()
         return state
 
     def lambda_and_gate(self, override: Mapping[str, Any]) -> tuple[float, Gate]:

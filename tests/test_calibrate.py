@@ -119,7 +119,9 @@ def test_a_budget_that_cannot_be_met_says_the_best_found() -> None:
     [
         ({"grid": {"gamma": (1.0,)}}, "no parameter gamma"),
         ({"grid": {"beta": (2.5,)}}, "beta=2.5"),
-        ({"grid": {"beta": ()}}, "pass grid"),
+        ({"grid": {"beta": ()}}, "needs a value"),
+        ({"target_macs": -1}, "target_macs"),
+        ({"target_macs": float("nan")}, "target_macs"),
         ({"max_drop": -0.1}, "max_drop"),
         ({"max_drop": float("nan")}, "max_drop"),
         ({"max_instances": 0}, "max_instances"),

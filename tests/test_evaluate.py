@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, evaluate
-from isw_plugin.errors import NonFiniteFeatureError, SettingError
+from isw_plugin.errors import AttachError, NonFiniteFeatureError, SettingError
 
 
 def net() -> nn.Module:
@@ -130,3 +130,33 @@ def test_a_report_is_json_and_one_line() -> None:
     assert "records" not in stored
     assert "masked" in str(report)
     assert "\n" not in str(report)
+
+
+def test_a_wrapped_model_is_measured_as_what_it_wraps() -> None:
+    model, _ = gated()
+    plain = evaluate(model, batches())
+    compiled = evaluate(torch.compile(model, backend="eager"), batches())
+    assert (compiled.execution, compiled.prune_ratio, compiled.macs) == ("masked", plain.prune_ratio, plain.macs)
+
+
+def test_a_part_with_a_pruner_is_refused() -> None:
+    model, _ = gated()
+    with pytest.raises(AttachError, match="a part of this model"):
+        evaluate(nn.Sequential(nn.Identity(), model), batches())
+
+
+def test_a_forward_that_runs_the_model_in_parts_is_refused() -> None:
+    model, _ = gated()
+
+    def halves(model: nn.Module, images: Tensor) -> Tensor:
+        return torch.cat([model(half) for half in images.chunk(2)])
+
+    with pytest.raises(SettingError, match="decided for 2 instances of a batch of 4"):
+        evaluate(model, batches(), forward=halves)
+
+
+def test_the_last_decisions_stay_readable() -> None:
+    model, pruner = gated()
+    evaluate(model, batches())
+    assert len(pruner.keep["0"]) == 2
+    assert pruner.enabled

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_folder import RunFolder, SettingsError
+from run_folder import OtherRunError, RunFolder
 
 
 def test_tensors_and_facts_come_back(tmp_path: Path) -> None:
@@ -17,14 +17,14 @@ def test_tensors_and_facts_come_back(tmp_path: Path) -> None:
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     RunFolder(tmp_path, {"seed": 0, "width": 0.5}).save("dense", {"w": torch.ones(1)})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(SettingsError, match=r"seed: 0 there, 1 asked"):
+    with pytest.raises(OtherRunError, match=r"seed: 0 there, 1 asked"):
         RunFolder(tmp_path, {"seed": 1, "width": 0.5})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("all my work")
-    with pytest.raises(SettingsError, match="no run folder"):
+    with pytest.raises(OtherRunError, match="no run folder"):
         RunFolder(tmp_path, {})
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 

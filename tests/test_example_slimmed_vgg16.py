@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from images import DataError
-from run_folder import RunFolder, SettingsError
+from run_folder import OtherRunError, RunFolder
 from slimmed_vgg16 import arguments, main, vgg16
 
+from isw_plugin.errors import SettingError
+
 SCRIPT = Path(__file__).parent.parent / "examples" / "slimmed_vgg16.py"
-# prettier than a full command line a test
 SMALL = "--width 0.125 --epochs-dense 2 --epochs-finetune 1 --prune-ratio 0.2 --max-drop 0.9 --device cpu".split()  # noqa: SIM905
 
 
@@ -43,7 +44,7 @@ def test_results_hold_every_row_with_its_provenance(finished: Path) -> None:
 
 def test_figures_table_and_models_are_written(finished: Path) -> None:
     names = {file.name for file in finished.iterdir()}
-    assert names >= {"results.txt", "frontier.png", "heatmap.png", "slimmed.safetensors", "finetuned-0.safetensors"}
+    assert names >= {"results.txt", "frontier.png", "heatmap.png", "slimmed.safetensors", "finetuned-0.0.safetensors"}
     assert not any(name.endswith((".draft", ".partial.safetensors", ".pt", ".pkl")) for name in names)
 
 
@@ -64,7 +65,7 @@ def test_a_finished_run_trains_nothing_again(finished: Path, capsys: pytest.Capt
 
 
 def test_a_run_of_other_settings_is_refused(finished: Path) -> None:
-    with pytest.raises(SettingsError, match="seed: 0 there, 1 asked"):
+    with pytest.raises(OtherRunError, match="seed: 0 there, 1 asked"):
         main(arguments([*SMALL, "--lambda", "0", "1e-6", "--seed", "1", "--out", str(finished)]))
 
 
@@ -89,6 +90,22 @@ def test_kill_9_loses_at_most_an_epoch(finished: Path, tmp_path: Path) -> None:
     for name in ("dense", "slimmed", "finetuned-1e-06"):
         ours, theirs = (RunFolder(folder, settings).load(name)[0] for folder in (out, finished))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(
+    "option", ["--lambda -1", "--max-drop -1", "--prune-ratio 1.5", "--batch 0", "--batch 5000", "--size 16"]
+)
+def test_wrong_options_are_refused_before_anything_is_made(tmp_path: Path, option: str) -> None:
+    with pytest.raises(SettingError):
+        main(arguments([*SMALL, "--out", str(tmp_path / "out"), *option.split()]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_lambda_needs_no_new_dense_training(finished: Path) -> None:
+    before = (finished / "dense.safetensors").stat().st_mtime_ns
+    main(arguments([*SMALL, "--lambda", "1e-5", "--out", str(finished)]))
+    assert (finished / "dense.safetensors").stat().st_mtime_ns == before
+    assert (finished / "finetuned-1e-05.safetensors").exists()
 
 
 def test_errors_end_in_one_line(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from isw_plugin.measure.latency import compare, hardware, summarize, timed
 CPU = torch.device("cpu")
 
 
-def test_the_first_batch_warms_up() -> None:
-    latency = summarize([9.0, 0.1, 0.2, 0.3], [10, 10, 10, 5], CPU)
+def test_the_first_batch_warms_up_and_a_short_one_is_left_out() -> None:
+    latency = summarize([9.0, 0.1, 0.2, 0.3, 0.4], [10, 10, 10, 10, 5], CPU)
     assert latency.batches == 3
     assert latency.ms_per_image == pytest.approx(20)
-    assert latency.low <= latency.ms_per_image <= latency.high
+    assert 10 <= latency.low <= latency.ms_per_image <= latency.high <= 30
+    assert latency.batch == 10
 
 
 def test_a_single_batch_is_its_own_median() -> None:

@@ -46,6 +46,19 @@ def test_a_layer_called_twice_counts_twice() -> None:
     assert count_macs(nn.Sequential(shared, shared), torch.zeros(1, 3, 4, 4)).dense == 2 * 9 * 16
 
 
+def test_a_layer_called_on_several_sizes_counts_each() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(x).mean() + self.head(x[:, :, ::2, ::2]).mean()
+            return out
+
+    assert count_macs(Pyramid(), torch.zeros(1, 3, 8, 8)).dense == 6 * (64 + 16)
+
+
 def test_dropped_channels_save_their_readers_work() -> None:
     model = two_convs()
     pruner = InstanceWisePruner(model, torch.zeros(1, 3, 8, 8), layers="0")

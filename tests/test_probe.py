@@ -169,3 +169,9 @@ def test_warnings_of_the_forward_are_kept_for_the_users_own() -> None:
 
 def test_other_models_declare_nothing(plain: Net) -> None:
     assert default_inputs(plain) is None
+
+
+def test_default_inputs_of_a_stem_that_folds_pixels_into_channels() -> None:
+    inputs = default_inputs(timm.create_model("tresnet_m"))
+    assert inputs is not None
+    assert inputs.shape == (1, 3, 224, 224)

@@ -175,10 +175,39 @@ def test_transformers_have_their_mlps_as_sites_with_channels_last(name: str) -> 
 
 def test_preactivation_sites_are_the_normed_maps() -> None:
     _, found = found_in("resnetv2_50")
-    site = by_name(found)["stages.0.blocks.0.norm1"]
-    assert site.taps == (Tap("stages.0.blocks.0.norm1"),)
+    site = by_name(found)["stages.1.blocks.0.norm1"]  # after a residual add
+    assert site.taps == (Tap("stages.1.blocks.0.norm1"),)
     readers = [consumer.layer for consumer in site.consumers]
-    assert readers == ["stages.0.blocks.0.downsample.conv", "stages.0.blocks.0.conv1"]
+    assert readers == ["stages.1.blocks.0.downsample.conv", "stages.1.blocks.0.conv1"]
+    stem = by_name(found)["stem.conv"]  # a pool is no join: the walk goes on to the norm behind it
+    assert stem.taps == (Tap("stages.0.blocks.0.norm1"),)
+
+
+def test_an_image_that_is_normed_is_no_site() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert [site.name for site in find_sites(model, torch.zeros(1, 3, 4, 4)).sites] == ["1"]
+
+
+def test_a_norm_behind_a_pool_makes_the_map() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    (site,) = find_sites(model, torch.zeros(1, 3, 4, 4), layers="0").sites
+    assert (site.name, site.taps) == ("0", (Tap("3"),))
+
+
+def test_squeeze_excite_before_a_residual_add_is_walked_through() -> None:
+    model = timm.create_model("seresnet18")
+    found = find_sites(model, torch.zeros(1, 3, 64, 64))
+    names = {name for site in found.sites for name in site.layers}
+    assert "layer1.0.conv2" in names
+    assert set(found.left_out.values()) == {"scales another map", "the classifier"}
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_squeeze_excite_is_told_apart_on_maps_of_one_pixel(size: int) -> None:
+    found = find_sites(timm.create_model("mobilenetv3_small_100"), torch.zeros(1, 3, size, size))
+    assert len(found.sites) == 43
+    readers = {consumer.layer for site in found.sites for consumer in site.consumers}
+    assert not any(name.endswith("se.conv_reduce") for name in readers)
 
 
 # -- nets that carry their expected answers --------------------------------------------------------

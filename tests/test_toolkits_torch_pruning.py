@@ -107,7 +107,7 @@ def test_a_residual_add_ranks_its_layers_together() -> None:
     graph = tp.DependencyGraph().build_dependency(model, torch.zeros(1, 3, 4, 4))
     group = graph.get_pruning_group(model.a[0], tp.prune_conv_out_channels, idxs=list(range(4)))
     importance = SlimmingImportance()(group)
-    assert importance.tolist() == pytest.approx([0.5, float("inf"), 0.05, 0.15])
+    assert importance.tolist() == pytest.approx([0.5, 1e6 + 0.6, 0.05, 0.15])
 
 
 def test_a_group_without_batch_norm_is_left_alone() -> None:
@@ -140,3 +140,21 @@ def test_regularize_pulls_on_gammas_alone() -> None:
     pulled = {name for name, parameter in model.named_parameters() if parameter.grad.any()}
     assert pulled == {"1.weight", "4.weight"}
     assert model[1].weight.grad.tolist() == [0.5] * WIDTH
+
+
+def test_asking_for_more_than_is_left_still_prunes() -> None:
+    """An infinite threshold would select every channel of every layer, and torch-pruning would skip them all."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 2, 1)
+    )
+    for norm in (model[1], model[3]):
+        nn.init.uniform_(norm.weight, 0.1, 1.0)
+    tp.pruner.BNScalePruner(
+        model,
+        torch.zeros(1, 3, 4, 4),
+        importance=SlimmingImportance(8),
+        global_pruning=True,
+        pruning_ratio=0.67,
+        ignored_layers=[model[4]],
+    ).step()
+    assert model[1].num_features + model[3].num_features <= 16

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from isw_plugin.errors import NonFiniteFeatureError, SettingError
 from isw_plugin.functional import coefficient_of_variation
-from isw_plugin.hooks import memory_of
 from isw_plugin.measure.latency import Latency, summarize, timed
-from isw_plugin.measure.macs import DenseMacs, count_dense, saved_by_site
+from isw_plugin.measure.macs import DenseMacs, count_dense, gated_pruner, saved_by_site
 from isw_plugin.measure.modes import measuring
-from isw_plugin.pruner import InstanceWisePruner
 
 __all__ = ["ClassReport", "GateReport", "Records", "SiteReport", "evaluate"]
 
@@ -131,8 +129,8 @@ def evaluate(
         NonFiniteFeatureError: A gated map holds NaN or infinity; names the first such site.
         SettingError: The loader is empty.
     """
-    tally = _Tally(model)
     call = forward or _call
+    tally = _Tally(model, call)
     score = metric or _top1
     place = torch.device(device) if device is not None else next(model.parameters(), torch.empty(0)).device
     with measuring(model):
@@ -155,10 +153,10 @@ def _top1(outputs: Tensor, labels: Tensor) -> Tensor:
 class _Tally:
     """Collects batches; holds a few numbers an instance, and its keep bits."""
 
-    def __init__(self, model: nn.Module) -> None:
-        memory = memory_of(model)
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
         self.model = model
-        self.gated = memory is not None and memory.enabled
+        self.forward = forward
+        self.pruner = gated_pruner(model)
         self.dense: dict[tuple[int, ...], DenseMacs] = {}  # by image shape
         self.rows: dict[str, list[Tensor]] = {}
         self.keep: dict[str, list[Tensor]] = {}
@@ -169,12 +167,11 @@ class _Tally:
     def add(self, images: Tensor, labels: Tensor, scores: Tensor, seconds: float) -> None:
         self.seconds.append(seconds)
         count = len(labels)
-        # Read before count_dense runs the model again on a single image.
-        pruner = InstanceWisePruner.of(self.model) if self.gated else None
-        keep, norms = (pruner.keep, pruner.norms) if pruner else ({}, {})
+        keep, norms = (self.pruner.keep, self.pruner.norms) if self.pruner else ({}, {})
         _require_finite(norms)
+        self._require_whole(keep, count)
         dense = self._dense(images)
-        saved = saved_by_site(pruner.sites, keep, dense) if pruner else {}
+        saved = saved_by_site(self.pruner.sites, keep, dense) if self.pruner else {}
         for name in keep:
             self.keep.setdefault(name, []).append(keep[name].cpu())
             self.cv.setdefault(name, []).append(coefficient_of_variation(norms[name]).cpu())
@@ -184,10 +181,20 @@ class _Tally:
         for name, values in row.items():
             self.rows.setdefault(name, []).append(values)
 
+    def _require_whole(self, keep: dict[str, Tensor], instances: int) -> None:
+        """One decision for every image at every site, or the means would be of something else."""
+        for site in self.pruner.sites if self.pruner else ():
+            decided = len(keep[site.name]) if site.name in keep else 0
+            if decided != instances:
+                raise SettingError(
+                    f"{site.name} decided for {decided} instances of a batch of {instances}: forward must run the "
+                    "model once, on the whole batch, through every site"
+                )
+
     def _dense(self, images: Tensor) -> DenseMacs:
         shape = tuple(images.shape[1:])
         if shape not in self.dense:
-            self.dense[shape] = count_dense(self.model, images[:1])
+            self.dense[shape] = count_dense(self.model, images[:1], self.forward)
         return self.dense[shape]
 
     def report(self, device: torch.device, with_records: bool) -> GateReport:
@@ -206,9 +213,9 @@ class _Tally:
             dense_macs=dense,
             macs=macs,
             macs_saved=1 - macs / dense,
-            gate_macs=next(iter(self.dense.values())).gate if self.gated else 0,
+            gate_macs=next(iter(self.dense.values())).gate if self.pruner else 0,
             emptied=sum(int((~mask.any(1)).sum()) for mask in keep.values()),
-            execution="masked" if self.gated else "dense",
+            execution="masked" if self.pruner else "dense",
             latency=summarize(self.seconds, [len(labels) for labels in self.rows["labels"]], device),
             per_site={name: self._site(name, keep[name], cv[name], dense) for name in keep},
             per_class=_by_class(records, rows["dense"]),

@@ -53,16 +53,19 @@ def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 def summarize(seconds: Sequence[float], sizes: Sequence[int], device: torch.device) -> Latency:
-    """Latency over batches; the first, which warms caches up, is left out where there are others.
+    """Latency over the batches of full size; the first, which warms caches up, is left out where there are others.
 
     Args:
         seconds: Time of each batch.
         sizes: Images in each batch.
     """
-    first = 1 if len(seconds) > 1 else 0
-    per_image = [1000 * s / n for s, n in zip(seconds[first:], sizes[first:], strict=True)]
-    low, middle, high = statistics.quantiles(per_image, n=4) if len(per_image) > 1 else per_image * 3
-    return Latency(middle, low, high, max(sizes), len(per_image), hardware(device), torch.get_num_threads())
+    full = max(sizes)
+    per_image = [1000 * s / n for s, n in zip(seconds, sizes, strict=True) if n == full]
+    per_image = per_image[1:] or per_image
+    low, middle, high = (
+        statistics.quantiles(per_image, n=4, method="inclusive") if len(per_image) > 1 else per_image * 3
+    )
+    return Latency(middle, low, high, full, len(per_image), hardware(device), torch.get_num_threads())
 
 
 def compare(

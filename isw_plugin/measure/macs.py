@@ -2,11 +2,12 @@
 
 One multiply-add is one MAC. Convolutions and linear layers are counted, as in the paper; norms,
 activations and biases are not. A dropped channel saves the work of its readers on that input channel,
-so the saving is linear in the number of dropped channels.
+so the saving is linear in the number of dropped channels. Projections that are no module of their own
+(``nn.MultiheadAttention``) and products of activations (attention) are not counted.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from isw_plugin.hooks import memory_of
+from isw_plugin.errors import AttachError
+from isw_plugin.hooks import has_hooks, memory_of
 from isw_plugin.measure.modes import measuring
 from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.sites import LAYERS, Inputs, Site
+from isw_plugin.wrappers import unwrapped
 
-__all__ = ["DenseMacs", "MacReport", "count_dense", "count_macs", "saved_by_site"]
+__all__ = ["DenseMacs", "MacReport", "count_dense", "count_macs", "gated_pruner", "saved_by_site"]
 
 
 @dataclass
@@ -28,21 +31,21 @@ class DenseMacs:
     """MACs of one image with every channel kept.
 
     Attributes:
-        per_layer: Layer name -> MACs of one call.
+        per_layer: Layer name -> MACs, of all its calls.
         calls: Layer name -> calls in one forward.
         columns: Layer name -> input channels or features.
         gate: The gates' own multiply-adds: a square for every element of a site, and 4 a channel for
             mean and CV (section 3.4).
     """
 
-    per_layer: dict[str, int] = field(default_factory=dict)
+    per_layer: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     columns: dict[str, int] = field(default_factory=dict)
     gate: int = 0
 
     @property
     def total(self) -> int:
-        return sum(macs * self.calls[name] for name, macs in self.per_layer.items())
+        return self.per_layer.total()
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,19 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
 
     Args:
         model: A bare or an attached model.
-        inputs: What its forward takes, N images; it is run once.
+        inputs: What its forward takes, N images; it is run twice, with gates and without.
     """
+    pruner = gated_pruner(model)
+    with measuring(model):
+        _call(model, inputs)
+    keep = pruner.keep if pruner else {}
     dense = count_dense(model, inputs)
     instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    memory = memory_of(model)
-    gated = memory is not None and memory.enabled
-    pruner = InstanceWisePruner.of(model) if gated else None
-    saved = saved_by_site(pruner.sites, pruner.keep, dense) if pruner else {}
+    saved = saved_by_site(pruner.sites, keep, dense) if pruner else {}
     total = torch.full((instances,), float(dense.total), dtype=torch.float64)
-    per_layer = {name: macs * dense.calls[name] for name, macs in dense.per_layer.items()}
-    return MacReport(dense.total, total - sum(saved.values()), saved, per_layer, dense.gate if pruner else 0)
+    return MacReport(
+        dense.total, total - sum(saved.values()), saved, dict(dense.per_layer), dense.gate if pruner else 0
+    )
 
 
 def saved_by_site(sites: tuple[Site, ...], keep: Mapping[str, Tensor], dense: DenseMacs) -> dict[str, Tensor]:
@@ -92,36 +97,56 @@ def saved_by_site(sites: tuple[Site, ...], keep: Mapping[str, Tensor], dense: De
     saved = {}
     for site in sites:
         per_channel = sum(
-            dense.per_layer[reader.layer] * reader.repeat / dense.columns[reader.layer] for reader in site.consumers
+            dense.per_layer[name] / dense.calls[name] * reader.repeat / dense.columns[name]
+            for reader in site.consumers
+            for name in [reader.layer]
         )
         saved[site.name] = (~keep[site.name]).sum(1).double().cpu() * per_channel
     return saved
 
 
-def count_dense(model: nn.Module, inputs: Inputs) -> DenseMacs:
-    """Run the model once and count one image's MACs by layer."""
+def gated_pruner(model: nn.Module) -> InstanceWisePruner | None:
+    """The pruner of a model or of what it wraps, if its gates are on.
+
+    Raises:
+        AttachError: The pruner is attached to a part of the model, or to a whole that this is part of.
+    """
+    model = unwrapped(model)
+    memory = memory_of(model)
+    if memory is None and has_hooks(model):
+        raise AttachError("the pruner is attached to a part of this model: measure the module that it is attached to")
+    return InstanceWisePruner.of(model) if memory is not None and memory.enabled else None
+
+
+def count_dense(model: nn.Module, inputs: Inputs, forward: Callable[[nn.Module, Any], Any] | None = None) -> DenseMacs:
+    """Run the model once, with gates off, and count one image's MACs by layer.
+
+    Args:
+        forward: ``forward(model, inputs)``, where the model is not called on the inputs themselves.
+    """
+    model = unwrapped(model)  # a compiled wrapper would not call the counters
     counted = DenseMacs()
     instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    pruner = gated_pruner(model)
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
             counted.columns[name] = module.in_channels if isinstance(module, _ConvNd) else module.in_features
             handles.append(module.register_forward_hook(_LayerCounter(counted, name, instances)))
-    for site in _sites(model):
+    for site in pruner.sites if pruner else ():
         counted.gate += 4 * site.channels
         handles.append(_count_gate(model, site, counted, instances))
     try:
+        if pruner:
+            pruner.disable()  # the last decisions stay readable
         with measuring(model):
-            _call(model, inputs)
+            (forward or _call)(model, inputs)
     finally:
+        if pruner:
+            pruner.step()
         for handle in handles:
             handle.remove()
     return counted
-
-
-def _sites(model: nn.Module) -> tuple[Site, ...]:
-    memory = memory_of(model)
-    return InstanceWisePruner.of(model).sites if memory is not None and memory.gates else ()
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Any:
@@ -138,7 +163,7 @@ class _LayerCounter:
         weight: Any = module.weight
         # A transposed convolution spreads every input element, any other layer gathers every output element.
         elements = args[0].numel() if isinstance(module, _ConvTransposeNd) else output.numel()
-        self.counted.per_layer[self.name] = elements // self.instances * (weight.numel() // len(weight))
+        self.counted.per_layer[self.name] += elements // self.instances * (weight.numel() // len(weight))
         self.counted.calls[self.name] += 1
 
 

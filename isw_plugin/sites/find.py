@@ -1,7 +1,7 @@
 """From the probe's graph to sites: walk from every layer until a layer reads what it made."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -75,7 +75,7 @@ class _Finder:
         self.users = graph.users()
         self.counts = graph.call_counts()
         self.producers = {value: node for node in graph.nodes for value in node.outputs}
-        self.squeezed = set(self._squeezes())
+        self.scales = dict(self._squeezes())
         self.axes: dict[int, int] = {}  # the channel axis of every map that a walk came through
 
     # -- which maps there are ----------------------------------------------------------------------
@@ -85,7 +85,8 @@ class _Finder:
         ends: dict[int, list[str]] = {}
         reasons = dict.fromkeys(self.graph.layers, "not run in the probe")
         starts = [node for node in self.graph.nodes if node.kind == "layer"]
-        for node in starts + [node for node in self.graph.nodes if node.kind == "norm"]:
+        norms = [node for node in self.graph.nodes if node.kind == "norm" and self._comes_from_a_layer(node)]
+        for node in starts + norms:
             is_layer = node.kind == "layer"
             if is_layer and node.name in classifiers:
                 reasons[node.name] = "the classifier"
@@ -110,36 +111,50 @@ class _Finder:
         axis = len(self.graph.shapes[value]) - 1 if linear else 1
         joined = False
         while True:
-            self.axes[value] = axis  # all that a walk goes through keeps the shape
+            self.axes[value] = axis
             if self.readers(value):
                 reason = self._unusable(value)
                 return (None, reason) if reason else (value, "")
-            users = self.users[value]
-            if len(users) != 1:
-                return None, f"splits into {len(users)} before a layer reads it" if users else "the model's output"
-            reason = self._obstacle(users[0], value)
-            if joined and users[0].kind == "norm":
-                reason = f"{users[0].name} norms it after a join"
-            if reason:
-                return None, reason
-            joined |= users[0].kind in JOINS
-            value = users[0].outputs[0]
+            user = self._next(value)
+            if user is None:
+                count = len(self.users[value])
+                return None, f"splits into {count} before a layer reads it" if count else "the model's output"
+            path, reason = self._through(user, value)
+            if path is None or (joined and user.kind == "norm"):
+                return None, reason or f"{user.name} norms it after a join"
+            joined |= user.kind in JOINS
+            value, axis = path.value, path.axis
 
-    def _obstacle(self, user: Node, value: int) -> str:
-        """Why the walk cannot go on through its only user; "" where it can."""
+    def _next(self, value: int) -> Node | None:
+        """The only user of a map; or what scales it, if the others only compute the scale (squeeze-excite)."""
+        users = self.users[value]
+        if len(users) == 1:
+            return users[0]
+        scale, squeeze = self.scales.get(value, (None, ()))
+        alone = all(user is scale or any(user is node for node in squeeze) for user in users)
+        return scale if alone else None
+
+    def _through(self, user: Node, value: int) -> tuple[Path | None, str]:
+        """Where a walk goes on behind a user, or why it cannot."""
+        here = Path(value, self.axes[value])
+        behind = replace(here, value=user.outputs[0])
         if user.kind == "norm":
             mixes = isinstance(self.graph.modules[user.name], nn.LayerNorm | nn.RMSNorm)
-            return f"{user.name} is a norm over channels" if mixes else ""
+            return (None, f"{user.name} is a norm over channels") if mixes else (behind, "")
         if user.kind == "layer":
-            return f"{user.name} does not read it by channels"
+            return None, f"{user.name} does not read it by channels"
         if user.kind in JOINS:
             same = all(self.graph.shapes[other] == self.graph.shapes[value] for other in user.inputs)
-            return "" if same else "added to a map of another shape"
-        if user.kind in ACTIVATIONS or user.kind in PASSES or is_scale(self.graph, user, value):
-            return ""
-        if user.kind == "mul":
-            return "scales another map"
-        return f"{user.kind} reads it first"
+            return (behind, "") if same else (None, "added to a map of another shape")
+        scales = is_scale(self.graph, user, value)
+        if user.kind == "mul" and (self._is_gate(user, value) or not scales):
+            return None, "scales another map"
+        if user.kind in ACTIVATIONS or user.kind in PASSES or scales:
+            return behind, ""
+        whole = [path for path in follow(self.graph, user, here) if not path.start and path.repeat == 1]
+        if whole and user.kind != "cat":
+            return whole[0], ""
+        return None, f"{user.kind} reads it first"
 
     def _unusable(self, value: int) -> str:
         """Why a map that layers read cannot be a site; "" where it can."""
@@ -153,23 +168,39 @@ class _Finder:
             return f"its reader {repeated[0]} is called several times"
         return ""
 
-    def _squeezes(self) -> Iterator[tuple[str, int]]:
-        """Layers whose output only scales a map that they were computed from (squeeze-excite), with that map."""
+    def _squeezes(self) -> Iterator[tuple[int, tuple[Node, tuple[Node, ...]]]]:
+        """Maps that are multiplied by a scale made from themselves: map, multiplication, the scale's nodes."""
         for node in self.graph.nodes:
             if node.kind != "mul" or len(node.inputs) != 2:
                 continue
             for gate, scaled in (node.inputs, node.inputs[::-1]):
-                if is_scale(self.graph, node, scaled) and self.graph.shapes[gate] != self.graph.shapes[scaled]:
-                    yield from ((layer, scaled) for layer in self._layers_between(gate, scaled))
+                squeeze = self._way_back(gate, scaled)
+                if squeeze and is_scale(self.graph, node, scaled):
+                    yield scaled, (node, squeeze)
 
-    def _layers_between(self, value: int, ancestor: int) -> Iterator[str]:
-        """Layers met on the way back from ``value`` that end at ``ancestor``."""
-        node = self.producers.get(value)
-        while node is not None and value != ancestor:
-            if node.kind == "layer":
-                yield node.name
-            value = node.inputs[0] if node.inputs else ancestor
+    def _way_back(self, value: int, ancestor: int) -> tuple[Node, ...]:
+        """The nodes between an ancestor and a value made from it; empty where it is no ancestor."""
+        nodes = []
+        while value != ancestor:
             node = self.producers.get(value)
+            if node is None or not node.inputs:
+                return ()
+            nodes.append(node)
+            value = node.inputs[0]
+        return tuple(nodes)
+
+    def _comes_from_a_layer(self, node: Node) -> bool:
+        """Whether any layer ran on the way to this node; the image itself has none."""
+        values, seen = list(node.inputs), set(node.inputs)
+        while values:
+            producer = self.producers.get(values.pop())
+            if producer is None:
+                continue
+            if producer.kind == "layer":
+                return True
+            values += [value for value in producer.inputs if value not in seen]
+            seen.update(producer.inputs)
+        return False
 
     # -- what a site looks like --------------------------------------------------------------------
 
@@ -193,10 +224,19 @@ class _Finder:
         while paths:
             path = paths.pop(0)
             for user in self.users[path.value]:
-                if user.kind == "layer" and (user.name, value) not in self.squeezed and self._reads(user, path):
+                if user.kind == "layer" and not self._squeezed(user, value) and self._reads(user, path):
                     found[Consumer(user.name, path.start, path.repeat)] = None
-                paths += follow(self.graph, user, path)
+                if not self._is_gate(user, path.value):
+                    paths += follow(self.graph, user, path)
         return list(found)
+
+    def _squeezed(self, layer: Node, value: int) -> bool:
+        """Whether a layer only helps to compute what the map is scaled by."""
+        return any(layer is node for node in self.scales.get(value, (None, ()))[1])
+
+    def _is_gate(self, scale: Node, value: int) -> bool:
+        """Whether a value is what a map is scaled by; on maps of one pixel the shapes do not tell."""
+        return any(self.scales.get(other, (None, ()))[0] is scale for other in scale.inputs if other != value)
 
     def _reads(self, layer: Node, path: Path) -> bool:
         shape = self.graph.shapes[path.value]

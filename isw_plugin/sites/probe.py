@@ -85,12 +85,19 @@ def default_inputs(model: nn.Module) -> Tensor | None:
     if "input_size" not in config:
         return None
     channels, *size = config["input_size"]
-    first = next((module for module in model.modules() if isinstance(module, _ConvNd)), None)
-    if first is not None:
-        channels = first.in_channels
     edited = getattr(getattr(model, "patch_embed", None), "img_size", None)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    return torch.zeros(1, channels, *(edited or size), dtype=dtype, device="meta")
+    inputs = torch.zeros(1, channels, *(edited or size), dtype=dtype, device="meta")
+    first = next((module for module in model.modules() if isinstance(module, _ConvNd)), None)
+    if first is None or first.in_channels == channels:
+        return inputs
+    # Edited input channels, unless a stem folds pixels into channels before its first convolution.
+    as_edited = inputs[:, :1].expand(-1, first.in_channels, *(-1 for _ in size)).contiguous()
+    try:
+        probe(model, as_edited)
+    except ProbeError:
+        return inputs
+    return as_edited
 
 
 def probe(model: nn.Module, inputs: Inputs) -> Graph:

@@ -8,6 +8,8 @@ from torch_pruning.pruner.importance import BNScaleImportance
 
 __all__ = ["SlimmingImportance"]
 
+_SAFE = 1e6  # above any gamma
+
 
 class SlimmingImportance(BNScaleImportance):  # type: ignore[misc]  # torch-pruning ships no types
     """Rank channels by |gamma| of their batch norm over the whole network (Liu et al., ICCV 2017).
@@ -29,11 +31,10 @@ class SlimmingImportance(BNScaleImportance):  # type: ignore[misc]  # torch-prun
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
-        """Return |gamma| of one group's channels, shape (C,), infinite where the channel is safe."""
+        """Return |gamma| of one group's channels, shape (C,), far above all others where the channel is safe."""
         importance: Tensor | None = super().__call__(group)
         if importance is None:
             return None
-        importance = importance.clone()
+        # Finite, or a threshold among the safe ones would be infinite and select every channel of every layer.
         safe = importance.topk(min(self.min_channels, len(importance))).indices
-        importance[safe] = float("inf")
-        return importance
+        return importance.index_add(0, safe, importance.new_full((len(safe),), _SAFE))
