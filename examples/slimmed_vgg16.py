@@ -129,16 +129,13 @@ def slim_stage(job: Job) -> tuple[int, ...]:
     if not job.run.has("slimmed"):
         model = job.stored("dense", job.dense_widths())
         static_pruner(job, model).step()
-        before, after = (
-            sum(job.dense_widths()),
-            sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)),
-        )
-        if abs(1 - after / before - job.args.prune_ratio) > 0.02:
-            raise SettingError(
-                f"--prune-ratio {job.args.prune_ratio:g}: {1 - after / before:.3f} of {before} channels can go, since "
-                f"every layer keeps {MIN_CHANNELS}; prune less, or a wider network"
-            )
         widths = [module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        pruned = 1 - sum(widths) / sum(job.dense_widths())
+        if abs(pruned - job.args.prune_ratio) > 0.02:
+            raise SettingError(
+                f"--prune-ratio {job.args.prune_ratio:g}: only {pruned:.3f} of the channels can go, since every layer "
+                f"keeps {MIN_CHANNELS}; prune less, or a wider network"
+            )
         job.run.save("slimmed", model.state_dict(), widths=widths)
     return tuple(job.run.load("slimmed")[1]["widths"])
 
@@ -263,8 +260,8 @@ def table6(results: dict[str, Any]) -> str:
         results["command"],
         f"widths after slimming: {results['widths']}",
         "saved: share of the MACs of the same network ungated. ms: of an image, median and quartiles of "
-        f"{results['timed']['rounds']} batches of {results['timed']['batch']}, all rows in turn; masked execution zeroes "
-        "channels and skips nothing.",
+        f"{results['timed']['rounds']} batches of {results['timed']['batch']}, all rows in turn; masked execution "
+        "zeroes channels and skips nothing.",
         "",
         "stage       lambda  alpha   beta     acc     pr    MMACs  saved      ms  (quartiles)",
     ]
