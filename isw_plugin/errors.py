@@ -10,6 +10,7 @@ ISWError
 ├── UnsupportedError (RuntimeError)       a wrapper or mode that gates cannot work under
 ├── NothingRecordedError (RuntimeError)   a penalty asked for before any training forward
 ├── RecordedWithoutGradError (RuntimeError)  a site that ran under no_grad inside a training forward
+├── EngineInputError (ValueError)          a tensor that the engine's operators do not take
 ├── NonFiniteFeatureError (ValueError)    NaN or infinity in a feature map
 ├── BudgetError (ValueError)              thresholds within the budget do not exist
 └── StateMismatchError (ValueError)       a state_dict of another model
@@ -18,6 +19,7 @@ ISWError
 __all__ = [
     "AttachError",
     "BudgetError",
+    "EngineInputError",
     "GateParameterError",
     "ISWError",
     "NoSitesError",
@@ -70,6 +72,10 @@ class NothingRecordedError(ISWError, RuntimeError):
 
 class RecordedWithoutGradError(ISWError, RuntimeError):
     """A site ran under no_grad inside a training forward, so its penalty would have no gradient."""
+
+
+class EngineInputError(ISWError, ValueError):
+    """A tensor of a type, shape or device that an operator of the engine does not take."""
 
 
 class NonFiniteFeatureError(ISWError, ValueError):

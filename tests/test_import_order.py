@@ -14,7 +14,7 @@ ORDER = [
     {"errors"},
     {"functional"},
     {"sites", "gates"},
-    {"hooks"},
+    {"hooks", "engine"},
     {"settings", "wrappers"},
     {"pruner"},
     {"measure"},

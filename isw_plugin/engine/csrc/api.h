@@ -1,0 +1,64 @@
+// What the operator file and the kernels share: plain structs, one table of functions per instruction set.
+#pragma once
+#include <cstdint>
+
+namespace isw {
+
+// Output channels of one weight block; weights are packed [ceil(C_out / block)][C_in][kh][kw][block].
+constexpr int64_t block = 32;
+
+enum class Act { none, relu, relu6 };
+
+// Which channels of an (N, C, ...) feature survive: statistics, or a ready mask, or (both null) all of them.
+struct Gate {
+  const float* squares = nullptr;  // [N][slots][C] partial sums of squares
+  int64_t slots = 0;
+  float alpha = 0, beta = 0;
+  const bool* keep = nullptr;  // [N][C]
+};
+
+struct Window {
+  int64_t h, w;  // input map
+  int64_t oh, ow;  // output map
+  int64_t kh, kw, sh, sw, ph, pw;
+};
+
+struct ConvArgs {
+  const float *x, *weight, *bias;
+  const float* residual;  // like y, or null
+  float *y, *squares;  // squares: [N][slots][C_out]
+  int64_t n, c_in, c_out, slots;
+  Window window;
+  Act act;
+  Gate gate, residual_gate;
+};
+
+struct PoolArgs {
+  const float* x;
+  float* y;
+  int64_t planes;
+  Window window;
+};
+
+// Runs body(state, task, worker) for every task; a worker runs one task at a time, workers are 0 .. workers - 1.
+struct Runner {
+  int64_t workers;
+  void (*run)(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state);
+};
+
+struct Kernels {
+  void (*conv)(const ConvArgs&, const Runner&);
+  void (*depthwise)(const ConvArgs&, const Runner&);
+  void (*max_pool)(const PoolArgs&, const Runner&);
+  void (*sum_squares)(const float* x, float* squares, int64_t planes, int64_t size, const Runner&);
+  void (*keep_mask)(const Gate&, int64_t n, int64_t channels, bool* keep);
+};
+
+// Partial sums per instance and channel: a function of the output map only, so results never depend on threads.
+inline int64_t slots_of(int64_t oh, int64_t ow) {
+  int64_t slots = 1;
+  while (slots < 16 && oh >= 8 * slots && oh * ow >= 392 * slots) slots *= 2;
+  return slots;
+}
+
+}  // namespace isw

@@ -1,0 +1,242 @@
+// Direct convolution over kept channels: pack, then one parallel loop over (output block, instances, rows).
+//
+// Input channels are taken a step at a time so that a step's weights stay in the L1 cache while every tile of the
+// task passes over them; the sums wait in L2 meanwhile. Instances of small maps share a step's weights.
+#pragma once
+#include "api.h"
+#include "decide.h"
+#include "epilogue.h"
+#include "pack.h"
+#include "tile.h"
+#include "vec.h"
+#include "workspace.h"
+
+namespace isw {
+namespace {
+
+constexpr int64_t step_bytes = 32 * 1024;  // weights of a step when nothing is dropped
+constexpr int64_t task_pixels = 1024;  // partial sums of a task: 128 KB
+constexpr int64_t row_pixels = 64;  // the same when one step holds all weights
+constexpr int64_t packed_bytes = 8 << 20;  // planes packed between two barriers
+constexpr int64_t small_map = 64;
+constexpr int64_t most_instances = 32;
+
+class DirectConv {
+ public:
+  DirectConv(const ConvArgs& args, const Runner& runner)
+      : a_(args),
+        runner_(runner),
+        packing_(args.window),
+        taps_(args.window.kh * args.window.kw),
+        blocks_(ceil_div(args.c_out, block)),
+        step_(larger(8, step_bytes / (taps_ * block * 4))),
+        group_(smaller(args.n, larger(1, packed_bytes / (packing_.plane * larger(1, args.c_in) * 4)))),
+        batch_(instances_per_task()),
+        rows_(rows_per_pass()),
+        offsets_(taps_),
+        kept_(args.gate, args.n, args.c_in, runner),
+        residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
+        packed_(group_ * args.c_in * packing_.plane),
+        sums_(runner.workers * sums_size()),
+        squares_(runner.workers * squares_size()),
+        cursors_(runner.workers * batch_) {
+    for (int64_t tap = 0; tap < taps_; ++tap)
+      offsets_.get()[tap] = packing_.tap(tap / args.window.kw, tap % args.window.kw);
+  }
+
+  void run() {
+    for (int64_t first = 0; first < a_.n; first += group_) {
+      const int64_t count = smaller(group_, a_.n - first);
+      pack(first, count);
+      compute(first, count);
+    }
+  }
+
+ private:
+  struct Task {
+    int64_t block_index, slot, worker;
+    int64_t first, count;  // instances
+    int64_t group_first;  // first instance of the packed group
+    int64_t channel, channels, width;  // output channels and the lanes that hold them
+    float bias[2 * lanes];
+  };
+  struct Pass {
+    int64_t row, rows, pixels;
+  };
+
+  int64_t pixels() const { return a_.window.oh * a_.window.ow; }
+
+  int64_t instances_per_task() const {
+    if (pixels() > small_map) return 1;
+    const int64_t spread = larger(1, group_ * blocks_ / (2 * runner_.workers));
+    return smaller(smaller(spread, most_instances), task_pixels / pixels());
+  }
+  int64_t rows_per_pass() const {
+    if (pixels() <= small_map) return a_.window.oh;
+    const int64_t target = a_.c_in <= step_ ? row_pixels : task_pixels;
+    return smaller(a_.window.oh, larger(1, target / a_.window.ow));
+  }
+  int64_t sums_size() const { return batch_ * rows_ * a_.window.ow * block; }
+  int64_t squares_size() const { return batch_ * 2 * lanes * lanes; }
+
+  void pack(int64_t first, int64_t count) {
+    constexpr int64_t planes = 4;
+    const int64_t parts = ceil_div(a_.c_in, planes), size = a_.window.h * a_.window.w;
+    parallel(runner_, count * parts, [&](int64_t task, int64_t) {
+      const int64_t n = first + task / parts, begin = task % parts * planes;
+      const int64_t end = smaller(begin + planes, kept_.count(n));
+      for (int64_t k = begin; k < end; ++k)
+        pack_plane(packing_, a_.x + (n * a_.c_in + kept_.channels(n)[k]) * size, packed_plane(n - first, k));
+    });
+  }
+  float* packed_plane(int64_t instance, int64_t k) const {
+    return packed_.get() + (instance * a_.c_in + k) * packing_.plane;
+  }
+
+  void compute(int64_t first, int64_t count) {
+    const int64_t batches = ceil_div(count, batch_), others = batches * a_.slots;
+    const bool blocks_outside = taps_ * block * a_.slots > packing_.plane;
+    parallel(runner_, blocks_ * others, [&](int64_t index, int64_t worker) {
+      const int64_t rest = blocks_outside ? index % others : index / blocks_;
+      Task task;
+      task.block_index = blocks_outside ? index / others : index % blocks_;
+      task.slot = rest % a_.slots;
+      task.worker = worker;
+      task.group_first = first;
+      task.first = first + rest / a_.slots * batch_;
+      task.count = smaller(batch_, first + count - task.first);
+      compute_block(task);
+    });
+  }
+
+  // A block is `block` output channels wide, registers hold one or two vectors of them.
+  void compute_block(Task& task) {
+    const int64_t begin = task.block_index * block, end = smaller(begin + block, a_.c_out);
+    for (task.channel = begin; task.channel < end; task.channel += task.width) {
+      task.width = end - task.channel > lanes ? 2 * lanes : lanes;
+      task.channels = smaller(task.width, end - task.channel);
+      std::fill(task.bias, task.bias + 2 * lanes, 0.0f);
+      std::copy(a_.bias + task.channel, a_.bias + task.channel + task.channels, task.bias);
+      compute_task(task);
+    }
+  }
+
+  void compute_task(const Task& task) {
+    const int64_t oh = a_.window.oh, last = oh * (task.slot + 1) / a_.slots;
+    float* squares = squares_.get() + task.worker * squares_size();
+    std::fill(squares, squares + squares_size(), 0.0f);
+    for (int64_t row = oh * task.slot / a_.slots, begin = row; row < last; row += rows_) {
+      const int64_t rows = smaller(rows_, last - row);
+      compute_pass(task, {row, rows, rows * a_.window.ow}, row == begin);
+    }
+    for (int64_t i = 0; i < task.count; ++i)
+      for (int64_t c = 0; c < task.channels; c += lanes)
+        reduce_squares(squares_of(task, i) + c * lanes, smaller(lanes, task.channels - c), slot_of(task, i) + c);
+  }
+  float* squares_of(const Task& task, int64_t i) const {
+    return squares_.get() + task.worker * squares_size() + i * 2 * lanes * lanes;
+  }
+  float* slot_of(const Task& task, int64_t i) const {
+    return a_.squares + ((task.first + i) * a_.slots + task.slot) * a_.c_out + task.channel;
+  }
+  float* sums_of(const Task& task, const Pass& pass, int64_t i) const {
+    return sums_.get() + task.worker * sums_size() + i * pass.pixels * task.width;
+  }
+
+  void compute_pass(const Task& task, const Pass& pass, bool cold) {
+    int64_t* cursors = cursors_.get() + task.worker * batch_;
+    std::fill(cursors, cursors + task.count, 0);
+    for (int64_t c = 0; c < larger(1, a_.c_in); c += step_) {
+      if (c + step_ >= a_.c_in) prefetch_output(task, pass);
+      for (int64_t i = 0; i < task.count; ++i) {
+        const int64_t begin = cursors[i];
+        cursors[i] = kept_before(task.first + i, begin, c + step_);
+        if (c == 0 || begin < cursors[i]) add_step(task, pass, i, begin, cursors[i], cold && i == 0);
+      }
+    }
+    for (int64_t i = 0; i < task.count; ++i) finish_pass(task, pass, i);
+  }
+
+  int64_t kept_before(int64_t n, int64_t k, int64_t channel) const {
+    const int32_t* channels = kept_.channels(n);
+    const int64_t count = kept_.count(n);
+    while (k < count && channels[k] < channel) ++k;
+    return k;
+  }
+
+  // Stores that miss the cache would stall the epilogue.
+  void prefetch_output(const Task& task, const Pass& pass) const {
+    if (pass.pixels < 8 || task.count > 1) return;
+    const float* y = a_.y + (task.first * a_.c_out + task.channel) * pixels() + pass.row * a_.window.ow;
+    for (int64_t c = 0; c < task.channels; ++c)
+      for (int64_t p = 0; p < pass.pixels; p += 16) __builtin_prefetch(y + c * pixels() + p, 1, 3);
+  }
+
+  void add_step(const Task& task, const Pass& pass, int64_t i, int64_t begin, int64_t end, bool cold) {
+    const Window& w = a_.window;
+    const int64_t n = task.first + i, lines = taps_ * block / 16;
+    Tile tile;
+    tile.plane = packing_.plane;
+    tile.pitch = packing_.pitch;
+    tile.weight_plane = taps_ * block;
+    tile.weights = a_.weight + task.block_index * a_.c_in * tile.weight_plane + task.channel % block;
+    tile.channels = kept_.channels(n);
+    tile.begin = begin;
+    tile.end = end;
+    tile.taps = offsets_.get();
+    tile.prefetch_end = cold ? kept_.count(n) : 0;
+    int64_t done = 0;
+    for (int64_t row = 0; row < pass.rows;) {
+      const int64_t y = pass.row + row;
+      int64_t height = 1;
+      for (int64_t x = 0; x < w.ow;) {
+        const TileKernel& kernel = tile_for(w, y, pass.rows - row, x);
+        const int64_t count = kernel.rows * kernel.columns;
+        height = kernel.rows;
+        tile.input = packed_plane(n - task.group_first, 0) + y * packing_.pitch + x;
+        tile.first_tap = larger(0, w.ph - (y + height - 1) * w.sh) * w.kw;
+        tile.last_tap = smaller(w.kh, w.h + w.ph - y * w.sh) * w.kw;
+        tile.prefetch_first = lines * done / pass.pixels;
+        tile.prefetch_last = lines * (done + count) / pass.pixels;
+        tile.sums = sums_of(task, pass, i) + done * task.width;
+        tile.start = begin ? tile.sums : task.bias;
+        tile.start_stride = begin ? task.width : 0;
+        kernel.run[task.width > lanes](tile);
+        done += count;
+        x += kernel.columns;
+      }
+      row += height;
+    }
+  }
+
+  void finish_pass(const Task& task, const Pass& pass, int64_t i) {
+    const int64_t n = task.first + i, offset = pass.row * a_.window.ow;
+    for (int64_t c = 0; c < task.channels; c += lanes) {
+      const int64_t channel = n * a_.c_out + task.channel + c;
+      Output out;
+      out.y = a_.y + channel * pixels() + offset;
+      out.plane = pixels();
+      out.channels = smaller(lanes, task.channels - c);
+      out.residual = a_.residual ? a_.residual + channel * pixels() + offset : nullptr;
+      out.residual_keep = residual_kept_.keep() + channel;
+      out.squares = squares_of(task, i) + c * lanes;
+      finish(a_.act, out, sums_of(task, pass, i) + c, task.width, pass.pixels);
+    }
+  }
+
+  const ConvArgs& a_;
+  const Runner& runner_;
+  const Packing packing_;
+  const int64_t taps_, blocks_;
+  const int64_t step_;  // input channels
+  const int64_t group_;  // instances packed at once
+  const int64_t batch_;  // instances per task
+  const int64_t rows_;  // per pass of a task
+  Buffer<int64_t> offsets_;
+  const Kept kept_, residual_kept_;
+  Buffer<float> packed_, sums_, squares_;
+  Buffer<int64_t> cursors_;
+};
+
+}  // namespace
+}  // namespace isw

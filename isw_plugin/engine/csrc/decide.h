@@ -1,0 +1,88 @@
+// Decisions: statistics of the producer -> which channels of this instance survive.
+#pragma once
+#include <cmath>
+
+#include "api.h"
+#include "vec.h"
+#include "workspace.h"
+
+namespace isw {
+namespace {
+
+// Weights of the channel this far down the list are prefetched, so lists carry a tail of valid channels.
+constexpr int64_t list_tail = 16;
+
+ISW_INLINE void norms_of(const Gate& gate, int64_t n, int64_t channels, float* norms) {
+  const float* partial = gate.squares + n * gate.slots * channels;
+  for (int64_t c = 0; c < channels; ++c) norms[c] = partial[c];
+  for (int64_t s = 1; s < gate.slots; ++s)
+    for (int64_t c = 0; c < channels; ++c) norms[c] += partial[s * channels + c];
+  for (int64_t c = 0; c < channels; ++c) norms[c] = std::sqrt(norms[c]);
+}
+
+ISW_INLINE float mean_of(const float* values, int64_t count) {
+  Vec sum = {};
+  for (int64_t c = 0; c < count; c += lanes) sum += load_first(values + c, smaller(lanes, count - c));
+  return reduce_add(sum) / static_cast<float>(count);
+}
+
+// Below this norm a channel is dropped; -1 (never) where the variation does not exceed alpha or is NaN.
+static float threshold_of(const Gate& gate, float* norms, float* deviations, int64_t channels) {
+  const float mean = mean_of(norms, channels);
+  for (int64_t c = 0; c < channels; ++c) deviations[c] = (norms[c] - mean) * (norms[c] - mean);
+  const float variation = std::sqrt(mean_of(deviations, channels)) / mean;
+  return variation > gate.alpha ? gate.beta * mean : -1.0f;
+}
+
+static void decide(const Gate& gate, int64_t n, int64_t channels, bool* keep) {
+  if (gate.keep) {
+    memcpy(keep, gate.keep + n * channels, channels);
+  } else if (!gate.squares) {
+    memset(keep, 1, channels);
+  } else {
+    Buffer<float> norms(channels), deviations(channels);
+    norms_of(gate, n, channels, norms.get());
+    const float threshold = threshold_of(gate, norms.get(), deviations.get(), channels);
+    for (int64_t c = 0; c < channels; ++c) keep[c] = !(norms.get()[c] < threshold);
+  }
+}
+
+static void keep_mask(const Gate& gate, int64_t n, int64_t channels, bool* keep) {
+  for (int64_t i = 0; i < n; ++i) decide(gate, i, channels, keep + i * channels);
+}
+
+// The kept channels of every instance, in order.
+class Kept {
+ public:
+  Kept(const Gate& gate, int64_t n, int64_t channels, const Runner& runner)
+      : stride_(channels + list_tail), keep_(n * channels), lists_(n * stride_), counts_(n) {
+    parallel(runner, n, [&](int64_t i, int64_t) {
+      bool* keep = keep_.get() + i * channels;
+      decide(gate, i, channels, keep);
+      counts_.get()[i] = list(keep, channels, lists_.get() + i * stride_);
+    });
+  }
+  const int32_t* channels(int64_t n) const { return lists_.get() + n * stride_; }
+  int64_t count(int64_t n) const { return counts_.get()[n]; }
+  const bool* keep() const { return keep_.get(); }
+
+ private:
+  static int64_t list(const bool* keep, int64_t channels, int32_t* kept) {
+    int64_t count = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      kept[count] = static_cast<int32_t>(c);
+      count += keep[c];
+    }
+    const int32_t last = count ? kept[count - 1] : 0;
+    for (int64_t i = 0; i < list_tail; ++i) kept[count + i] = last;
+    return count;
+  }
+
+  int64_t stride_;
+  Buffer<bool> keep_;
+  Buffer<int32_t> lists_;
+  Buffer<int64_t> counts_;
+};
+
+}  // namespace
+}  // namespace isw

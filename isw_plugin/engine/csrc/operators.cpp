@@ -1,0 +1,189 @@
+// The torch side of the kernels: checks, outputs, threads. Schemas are defined in ops.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "api.h"
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+std::atomic<const isw::Kernels*> kernels{nullptr};
+
+// Tasks are handed out one by one: instances keep different numbers of channels.
+void run_tasks(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(workers, tasks), 1, [&](int64_t worker, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) body(state, task, worker);
+  });
+}
+
+isw::Runner runner() { return {std::max(1, at::get_num_threads()), run_tasks}; }
+
+Tensor checked(const Tensor& t, int64_t dim, const char* name) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.dim() == dim, name,
+                    ": expected a float32 CPU tensor with ", dim, " dimensions, got ", t.scalar_type(), " on ",
+                    t.device(), " with shape ", t.sizes());
+  return t.contiguous();
+}
+
+isw::Act act_of(std::string_view name) {
+  if (name == "none") return isw::Act::none;
+  if (name == "relu") return isw::Act::relu;
+  TORCH_CHECK_VALUE(name == "relu6", "act: expected none, relu or relu6, got ", name);
+  return isw::Act::relu6;
+}
+
+// A gate's tensor is a keep mask (bool) or statistics; it must outlive the kernel, so the caller holds it.
+isw::Gate gate_of(const Tensor& gate, double alpha, double beta, int64_t n, int64_t channels) {
+  isw::Gate result;
+  if (!gate.defined()) return result;
+  TORCH_CHECK_VALUE(gate.size(0) == n && gate.size(-1) == channels, "gate: shape ", gate.sizes(),
+                    " does not fit a feature of ", n, " instances and ", channels, " channels");
+  if (gate.scalar_type() == at::kBool) {
+    result.keep = gate.const_data_ptr<bool>();
+    return result;
+  }
+  result.squares = gate.const_data_ptr<float>();
+  result.slots = gate.size(1);
+  result.alpha = static_cast<float>(alpha);
+  result.beta = static_cast<float>(beta);
+  return result;
+}
+
+Tensor checked_gate(const MaybeTensor& gate) {
+  if (!gate) return {};
+  if (gate->scalar_type() != at::kBool) {
+    TORCH_CHECK_VALUE(gate->dim() == 3 && gate->size(1) > 0, "gate: expected statistics (N, slots, C), got shape ",
+                      gate->sizes());
+    return checked(*gate, 3, "gate");
+  }
+  TORCH_CHECK_VALUE(gate->device().is_cpu() && gate->dim() == 2, "gate: expected a CPU keep mask (N, C), got shape ",
+                    gate->sizes(), " on ", gate->device());
+  return gate->contiguous();
+}
+
+isw::Window window_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+  isw::Window w{x.size(2), x.size(3), 0, 0, kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
+  TORCH_CHECK_VALUE(w.kh > 0 && w.kw > 0 && w.sh > 0 && w.sw > 0 && w.ph >= 0 && w.pw >= 0,
+                    "kernel and stride must be positive and padding not negative, got ", kernel, ", ", stride, ", ",
+                    padding);
+  TORCH_CHECK_VALUE(w.h + 2 * w.ph >= w.kh && w.w + 2 * w.pw >= w.kw, "a map of ", w.h, "x", w.w, " with padding ",
+                    padding, " is smaller than the kernel ", kernel);
+  w.oh = (w.h + 2 * w.ph - w.kh) / w.sh + 1;
+  w.ow = (w.w + 2 * w.pw - w.kw) / w.sw + 1;
+  return w;
+}
+
+std::tuple<Tensor, Tensor> conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
+                                  IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
+                                  double beta, const MaybeTensor& residual_, const MaybeTensor& residual_gate_,
+                                  double residual_alpha, double residual_beta) {
+  const Tensor x = checked(x_, 4, "x"), weight = checked(weight_, 5, "weight"), bias = checked(bias_, 1, "bias");
+  const Tensor gate = checked_gate(gate_), residual_gate = checked_gate(residual_gate_);
+  isw::ConvArgs args{};
+  args.window = window_of(x, weight.sizes().slice(2, 2), stride, padding);
+  args.n = x.size(0);
+  args.c_in = x.size(1);
+  args.c_out = bias.size(0);
+  TORCH_CHECK_VALUE(weight.size(0) == (args.c_out + isw::block - 1) / isw::block && weight.size(1) == args.c_in &&
+                        weight.size(4) == isw::block,
+                    "weight: packed shape ", weight.sizes(), " does not fit ", args.c_in, " input and ", args.c_out,
+                    " output channels; pack it with pack_weight");
+  args.slots = isw::slots_of(args.window.oh, args.window.ow);
+  Tensor y = at::empty({args.n, args.c_out, args.window.oh, args.window.ow}, x.options());
+  Tensor squares = at::empty({args.n, args.slots, args.c_out}, x.options());
+  const Tensor residual = residual_ ? checked(*residual_, 4, "residual") : Tensor();
+  TORCH_CHECK_VALUE(!residual.defined() || residual.sizes() == y.sizes(), "residual: expected shape ", y.sizes(),
+                    ", got ", residual_->sizes());
+  args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
+  args.residual_gate = gate_of(residual_gate, residual_alpha, residual_beta, args.n, args.c_out);
+  args.act = act_of(act);
+  if (y.numel() == 0) return {y, squares};
+  args.x = x.const_data_ptr<float>();
+  args.weight = weight.const_data_ptr<float>();
+  args.bias = bias.const_data_ptr<float>();
+  args.residual = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
+  args.y = y.mutable_data_ptr<float>();
+  args.squares = squares.mutable_data_ptr<float>();
+  kernels.load()->conv(args, runner());
+  return {y, squares};
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
+                                            IntArrayRef stride, IntArrayRef padding, std::string_view act,
+                                            const MaybeTensor& gate_, double alpha, double beta) {
+  const Tensor x = checked(x_, 4, "x"), weight = checked(weight_, 4, "weight"), bias = checked(bias_, 1, "bias");
+  const Tensor gate = checked_gate(gate_);
+  isw::ConvArgs args{};
+  args.window = window_of(x, weight.sizes().slice(2, 2), stride, padding);
+  args.n = x.size(0);
+  args.c_in = args.c_out = x.size(1);
+  args.slots = 1;
+  TORCH_CHECK_VALUE(weight.size(0) == args.c_in && weight.size(1) == 1 && bias.size(0) == args.c_in, "weight ",
+                    weight.sizes(), " and bias ", bias.sizes(), " do not fit ", args.c_in, " channels");
+  args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
+  args.act = act_of(act);
+  Tensor y = at::empty({args.n, args.c_out, args.window.oh, args.window.ow}, x.options());
+  Tensor squares = at::empty({args.n, 1, args.c_out}, x.options());
+  if (y.numel() == 0) return {y, squares};
+  args.x = x.const_data_ptr<float>();
+  args.weight = weight.const_data_ptr<float>();
+  args.bias = bias.const_data_ptr<float>();
+  args.y = y.mutable_data_ptr<float>();
+  args.squares = squares.mutable_data_ptr<float>();
+  kernels.load()->depthwise(args, runner());
+  return {y, squares};
+}
+
+Tensor max_pool2d(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+  const Tensor x = checked(x_, 4, "x");
+  const isw::Window w = window_of(x, kernel, stride, padding);
+  TORCH_CHECK_VALUE(2 * w.ph <= w.kh && 2 * w.pw <= w.kw, "padding ", padding, " is more than half the kernel ", kernel);
+  Tensor y = at::empty({x.size(0), x.size(1), w.oh, w.ow}, x.options());
+  if (y.numel() == 0) return y;
+  const isw::PoolArgs args{x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.size(0) * x.size(1), w};
+  kernels.load()->max_pool(args, runner());
+  return y;
+}
+
+Tensor sum_squares(const Tensor& x_) {
+  const Tensor x = checked(x_, 4, "x");
+  Tensor squares = at::empty({x.size(0), 1, x.size(1)}, x.options());
+  if (squares.numel() == 0) return squares;
+  kernels.load()->sum_squares(x.const_data_ptr<float>(), squares.mutable_data_ptr<float>(), squares.numel(),
+                              x.size(2) * x.size(3), runner());
+  return squares;
+}
+
+Tensor keep_mask(const Tensor& squares_, double alpha, double beta) {
+  const Tensor squares = checked_gate(squares_);
+  TORCH_CHECK_VALUE(squares.scalar_type() == at::kFloat, "squares: expected statistics, got a bool mask");
+  Tensor keep = at::empty({squares.size(0), squares.size(2)}, squares.options().dtype(at::kBool));
+  const isw::Gate gate = gate_of(squares, alpha, beta, squares.size(0), squares.size(2));
+  if (keep.numel()) kernels.load()->keep_mask(gate, keep.size(0), keep.size(1), keep.mutable_data_ptr<bool>());
+  return keep;
+}
+
+}  // namespace
+
+// Registers the operators on the first call; later calls change the kernels they run.
+extern "C" __attribute__((visibility("default"))) void isw_use(const isw::Kernels* table) {
+  if (kernels.exchange(table)) return;
+  static torch::Library library(torch::Library::IMPL, "isw", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  library.impl("conv2d", conv2d);
+  library.impl("depthwise_conv2d", depthwise_conv2d);
+  library.impl("max_pool2d", max_pool2d);
+  library.impl("sum_squares", sum_squares);
+  library.impl("keep_mask", keep_mask);
+}

@@ -1,0 +1,277 @@
+// 1x1 convolution: pixels on the lanes, so outputs need no transpose. A panel (some strips of pixels of some kept
+// channels) is packed to stay in the L1 cache while every output channel of the task passes over it.
+#pragma once
+#include "api.h"
+#include "decide.h"
+#include "epilogue.h"
+#include "vec.h"
+#include "workspace.h"
+
+namespace isw {
+namespace {
+
+constexpr int strip_vectors = 3;
+constexpr int strip_pixels = strip_vectors * lanes;
+// Output channels in registers, with strip_vectors accumulators each.
+constexpr int strip_channels = lanes == 16 ? 8 : 4;
+constexpr int64_t panel_channels = 128;  // times strip_pixels: 24 KB with AVX-512
+constexpr int64_t panel_strips = 8;
+static_assert(block % strip_channels == 0, "a block is whole strips");
+
+struct Strip {
+  const float* input;  // [count][vectors * lanes]
+  const float* weights;  // first output channel in its block
+  const float* bias;
+  const int32_t* channels;  // count kept input channels
+  int64_t count, outputs, pixels;
+  bool first, last;  // part of the input channels: start from the bias, finish the outputs
+  float* sums;  // between parts, [strip_channels][vectors * lanes]
+  Output out;
+};
+
+template <int vectors>
+ISW_INLINE void add_channel(const float* in, const float* weights, Vec (&sum)[strip_channels][vectors]) {
+  Vec pixels[vectors];
+  ISW_UNROLL
+  for (int v = 0; v < vectors; ++v) pixels[v] = load(in + v * lanes);
+  ISW_UNROLL
+  for (int c = 0; c < strip_channels; ++c) {
+    const Vec weight = broadcast(weights[c]);
+    ISW_UNROLL
+    for (int v = 0; v < vectors; ++v) sum[c][v] += weight * pixels[v];
+  }
+}
+
+template <int vectors>
+ISW_INLINE void start(const Strip& s, Vec (&sum)[strip_channels][vectors]) {
+  ISW_UNROLL
+  for (int c = 0; c < strip_channels; ++c)
+    ISW_UNROLL
+    for (int v = 0; v < vectors; ++v)
+      sum[c][v] = s.first ? broadcast(c < s.outputs ? s.bias[c] : 0) : load(s.sums + (c * vectors + v) * lanes);
+}
+
+template <int vectors>
+ISW_INLINE void multiply(const Strip& s, Vec (&sum)[strip_channels][vectors]) {
+  const float* in = s.input;
+  int64_t k = 0;
+  for (; k + 4 <= s.count; k += 4) {
+    ISW_UNROLL
+    for (int i = 0; i < 4; ++i, in += vectors * lanes) {
+      asm volatile("" ::: "memory");
+      __builtin_prefetch(s.weights + s.channels[k + i + 8] * block);
+      add_channel(in, s.weights + s.channels[k + i] * block, sum);
+    }
+  }
+  for (; k < s.count; ++k, in += vectors * lanes) add_channel(in, s.weights + s.channels[k] * block, sum);
+}
+
+template <Act act, int vectors>
+ISW_INLINE void finish_strip(const Strip& s, int c, Vec (&sum)[vectors]) {
+  const Output& out = s.out;
+  const float* residual = out.residual && out.residual_keep[c] ? out.residual + c * out.plane : nullptr;
+  float* squares = out.squares + c * lanes;
+  Vec total = load(squares);
+  ISW_UNROLL
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t pixels = v < vectors - 1 ? lanes : s.pixels - v * lanes;
+    Vec value = only_first(sum[v], pixels);
+    if (residual) value += load_first(residual + v * lanes, pixels);
+    value = activate<act>(value);
+    store_first(out.y + c * out.plane + v * lanes, value, pixels);
+    total += value * value;
+  }
+  store(squares, total);
+}
+
+template <Act act, int vectors>
+static void run_strip(const Strip& s) {
+  for (int64_t c = 0; s.last && c < s.outputs; ++c)
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(s.out.y + c * s.out.plane + v * lanes, 1);
+  Vec sum[strip_channels][vectors];
+  start(s, sum);
+  multiply(s, sum);
+  ISW_UNROLL
+  for (int c = 0; c < strip_channels; ++c) {
+    if (!s.last)
+      for (int v = 0; v < vectors; ++v) store(s.sums + (c * vectors + v) * lanes, sum[c][v]);
+    else if (c < s.outputs)
+      finish_strip<act>(s, c, sum[c]);
+  }
+}
+
+template <Act act>
+static void run_strip(const Strip& s, int64_t vectors) {
+  if (vectors == 3) return run_strip<act, 3>(s);
+  if (vectors == 2) return run_strip<act, 2>(s);
+  run_strip<act, 1>(s);
+}
+
+static void run_strip(Act act, const Strip& s, int64_t vectors) {
+  if (act == Act::relu) return run_strip<Act::relu>(s, vectors);
+  if (act == Act::relu6) return run_strip<Act::relu6>(s, vectors);
+  run_strip<Act::none>(s, vectors);
+}
+
+template <int vectors>
+static void pack_pixels(const float* x, int64_t plane, const int32_t* channels, int64_t count, int64_t pixels,
+                        float* out) {
+  const int64_t rest = pixels - (vectors - 1) * lanes;
+  for (int64_t k = 0; k < count; ++k, out += vectors * lanes) {
+    const float* in = x + channels[k] * plane;
+    const float* later = x + channels[k + 8] * plane;
+    ISW_UNROLL
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(later + v * lanes);
+      store(out + v * lanes, v < vectors - 1 ? load(in + v * lanes) : load_first(in + v * lanes, rest));
+    }
+  }
+}
+
+static void pack_strided(const Window& w, const float* x, const int32_t* channels, int64_t count, int64_t first,
+                         int64_t pixels, float* out) {
+  for (int64_t k = 0; k < count; ++k) {
+    const float* in = x + channels[k] * w.h * w.w;
+    for (int64_t i = 0, y = first / w.ow, column = first % w.ow; i < pixels; ++i) {
+      *out++ = in[y * w.sh * w.w + column * w.sw];
+      if (++column == w.ow) column = 0, ++y;
+    }
+    for (int64_t i = pixels; i % lanes; ++i) *out++ = 0;
+  }
+}
+
+class Pointwise {
+ public:
+  Pointwise(const ConvArgs& args, const Runner& runner)
+      : a_(args),
+        runner_(runner),
+        parts_(parts_per_slot()),
+        part_channels_(ceil_div(ceil_div(args.c_out, block), parts_) * block),
+        kept_(args.gate, args.n, args.c_in, runner),
+        residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
+        packed_(runner.workers * packed_size),
+        sums_(runner.workers * sums_size()),
+        squares_(runner.workers * squares_size()) {}
+
+  void run() {
+    parallel(runner_, a_.n * a_.slots * parts_, [&](int64_t index, int64_t worker) {
+      Task task;
+      task.worker = worker;
+      task.channel = index % parts_ * part_channels_;
+      task.channels = smaller(part_channels_, a_.c_out - task.channel);
+      task.slot = index / parts_ % a_.slots;
+      task.n = index / parts_ / a_.slots;
+      if (task.channels > 0) compute_task(task);
+    });
+  }
+
+ private:
+  struct Task {
+    int64_t n, slot, worker, channel, channels;
+  };
+  struct Panel {
+    int64_t begin, end;  // of the kept channels
+    int64_t strips;
+    int64_t pixel[panel_strips + 1];  // where strips begin, and the last ends
+  };
+  static constexpr int64_t packed_size = panel_channels * strip_pixels;
+
+  int64_t pixels() const { return a_.window.oh * a_.window.ow; }
+  int64_t sums_size() const { return a_.c_in > panel_channels ? part_channels_ * strip_pixels : 0; }
+  int64_t squares_size() const { return part_channels_ * lanes; }
+  int64_t parts_per_slot() const {
+    const int64_t wanted = ceil_div(4 * runner_.workers, a_.n * a_.slots);
+    return larger(1, smaller(wanted, ceil_div(a_.c_out, block)));
+  }
+
+  void compute_task(const Task& task) {
+    const Window& w = a_.window;
+    float* squares = squares_.get() + task.worker * squares_size();
+    std::fill(squares, squares + squares_size(), 0.0f);
+    const int64_t last = w.oh * (task.slot + 1) / a_.slots * w.ow, kept = kept_.count(task.n);
+    for (int64_t p = w.oh * task.slot / a_.slots * w.ow; p < last;) {
+      Panel panel = panel_at(p, last, smaller(kept, panel_channels));
+      panel.begin = 0;
+      do {
+        panel.end = smaller(kept, panel.begin + panel_channels);
+        compute_panel(task, panel);
+        panel.begin = panel.end;
+      } while (panel.begin < kept);
+      p = panel.pixel[panel.strips];
+    }
+    float* slot = a_.squares + (task.n * a_.slots + task.slot) * a_.c_out + task.channel;
+    for (int64_t c = 0; c < task.channels; c += lanes)
+      reduce_squares(squares + c * lanes, smaller(lanes, task.channels - c), slot + c);
+  }
+
+  // As many strips as the panel holds next to this many channels.
+  static Panel panel_at(int64_t pixel, int64_t last, int64_t channels) {
+    const int64_t most = smaller(panel_strips, panel_channels / larger(1, channels));
+    Panel panel;
+    panel.pixel[0] = pixel;
+    for (panel.strips = 0; panel.strips < most && pixel < last; ++panel.strips) {
+      pixel = smaller(last, pixel + vectors_for(last - pixel) * lanes);
+      panel.pixel[panel.strips + 1] = pixel;
+    }
+    return panel;
+  }
+  // Two and two vectors beat three and one.
+  static int64_t vectors_for(int64_t pixels) {
+    const int64_t vectors = ceil_div(pixels, lanes);
+    return vectors == 4 ? 2 : smaller(vectors, strip_vectors);
+  }
+
+  void compute_panel(const Task& task, const Panel& panel) {
+    float* packed = packed_.get() + task.worker * packed_size;
+    const int64_t count = panel.end - panel.begin;
+    for (int64_t i = 0; i < panel.strips; ++i) pack_strip(task, panel, i, packed + i * count * strip_pixels);
+    for (int64_t c = 0; c < task.channels; c += strip_channels)
+      for (int64_t i = 0; i < panel.strips; ++i) {
+        Strip strip = strip_of(task, task.channel + c, panel.pixel[i]);
+        strip.input = packed + i * count * strip_pixels;
+        strip.channels = kept_.channels(task.n) + panel.begin;
+        strip.count = count;
+        strip.first = panel.begin == 0;
+        strip.last = panel.end == kept_.count(task.n);
+        strip.outputs = smaller(strip_channels, task.channels - c);
+        strip.pixels = panel.pixel[i + 1] - panel.pixel[i];
+        run_strip(a_.act, strip, ceil_div(strip.pixels, lanes));
+      }
+  }
+
+  void pack_strip(const Task& task, const Panel& panel, int64_t i, float* out) const {
+    const Window& w = a_.window;
+    const int32_t* channels = kept_.channels(task.n) + panel.begin;
+    const int64_t count = panel.end - panel.begin, first = panel.pixel[i], pixels = panel.pixel[i + 1] - first;
+    const float* x = a_.x + task.n * a_.c_in * w.h * w.w;
+    const int64_t vectors = ceil_div(pixels, lanes);
+    if (w.sh > 1 || w.sw > 1) return pack_strided(w, x, channels, count, first, pixels, out);
+    if (vectors == 3) return pack_pixels<3>(x + first, w.h * w.w, channels, count, pixels, out);
+    if (vectors == 2) return pack_pixels<2>(x + first, w.h * w.w, channels, count, pixels, out);
+    pack_pixels<1>(x + first, w.h * w.w, channels, count, pixels, out);
+  }
+
+  Strip strip_of(const Task& task, int64_t channel, int64_t pixel) const {
+    const int64_t plane = task.n * a_.c_out + channel;
+    Strip strip;
+    strip.weights = a_.weight + channel / block * block * a_.c_in + channel % block;
+    strip.bias = a_.bias + channel;
+    strip.sums = sums_.get() + task.worker * sums_size() + (channel - task.channel) * strip_pixels;
+    strip.out.y = a_.y + plane * pixels() + pixel;
+    strip.out.plane = pixels();
+    strip.out.residual = a_.residual ? a_.residual + plane * pixels() + pixel : nullptr;
+    strip.out.residual_keep = residual_kept_.keep() + plane;
+    strip.out.squares = squares_.get() + task.worker * squares_size() + (channel - task.channel) * lanes;
+    return strip;
+  }
+
+  const ConvArgs& a_;
+  const Runner& runner_;
+  const int64_t parts_;  // of the output channels, so that few pixels still make tasks
+  const int64_t part_channels_;
+  const Kept kept_, residual_kept_;
+  Buffer<float> packed_, sums_, squares_;
+};
+
+}  // namespace
+}  // namespace isw

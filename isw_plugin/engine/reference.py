@@ -1,0 +1,211 @@
+"""The engine's functions in plain PyTorch. They define the results; ops.py has the same signatures, faster.
+
+N instances, C channels, S slots: partial sums of squares over S groups of rows (a function of the map size only).
+A feature's `gating` says which of its channels survive: `Statistics`, a keep mask (bool (N, C), True = survivor),
+or None for all. A dropped channel counts as zero, whatever it holds.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from isw_plugin import functional
+
+__all__ = [
+    "ACTS",
+    "BLOCK",
+    "Gating",
+    "Statistics",
+    "as_pixels",
+    "conv2d",
+    "depthwise_conv2d",
+    "keep_mask",
+    "linear",
+    "max_pool2d",
+    "pack_weight",
+    "row_slots",
+    "sum_squares",
+    "unpack_weight",
+]
+
+BLOCK = 32  # output channels of a packed block
+ACTS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What decides a feature's channels: its producer's sums of squares and the thresholds of its gate.
+
+    Args:
+        squares: Partial sums of squares, float32 (N, S, C).
+        alpha: A map is prunable for an instance when the CV of its norms exceeds alpha.
+        beta: There, channels with a norm under beta times the mean are dropped.
+    """
+
+    squares: Tensor
+    alpha: float
+    beta: float
+
+
+Gating: TypeAlias = Statistics | Tensor | None
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Orders a weight so that one input channel's weights for a block of output channels lie together.
+
+    Args:
+        weight: (C_out, C_in, kh, kw) of a convolution or (C_out, C_in) of a linear layer.
+
+    Returns:
+        (ceil(C_out / 32), C_in, kh, kw, 32), missing output channels zero.
+    """
+    if weight.dim() == 2:
+        weight = weight[:, :, None, None]
+    padded = F.pad(weight, (0, 0) * 3 + (0, -weight.shape[0] % BLOCK))
+    return padded.view(-1, BLOCK, *weight.shape[1:]).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def unpack_weight(packed: Tensor, out_channels: int) -> Tensor:
+    """The (C_out, C_in, kh, kw) weight that pack_weight packed."""
+    return packed.permute(0, 4, 1, 2, 3).flatten(0, 1)[:out_channels]
+
+
+def row_slots(height: int, width: int) -> int:
+    """Partial sums per instance and channel for an output map of this size."""
+    slots = 1
+    while slots < 16 and height >= 8 * slots and height * width >= 392 * slots:
+        slots *= 2
+    return slots
+
+
+def _sum_rows(y: Tensor) -> Tensor:
+    """Sums of squares of (N, C, H, W) over row_slots(H, W) groups of rows: (N, S, C)."""
+    height, slots = y.shape[2], row_slots(y.shape[2], y.shape[3])
+    rows = y.square().sum(3)
+    return torch.stack([rows[:, :, height * s // slots : height * (s + 1) // slots].sum(2) for s in range(slots)], 1)
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """(N, ..., C) as a map of one column, (N, C, pixels, 1)."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).transpose(1, 2).unsqueeze(3)
+
+
+def _keep_of(gating: Gating) -> Tensor | None:
+    """The keep mask (N, C) that a gating stands for; None when all channels are kept."""
+    if isinstance(gating, Statistics):
+        return keep_mask(gating.squares, gating.alpha, gating.beta)
+    return gating
+
+
+def _drop(x: Tensor, gating: Gating) -> Tensor:
+    """x (N, C, ...) with zeros in dropped channels."""
+    keep = _keep_of(gating)
+    return x if keep is None else torch.where(keep.view(keep.shape + (1,) * (x.dim() - 2)), x, 0.0)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+    residual: Tensor | None = None,
+    residual_gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolution of surviving channels, then bias, residual and activation.
+
+    Args:
+        x: Input, (N, C_in, H, W).
+        weight: From pack_weight, (ceil(C_out / 32), C_in, kh, kw, 32).
+        bias: (C_out,).
+        stride: One number or (vertical, horizontal).
+        padding: One number or (vertical, horizontal).
+        act: "none", "relu" or "relu6".
+        gating: Which input channels survive.
+        residual: Added before the activation, (N, C_out, OH, OW).
+        residual_gating: Which of its channels survive.
+
+    Returns:
+        y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
+    """
+    y = F.conv2d(_drop(x, gating), unpack_weight(weight, bias.shape[0]), bias, stride, padding)
+    if residual is not None:
+        y = y + _drop(residual, residual_gating)
+    y = ACTS[act](y)
+    return y, _sum_rows(y)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, *, act: str = "none", gating: Gating = None
+) -> tuple[Tensor, Tensor]:
+    """Linear layer on surviving features.
+
+    Args:
+        x: Input, (N, ..., C_in); axes between hold tokens or pixels, which share the instance's decision.
+        weight: From pack_weight, (ceil(C_out / 32), C_in, 1, 1, 32).
+        bias: (C_out,).
+        act: "none", "relu" or "relu6".
+        gating: Which input features survive.
+
+    Returns:
+        y (N, ..., C_out) and its partial sums of squares (N, S, C_out).
+    """
+    kept = _drop(x.movedim(-1, 1), gating).movedim(1, -1)
+    y = ACTS[act](F.linear(kept, unpack_weight(weight, bias.shape[0])[:, :, 0, 0], bias))
+    return y, _sum_rows(as_pixels(y))
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """Depthwise convolution; a dropped channel comes out as act(bias) everywhere.
+
+    Args:
+        x: Input, (N, C, H, W).
+        weight: As in torch, (C, 1, kh, kw).
+        bias: (C,).
+        stride: One number or (vertical, horizontal).
+        padding: One number or (vertical, horizontal).
+        act: "none", "relu" or "relu6".
+        gating: Which channels survive.
+
+    Returns:
+        y (N, C, OH, OW) and its sums of squares (N, 1, C).
+    """
+    y = ACTS[act](F.conv2d(_drop(x, gating), weight, bias, stride, padding, groups=x.shape[1]))
+    return y, sum_squares(y)
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """Max-pooling of (N, C, H, W); stride is the kernel unless given."""
+    return F.max_pool2d(x, kernel, stride, padding)
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """Sums of squares of a map that no engine function made: (N, C, H, W) -> (N, 1, C)."""
+    return x.square().sum((2, 3)).unsqueeze(1)
+
+
+def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
+    """The decision behind Statistics(squares, alpha, beta): bool (N, C), True where the channel survives."""
+    return functional.keep_mask(squares.sum(1).sqrt(), alpha, beta)
