@@ -5,6 +5,7 @@ N instances, C channels, H W map size. Norms are float32 (float64 for float64 fe
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,35 @@ def channel_norm(feature: Tensor, axis: int = 1) -> Tensor:
     Returns:
         ||feature[n, c]||_2, shape (N, C). The gradient of an all-zero channel is 0.
     """
-    dtype = torch.promote_types(feature.dtype, torch.float32)
     with torch.autocast(feature.device.type, enabled=False):
         if feature.dim() == 2:
-            return feature.to(dtype).abs()
-        others = [dim for dim in range(1, feature.dim()) if dim != axis % feature.dim()]
-        # A hand-written sqrt of squares has NaN gradients on dead channels and overflows in float16.
-        norms: Tensor = torch.linalg.vector_norm(feature, dim=others, dtype=dtype)
+            return feature.to(torch.promote_types(feature.dtype, torch.float32)).abs()
+        norms: Tensor = _ChannelNorm.apply(feature, axis % feature.dim())
         return norms
+
+
+class _ChannelNorm(torch.autograd.Function):
+    """Eq. 3 with the gradient F / ||F||, 0 on dead channels, where that of sqrt(sum(F^2)) is NaN.
+
+    torch.linalg.vector_norm has that gradient too, but takes 4 times as long on channels_last maps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, axis: int) -> Tensor:
+        others = [dim for dim in range(1, feature.dim()) if dim != axis]
+        wide = feature.to(torch.promote_types(feature.dtype, torch.float32))  # squares overflow float16
+        norms = wide.square().sum(others).sqrt()
+        ctx.save_for_backward(feature, norms)
+        ctx.axis = axis
+        return norms
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        feature, norms = ctx.saved_tensors
+        scale = torch.where(norms == 0, 0.0, gradient / norms)
+        shape = [len(norms)] + [1] * (feature.dim() - 1)
+        shape[ctx.axis] = norms.shape[1]
+        return (feature * scale.view(shape)).to(feature.dtype), None
 
 
 def instance_penalty(norms: Iterable[Tensor]) -> Tensor:
