@@ -143,6 +143,7 @@ class _Choice:
         return max(reached, key=lambda c: c.accuracy) if reached else min(candidates, key=lambda c: c.macs)
 
     def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The best within the budget; BudgetError where there is none."""
         best = self.nearest(candidates)
         if self.within(best):
             return best
@@ -173,6 +174,7 @@ class _Trial:
         return report.accuracy, report.instances
 
     def run(self, points: Iterable[tuple[float, ...]], names: list[str]) -> list[Candidate]:
+        """What the gate does at each point of the parameters."""
         candidates = []
         for point in points:
             parameters = dict(zip(names, point, strict=True))

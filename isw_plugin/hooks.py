@@ -87,6 +87,7 @@ class Memory:
         self.running = False
 
     def begin(self, training: bool) -> None:
+        """A forward of the whole model starts, in training mode or not."""
         self._drop_unfinished()
         grad = torch.is_grad_enabled()
         self.running = True
@@ -171,6 +172,7 @@ class _Observe:
         self.applies = applies
 
     def observe(self, feature: Tensor) -> Tensor:
+        """What the others see of the map."""
         memory, site = self.memory, self.site
         # Outside a forward this is a checkpoint's recompute: it repeats the arithmetic, not the record.
         recording = (memory.training if memory.running else memory.repeats) and memory.recording[site.name]

@@ -412,9 +412,11 @@ def test_remove_leaves_the_hooks_of_others(plain: Net) -> None:
 
 
 def test_a_second_remove_does_nothing(plain: Net) -> None:
+    hooks = hooks_of(plain)
     pruner = attached(plain)
     pruner.remove()
     pruner.remove()
+    assert hooks_of(plain) == hooks
 
 
 def test_a_second_remove_leaves_the_next_pruner_alone(plain: Net) -> None:
@@ -647,6 +649,7 @@ def test_weights_load_across_attachment(plain: Net) -> None:
     state = made(Plain, seed=1).state_dict()
     attached(plain)
     plain.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
 
 
 # -- summary ---------------------------------------------------------------------------------------

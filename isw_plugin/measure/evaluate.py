@@ -165,6 +165,7 @@ class _Tally:
         self.seconds: list[float] = []
 
     def add(self, images: Tensor, labels: Tensor, scores: Tensor, seconds: float) -> None:
+        """Take in a batch that has just run."""
         self.seconds.append(seconds)
         count = len(labels)
         keep, norms = (self.pruner.keep, self.pruner.norms) if self.pruner else ({}, {})
@@ -198,6 +199,7 @@ class _Tally:
         return self.dense[shape]
 
     def report(self, device: torch.device, with_records: bool) -> GateReport:
+        """The means over all that was taken in."""
         if not self.rows:
             raise SettingError("the loader gave no batch: there is nothing to evaluate")
         rows = {name: torch.cat(values) for name, values in self.rows.items()}

@@ -205,6 +205,7 @@ class _Finder:
     # -- what a site looks like --------------------------------------------------------------------
 
     def site(self, value: int, names: tuple[str, ...]) -> Site:
+        """The map as a site of these layers."""
         axis = self.axes[value]
         shape = self.graph.shapes[value][1:]
         return Site(
