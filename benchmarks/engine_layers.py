@@ -30,6 +30,11 @@ def prepacked(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.ops.mkldnn._convolution_pointwise(channels_last, packed, bias, *window, "relu", [], "")
 
 
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    """Time of so many calls."""
+    return timed(lambda: [run() for _ in range(repeats)], CPU)[1]
+
+
 def layer(channels: int, side: int, instances: int, rounds: int) -> str:
     """A row: medians of per-round ratios."""
     generator = torch.Generator().manual_seed(0)
@@ -44,12 +49,11 @@ def layer(channels: int, side: int, instances: int, rounds: int) -> str:
     runs = [prepacked(x, weight, bias)]
     runs += [lambda g=g: conv2d(x, packed, bias, padding=1, act="relu", gating=g) for g in gatings]
     repeats = max(1, int(SECONDS / timed(runs[0], CPU)[1]))
-    taken = [
-        [timed(lambda run=run: [run() for _ in range(repeats)], CPU)[1] for run in runs] for _ in range(rounds + 2)
-    ]
+    taken = [[seconds(run, repeats) for run in runs] for _ in range(rounds + 2)]
     dense = statistics.median(row[0] for row in taken[2:]) / repeats  # the first two warm up
     full, gated = (statistics.median(row[way] / row[0] for row in taken[2:]) for way in (1, 2))
-    return f"| {channels} -> {channels} @ {side} | {instances} | {dense * 1e3:.3f} | {full:.2f} | {kept:.2f} | {gated:.2f} |"
+    cells = (f"{channels} -> {channels} @ {side}", f"{instances}", f"{dense * 1e3:.3f}")
+    return f"| {' | '.join(cells)} | {full:.2f} | {kept:.2f} | {gated:.2f} |"
 
 
 def main() -> None:
@@ -57,9 +61,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     cpu.load()
-    print(
-        f"{hardware()}, {torch.get_num_threads()} threads, {cpu.active()}, torch {torch.__version__}, {args.rounds} rounds"
-    )
+    machine = f"{hardware()}, {torch.get_num_threads()} threads, {cpu.active()}"
+    print(f"{machine}, torch {torch.__version__}, {args.rounds} rounds")
     print("| layer | batch | prepacked ms | all kept | keep | gated |\n|---|---|---|---|---|---|")
     with torch.inference_mode():
         for instances in (1, 8):
