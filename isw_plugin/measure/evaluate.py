@@ -127,7 +127,8 @@ def evaluate(
 
     Raises:
         NonFiniteFeatureError: A gated map holds NaN or infinity; names the first such site.
-        SettingError: The loader is empty.
+        SettingError: The loader is empty, or ``forward`` does not run the model once on the whole batch.
+        AttachError: The pruner is attached to a part of the model.
     """
     call = forward or _call
     tally = _Tally(model, call)
@@ -215,7 +216,7 @@ class _Tally:
             dense_macs=dense,
             macs=macs,
             macs_saved=1 - macs / dense,
-            gate_macs=next(iter(self.dense.values())).gate if self.pruner else 0,
+            gate_macs=next(iter(self.dense.values())).gate,
             emptied=sum(int((~mask.any(1)).sum()) for mask in keep.values()),
             execution="masked" if self.pruner else "dense",
             latency=summarize(self.seconds, [len(labels) for labels in self.rows["labels"]], device),

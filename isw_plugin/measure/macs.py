@@ -47,6 +47,10 @@ class DenseMacs:
     def total(self) -> int:
         return self.per_layer.total()
 
+    def per_column(self, layer: str) -> float:
+        """MACs that one input column takes in one call of a layer (the mean call, where sizes differ)."""
+        return self.per_layer[layer] / self.calls[layer] / self.columns[layer]
+
 
 @dataclass(frozen=True)
 class MacReport:
@@ -76,31 +80,25 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
     """Count the MACs of a batch, with the gates as they are (on or off, or no pruner at all).
 
     Args:
-        model: A bare or an attached model.
-        inputs: What its forward takes, N images; it is run twice, with gates and without.
+        model: A bare or an attached model, or a wrapper of one.
+        inputs: What its forward takes, N images; with gates on it is run twice, the second time without.
     """
     pruner = gated_pruner(model)
-    with measuring(model):
-        _call(model, inputs)
-    keep = pruner.keep if pruner else {}
-    dense = count_dense(model, inputs)
+    if pruner:
+        with measuring(model):
+            _call(model, inputs)
+    dense = count_dense(model, inputs)  # with gates off: the decisions stay readable
     instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    saved = saved_by_site(pruner.sites, keep, dense) if pruner else {}
+    saved = saved_by_site(pruner.sites, pruner.keep, dense) if pruner else {}
     total = torch.full((instances,), float(dense.total), dtype=torch.float64)
-    return MacReport(
-        dense.total, total - sum(saved.values()), saved, dict(dense.per_layer), dense.gate if pruner else 0
-    )
+    return MacReport(dense.total, total - sum(saved.values()), saved, dict(dense.per_layer), dense.gate)
 
 
 def saved_by_site(sites: tuple[Site, ...], keep: Mapping[str, Tensor], dense: DenseMacs) -> dict[str, Tensor]:
     """MACs that each image saves in the readers of each site, (N,) float64 on the CPU."""
     saved = {}
     for site in sites:
-        per_channel = sum(
-            dense.per_layer[name] / dense.calls[name] * reader.repeat / dense.columns[name]
-            for reader in site.consumers
-            for name in [reader.layer]
-        )
+        per_channel = sum(reader.repeat * dense.per_column(reader.layer) for reader in site.consumers)
         saved[site.name] = (~keep[site.name]).sum(1).double().cpu() * per_channel
     return saved
 
