@@ -249,14 +249,19 @@ def column_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) ->
     pieces: list[Tensor] = []
     filled = 0
     for part in sorted(parts, key=lambda part: part.start):
-        kept = keep[part.site].repeat_interleave(part.repeat, dim=1)
-        pieces += [kept.new_ones(len(kept), part.start - filled), kept]
+        kept = keep[part.site] if part.repeat == 1 else keep[part.site].repeat_interleave(part.repeat, dim=1)
+        pieces += [*_ungated(kept, part.start - filled), kept]
         filled = part.start + kept.shape[1]
-    return torch.cat([*pieces, pieces[0].new_ones(len(pieces[0]), columns - filled)], dim=1)
+    pieces += _ungated(pieces[0], columns - filled)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _ungated(keep: Tensor, columns: int) -> list[Tensor]:
+    return [keep.new_ones(keep.shape[0], columns)] if columns else []
 
 
 def _mask(feature: Tensor, keep: Tensor, axis: int) -> Tensor:
-    shape = [len(keep)] + [1] * (feature.dim() - 1)
+    shape = [keep.shape[0]] + [1] * (feature.dim() - 1)  # len() would make it a constant for torch.export
     shape[axis] = keep.shape[1]
     return feature.masked_fill(~keep.view(shape), 0)
 

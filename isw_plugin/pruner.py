@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from isw_plugin.engine.accelerate import BACKENDS, Accelerated, accelerate
 from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
 from isw_plugin.functional import instance_penalty
 from isw_plugin.gates import Gate, with_parameters
@@ -14,6 +16,9 @@ from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, deta
 from isw_plugin.settings import Settings, check_lambda, choose_gate
 from isw_plugin.sites import Found, Inputs, Patterns, Site, default_inputs
 from isw_plugin.wrappers import attachable, unwrapped
+
+if TYPE_CHECKING:
+    from isw_plugin.static import Batches, Conversion
 
 __all__ = ["InstanceWisePruner"]
 
@@ -257,6 +262,82 @@ class InstanceWisePruner:
             self._settings.gate = gate
             self._configure()
             self._memory.enabled = enabled
+
+    # -- static pruning ----------------------------------------------------------------------------
+
+    def to_static(self, batches: "Batches", threshold: float = 0.0) -> "Conversion":
+        """Prune for good the channels that images do not use, with gates on at their present thresholds.
+
+        A channel is used by an image where some layer reads anything but zeros from it: its gates keep it
+        and it is not dead. Channels that torch-pruning's graph ties together go together or not at all;
+        those that end in the model's output, in a norm over channels or in a grouped convolution stay.
+
+        At threshold 0, gated outputs on these images are as before, up to rounding. A gate compares norms
+        with statistics over all channels, so the sites' thresholds become others that decide on the rest
+        as before (``per_site`` of that site); channels whose loss would still change a decision stay.
+        Above 0, every channel used by at most this share of the images goes, and nothing is promised; any
+        value below 1 / images means all that are never used. Parameters are new objects: make the
+        optimizer after this.
+
+        Args:
+            batches: Images, (images, labels) as a loader gives them, or dicts of what forward takes.
+            threshold: Share of images, in [0, 1).
+
+        Returns:
+            What went.
+
+        Raises:
+            SettingError: Another threshold, or no images.
+            UnsupportedError: torch-pruning cannot trace the model; or a gate at threshold 0 of which it is
+                not known how it decides on fewer channels (known are CVGate and MinNorm). Nothing is
+                changed then.
+        """
+        from isw_plugin.static import convert  # torch-pruning is imported only where it is needed
+
+        self._require_attached()
+        with self.gating():
+            conversion = convert(self.model, self._memory, self.sites, self._settings.inputs, batches, threshold)
+        for site, parameters in conversion.parameters.items():
+            self._settings.override(site, parameters)
+        self.update_regularizer()
+        return conversion
+
+    def accelerate(
+        self, example_inputs: Inputs | None = None, *, backend: Literal["auto", "gated", "dense"] = "auto"
+    ) -> Accelerated:
+        """Make a copy that really skips dropped channels, with the gate and the weights as they are now.
+
+        Args:
+            example_inputs: Real inputs at the size and batch that will run: layers are timed on them. None: noise
+                in the shape of the last gated forward.
+            backend: "auto" takes the faster of the gated graph and the model's best dense form, which keeps every
+                channel; "gated" and "dense" one of them, whatever the clock says.
+
+        Returns:
+            A module in eval mode without gradients. Its outputs equal the gated model's to float rounding, near-ties
+            aside; ``summary()`` says what was timed and chosen, ``recording()`` collects decisions.
+
+        Raises:
+            SettingError: No ``example_inputs`` and no gated forward before; an unknown backend.
+            AttachError: The pruner was removed, or its sites are not known yet.
+        """
+        self._require_attached()
+        if backend not in BACKENDS:
+            raise SettingError(f"backend={backend!r}: one of {', '.join(map(repr, BACKENDS))}")
+        inputs = example_inputs if example_inputs is not None else self._noise()
+        return accelerate(self.model, self.sites, inputs, backend)
+
+    def _noise(self) -> Inputs:
+        instances = next((len(keep) for keep in self.keep.values()), 0)
+        if not instances:
+            raise SettingError("accelerate needs example_inputs, or a gated forward before it, to know the batch")
+        weight = next(self.model.parameters(), torch.empty(0))
+        noise: Inputs = tree_map_only(
+            Tensor,
+            lambda t: torch.randn(instances, *t.shape[1:], dtype=weight.dtype, device=weight.device),
+            self._settings.inputs,
+        )
+        return noise
 
     # -- saving ------------------------------------------------------------------------------------
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isw_plugin.engine.accelerate import Accelerated, Record
 from isw_plugin.errors import NonFiniteFeatureError, SettingError
 from isw_plugin.functional import coefficient_of_variation
 from isw_plugin.measure.latency import Latency, summarize, timed
-from isw_plugin.measure.macs import DenseMacs, count_dense, gated_pruner, saved_by_site
+from isw_plugin.measure.macs import DenseMacs, count_dense, decisions, gated_pruner, saved_by_site
 from isw_plugin.measure.modes import measuring
+from isw_plugin.wrappers import unwrapped
 
 __all__ = ["ClassReport", "GateReport", "Records", "SiteReport", "evaluate"]
 
@@ -71,7 +73,7 @@ class GateReport:
         macs_saved: 1 - macs / dense_macs.
         gate_macs: The gates' own multiply-adds for an image, in neither.
         emptied: (instance, site) pairs that lost every channel.
-        execution: "dense", or "masked": dropped channels were zeroed, not skipped.
+        execution: "dense"; "masked": dropped channels were zeroed, not skipped; "accelerated": skipped.
         per_site: By site name.
         per_class: By label.
         records: Per instance, if asked for.
@@ -117,7 +119,7 @@ def evaluate(
     """Run a model over labelled images with its gates as they are.
 
     Args:
-        model: A bare or an attached model; run in eval mode, flags restored.
+        model: A bare, an attached or an accelerated model; run in eval mode, flags restored.
         loader: Gives (images, labels); labels (N,).
         forward: ``forward(model, images) -> outputs``; ``model(images)`` if None.
         metric: ``metric(outputs, labels) -> (N,)`` score of each instance; 1 where the largest output is
@@ -137,8 +139,9 @@ def evaluate(
     with measuring(model):
         for images, labels in loader:
             images = images.to(place, non_blocking=True)
-            outputs, seconds = timed(lambda batch=images: call(model, batch), place)  # type: ignore[misc]
-            tally.add(images, labels.cpu(), score(outputs, labels.to(place)).double().cpu(), seconds)
+            with decisions(model) as decided:
+                outputs, seconds = timed(lambda batch=images: call(model, batch), place)  # type: ignore[misc]
+            tally.add(images, labels.cpu(), score(outputs, labels.to(place)).double().cpu(), decided, seconds)
     return tally.report(place, records)
 
 
@@ -165,11 +168,11 @@ class _Tally:
         self.saved: dict[str, list[Tensor]] = {}
         self.seconds: list[float] = []
 
-    def add(self, images: Tensor, labels: Tensor, scores: Tensor, seconds: float) -> None:
-        """Take in a batch that has just run."""
+    def add(self, images: Tensor, labels: Tensor, scores: Tensor, decided: Record, seconds: float) -> None:
+        """Take in a batch that has just run, and what its gates decided."""
         self.seconds.append(seconds)
         count = len(labels)
-        keep, norms = (self.pruner.keep, self.pruner.norms) if self.pruner else ({}, {})
+        keep, norms = decided.keep, decided.norms
         _require_finite(norms)
         self._require_whole(keep, count)
         dense = self._dense(images)
@@ -218,12 +221,18 @@ class _Tally:
             macs_saved=1 - macs / dense,
             gate_macs=next(iter(self.dense.values())).gate,
             emptied=sum(int((~mask.any(1)).sum()) for mask in keep.values()),
-            execution="masked" if self.pruner else "dense",
+            execution=self._execution(),
             latency=summarize(self.seconds, [len(labels) for labels in self.rows["labels"]], device),
             per_site={name: self._site(name, keep[name], cv[name], dense) for name in keep},
             per_class=_by_class(records, rows["dense"]),
             records=records if with_records else None,
         )
+
+    def _execution(self) -> str:
+        model = unwrapped(self.model)
+        if isinstance(model, Accelerated):
+            return model.execution
+        return "masked" if self.pruner else "dense"
 
     def _site(self, name: str, keep: Tensor, cv: Tensor, dense: float) -> SiteReport:
         saved = torch.cat(self.saved[name]).mean().item()

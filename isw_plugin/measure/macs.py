@@ -7,7 +7,8 @@ so the saving is linear in the number of dropped channels. Projections that are 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
+from isw_plugin.engine.accelerate import Accelerated, Record
 from isw_plugin.errors import AttachError
 from isw_plugin.hooks import has_hooks, memory_of
 from isw_plugin.measure.modes import measuring
@@ -23,7 +25,7 @@ from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.sites import LAYERS, Inputs, Site
 from isw_plugin.wrappers import unwrapped
 
-__all__ = ["DenseMacs", "MacReport", "count_dense", "count_macs", "gated_pruner", "saved_by_site"]
+__all__ = ["DenseMacs", "MacReport", "count_dense", "count_macs", "decisions", "gated_pruner", "saved_by_site"]
 
 
 @dataclass
@@ -84,12 +86,14 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
         inputs: What its forward takes, N images; with gates on it is run twice, the second time without.
     """
     pruner = gated_pruner(model)
+    keep: dict[str, Tensor] = {}
     if pruner:
-        with measuring(model):
+        with measuring(model), decisions(model) as decided:
             _call(model, inputs)
-    dense = count_dense(model, inputs)  # with gates off: the decisions stay readable
+        keep = decided.keep
+    dense = count_dense(model, inputs)  # with gates off
     instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    saved = saved_by_site(pruner.sites, pruner.keep, dense) if pruner else {}
+    saved = saved_by_site(pruner.sites, keep, dense) if pruner else {}
     total = torch.full((instances,), float(dense.total), dtype=torch.float64)
     return MacReport(dense.total, total - sum(saved.values()), saved, dict(dense.per_layer), dense.gate)
 
@@ -103,13 +107,29 @@ def saved_by_site(sites: tuple[Site, ...], keep: Mapping[str, Tensor], dense: De
     return saved
 
 
+@contextmanager
+def decisions(model: nn.Module) -> Iterator[Record]:
+    """What the gates decided in the forward inside the block; to be read after it."""
+    model = unwrapped(model)
+    if isinstance(model, Accelerated):
+        with model.recording() as record:
+            yield record
+        return
+    record, pruner = Record(), gated_pruner(model)
+    yield record
+    if pruner:
+        record.add(pruner.keep, pruner.norms)
+
+
 def gated_pruner(model: nn.Module) -> InstanceWisePruner | None:
-    """The pruner of a model or of what it wraps, if its gates are on.
+    """The pruner of a model or of what it wraps, if its gates are on; of an accelerated one, if it skips.
 
     Raises:
         AttachError: The pruner is attached to a part of the model, or to a whole that this is part of.
     """
     model = unwrapped(model)
+    if isinstance(model, Accelerated):
+        return InstanceWisePruner.of(model.masked) if model.execution != "dense" else None
     memory = memory_of(model)
     if memory is None and has_hooks(model):
         raise AttachError("the pruner is attached to a part of this model: measure the module that it is attached to")
@@ -123,6 +143,7 @@ def count_dense(model: nn.Module, inputs: Inputs, forward: Callable[[nn.Module, 
         forward: ``forward(model, inputs)``, where the model is not called on the inputs themselves.
     """
     model = unwrapped(model)  # a compiled wrapper would not call the counters
+    model = model.masked if isinstance(model, Accelerated) else model
     counted = DenseMacs()
     instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
     pruner = gated_pruner(model)

@@ -1,0 +1,275 @@
+"""A gated model that really skips: a copy as a graph of the engine's layers, each as fast as it was seen to be."""
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
+from isw_plugin.engine.fit import Cost, fit, medians
+from isw_plugin.engine.layers import Layer, conv
+from isw_plugin.engine.lower import Decision, lower, lower_dense
+from isw_plugin.engine.simplify import constants_of, simplify
+from isw_plugin.engine.trace import arguments, trace
+from isw_plugin.errors import UnsupportedError
+from isw_plugin.hooks import memory_of
+from isw_plugin.sites import Inputs, Site
+
+__all__ = ["BACKENDS", "Accelerated", "Record", "accelerate"]
+
+BACKENDS = ("auto", "gated", "dense")
+_ROUNDS = 7
+_SECONDS = 5e-3
+
+
+class Record:
+    """What calls of an accelerated model decided, joined over the calls.
+
+    Attributes:
+        keep: Site name -> bool (N, C), True where the channel was kept.
+        norms: Site name -> float (N, C), the channel norms (Eq. 3).
+    """
+
+    def __init__(self) -> None:
+        self.keep: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
+
+    @property
+    def keep_ratio(self) -> float:
+        """Kept / all channels over all sites and instances; 1 where nothing was recorded."""
+        kept = sum(int(mask.sum()) for mask in self.keep.values())
+        return kept / max(1, sum(mask.numel() for mask in self.keep.values())) if self.keep else 1.0
+
+    def add(self, keep: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
+        """Take in one call."""
+        for held, new in ((self.keep, keep), (self.norms, norms)):
+            for name, values in new.items():
+                held[name] = torch.cat([held[name], values]) if name in held else values
+
+
+_recording: ContextVar[Record | None] = ContextVar("isw_recording", default=None)
+
+
+@dataclass
+class Plan:
+    """One graph, for inputs of one shape but for the instances."""
+
+    graph: fx.GraphModule
+    outputs: Any  # how the flat outputs are packed
+    count: int  # of them
+    decisions: list[Decision]
+
+    def decided(self, given: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Keep masks and norms by site, from what the graph gives after its outputs."""
+        keep, norms, rest = {}, {}, list(given)
+        for decision in self.decisions:
+            if decision.thresholds is None:
+                keep[decision.site], norms[decision.site] = rest.pop(0), rest.pop(0)
+            else:
+                squares = rest.pop(0)
+                keep[decision.site] = torch.ops.isw.keep_mask(squares, *decision.thresholds)
+                norms[decision.site] = squares.sum(1).sqrt()
+        return keep, norms
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was measured when the model was accelerated, in seconds a batch.
+
+    Attributes:
+        instances: In the batch.
+        threads: CPU threads of torch.
+        costs: Of every convolution, in the order of execution.
+        dense, gated: Of the whole model in its best dense form, and with its gates; None: not measured.
+    """
+
+    instances: int
+    threads: int
+    costs: list[Cost] = field(default_factory=list)
+    dense: float | None = None
+    gated: float | None = None
+
+
+class Accelerated(nn.Module):
+    """A snapshot of a gated model that skips dropped channels. Inference only.
+
+    ``execution`` says what a call runs: "accelerated" (dropped channels are skipped), "dense" (the best dense form,
+    all channels, because gates do not gain here) or "masked" (the model as it was: it could not be exported).
+    """
+
+    def __init__(self, masked: nn.Module, sites: tuple[Site, ...]) -> None:
+        super().__init__()
+        self.masked = masked
+        self.sites = sites
+        self.plans: dict[Any, Plan] = {}
+        self.execution = "masked"
+        self.reason = ""
+        self.fitted = Fitted(0, torch.get_num_threads())
+        self.choices: dict[str, bool] = {}  # by layer: whether it skips
+        self._lock = threading.Lock()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the masked model gives, to float rounding."""
+        if self.execution == "masked":
+            return self._masked(args, kwargs)
+        flat = pytree.tree_leaves((args, kwargs))
+        plan = self.plans.get(_shapes(flat))
+        if plan is None:
+            plan = self._plan(args, kwargs, flat)
+            if plan is None:
+                return self._masked(args, kwargs)
+        given = plan.graph(*flat)
+        if not torch.compiler.is_compiling():
+            record = _recording.get()
+            if record is not None:
+                record.add(*plan.decided(given[plan.count :]))
+        return given[0] if plan.outputs is None else pytree.tree_unflatten(given[: plan.count], plan.outputs)
+
+    @contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Collect the decisions of this thread's calls inside the block."""
+        record = Record()
+        token = _recording.set(record)
+        try:
+            yield record
+        finally:
+            _recording.reset(token)
+
+    def summary(self) -> str:
+        """A table of layers, what each was seen to cost and what was chosen, and the model as a whole."""
+        rows = [("layer", "keep", "dense us", "gated us", "all kept us", "runs")]
+        for cost in self.fitted.costs:
+            gated = [f"{1e6 * t:.0f}" if t is not None else "-" for t in (cost.gated, cost.gated_all)]
+            runs = "gated" if self.choices.get(cost.layer) else "dense"
+            rows.append((cost.layer, f"{cost.keep_ratio:.2f}", f"{1e6 * cost.dense:.0f}", *gated, runs))
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, self._conclusion()])
+
+    def _conclusion(self) -> str:
+        where = f"batch {self.fitted.instances}, {self.fitted.threads} threads"
+        if self.fitted.dense is None or self.fitted.gated is None:
+            return f"{self.execution}{': ' if self.reason else ''}{self.reason} ({where})"
+        times = f"gated {1e3 * self.fitted.gated:.2f} ms, best dense form {1e3 * self.fitted.dense:.2f} ms"
+        return f"{self.execution}: {times} ({where})"
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            raise UnsupportedError("an accelerated model has no gradients: train the model it was made from")
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
+    def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        memory = memory_of(self.masked)
+        assert memory is not None
+        with self._lock, torch.no_grad():  # hooks share one memory
+            output = self.masked(*args, **kwargs)
+            record = _recording.get()
+            if record is not None:
+                record.add(dict(memory.keep), dict(memory.norms))
+        return output
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]) -> Plan | None:
+        """A graph for a shape not seen before, with the choices of the shape that was fitted; None: masked."""
+        with self._lock:
+            if _shapes(flat) not in self.plans:
+                try:
+                    traced = _Traced(self.masked, self.sites, kwargs if kwargs else args)
+                except UnsupportedError:
+                    return None
+                self.plans[_shapes(flat)] = traced.plan(self.execution, self.choices, flat)
+            return self.plans[_shapes(flat)]
+
+
+def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backend: str = "auto") -> Accelerated:
+    """Make a gated model skip.
+
+    Args:
+        model: Attached, in any mode; copied.
+        sites: What its hooks gate.
+        inputs: Real inputs at the size and batch that will run.
+        backend: "auto" takes the faster of the gated graph and the best dense form on these inputs, "gated" and
+            "dense" one of them.
+
+    Returns:
+        The accelerated copy; where it cannot be exported, one that runs the masked copy and says so.
+    """
+    masked = copy.deepcopy(model).eval().requires_grad_(False)
+    memory = memory_of(masked)
+    assert memory is not None
+    memory.enabled = True
+    fast = Accelerated(masked, sites).eval()
+    flat = pytree.tree_leaves(arguments(inputs))
+    try:
+        traced = _Traced(masked, sites, inputs)
+    except UnsupportedError as error:
+        fast.reason = str(error).splitlines()[0]
+        return fast
+    with torch.inference_mode():
+        _choose(fast, traced, flat, backend)
+    return fast
+
+
+class _Traced:
+    """The simplified graph of a masked model, and how its flat outputs lie."""
+
+    def __init__(self, masked: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> None:
+        exported = trace(masked, sites, inputs)
+        packed = exported._out_spec.child(0)
+        self.sites: list[str] = exported._out_spec.child(1).context
+        self.count = packed.num_leaves
+        self.outputs = None if packed.is_leaf() else packed
+        self.graph = simplify(exported)
+
+    def gated(self, executions: dict[str, nn.Module]) -> Plan:
+        graph, decisions = lower(self.graph, executions, self.count, self.sites)
+        return Plan(graph, self.outputs, self.count, decisions)
+
+    def dense(self, executions: dict[str, nn.Module]) -> Plan:
+        return Plan(lower_dense(self.graph, executions, self.count), self.outputs, self.count, [])
+
+    def plan(self, execution: str, choices: dict[str, bool], flat: list[Any]) -> Plan:
+        """Without timing anything."""
+        executions: dict[str, nn.Module] = {}
+        constants = constants_of(self.graph)
+        for node in self.graph.graph.nodes:
+            layer = Layer.of(node, constants) if node.target is conv else None
+            if layer is None:
+                continue
+            skips = execution == "accelerated" and choices.get(node.meta["layer"], True) and can_skip(layer)
+            shape = [flat[0].shape[0], *node.args[0].meta["val"].shape[1:]]
+            like = torch.empty(shape)
+            executions[node.name] = GatedConv(layer) if skips else DenseConv(layer, like)
+        return self.gated(executions) if execution == "accelerated" else self.dense(executions)
+
+
+def _choose(fast: Accelerated, traced: _Traced, flat: list[Any], backend: str) -> None:
+    fitted = fit(traced.graph, flat)
+    costs = [cost for cost, _ in fitted.values()]
+    dense = traced.dense({name: modules["dense"] for name, (_, modules) in fitted.items()})
+    fast.choices = {cost.layer: cost.skips for cost in costs}
+    executions = {name: modules["gated" if cost.skips else "dense"] for name, (cost, modules) in fitted.items()}
+    gated = traced.gated(executions)
+    seconds = medians([lambda: dense.graph(*flat), lambda: gated.graph(*flat)], _ROUNDS, _SECONDS)
+    instances = flat[0].shape[0] if flat else 0
+    fast.fitted = Fitted(instances, torch.get_num_threads(), costs, *seconds)
+    wins = backend == "gated" or (backend == "auto" and seconds[1] < seconds[0])
+    fast.execution = "accelerated" if wins else "dense"
+    fast.plans[_shapes(flat)] = gated if wins else dense
+
+
+def _shapes(flat: Sequence[Any]) -> Any:
+    return tuple(tuple(leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in flat)

@@ -1,0 +1,112 @@
+"""Ways to run one ``layers.conv``: the engine's kernel, which skips dropped channels, or oneDNN on all of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isw_plugin.engine import cpu
+from isw_plugin.engine.layers import Layer, mask
+from isw_plugin.engine.reference import pack_weight
+
+__all__ = ["DenseConv", "GatedConv", "can_skip"]
+
+_ONEDNN_ACTS: dict[str, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+}
+
+
+def can_skip(layer: Layer) -> bool:
+    """Whether the engine has a kernel for the layer here."""
+    if layer.weight.dtype != torch.float32 or not (layer.is_plain or _plain_depthwise(layer)):
+        return False
+    return layer.weight.is_cpu and cpu.load()
+
+
+def _plain_depthwise(layer: Layer) -> bool:
+    return layer.is_depthwise and layer.dilation == (1, 1)
+
+
+class GatedConv(nn.Module):
+    """Skips dropped channels.
+
+    Gates come as the operators take them: statistics and thresholds, a keep mask and two zeros, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.depthwise = layer.is_depthwise
+        self.register_buffer("weight", layer.weight.contiguous() if self.depthwise else pack_weight(layer.weight))
+        self.register_buffer("bias", layer.bias.contiguous())
+        self.stride, self.padding, self.act = list(layer.stride), list(layer.padding), layer.act
+
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor | None,
+        alpha: float,
+        beta: float,
+        residual: Tensor | None,
+        residual_gate: Tensor | None,
+        residual_alpha: float,
+        residual_beta: float,
+    ) -> tuple[Tensor, Tensor]:
+        """y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out)."""
+        settings = (self.weight, self.bias, self.stride, self.padding, self.act, gate, alpha, beta)
+        if self.depthwise:
+            outputs = torch.ops.isw.depthwise_conv2d.default(x, *settings)
+        else:
+            others = (residual, residual_gate, residual_alpha, residual_beta)
+            outputs = torch.ops.isw.conv2d.default(x, *settings, *others)
+        y, squares = outputs
+        return y, squares
+
+
+class DenseConv(nn.Module):
+    """Computes all channels, with weights that oneDNN reordered once where it can."""
+
+    def __init__(self, layer: Layer, like: Tensor) -> None:
+        """``like`` is the input that oneDNN chooses the order of the weights for."""
+        super().__init__()
+        self.layer = layer
+        self.shape = list(like.shape)
+        self.reordered = _reordered(layer, self.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"reordered": None}  # oneDNN's order cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.reordered = _reordered(self.layer, self.shape)
+
+    def forward(self, x: Tensor, keep: Tensor | None, residual: Tensor | None, residual_keep: Tensor | None) -> Tensor:
+        """y (N, C_out, OH, OW)."""
+        x = x if keep is None else mask(x, keep, 1)
+        if residual is not None and residual_keep is not None:
+            residual = mask(residual, residual_keep, 1)
+        if self.reordered is None or torch.compiler.is_compiling():  # a compiler fuses and reorders by itself
+            return self.layer.dense(x, residual)
+        layer = self.layer
+        window = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+        act, bounds = _ONEDNN_ACTS[layer.act]
+        run = torch.ops.mkldnn._convolution_pointwise
+        if residual is None:
+            y = run(x, self.reordered, layer.bias, *window, act, bounds, "")
+        else:
+            after = (None, [], "") if act == "none" else (act, bounds, "")
+            y = run.binary(x, residual, self.reordered, layer.bias, *window, "add", 1.0, *after)
+        result: Tensor = y
+        return result
+
+
+def _reordered(layer: Layer, shape: list[int]) -> Any:
+    usable = layer.weight.is_cpu and layer.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if not usable or 0 in shape:
+        return None
+    window = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(layer.weight.to_mkldnn(), *window, shape)

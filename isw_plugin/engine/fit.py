@@ -1,0 +1,145 @@
+"""The cost model: for every convolution, the time of the dense layer and of the gated one as a + b * kept channels."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
+from isw_plugin.engine.layers import Layer, conv
+from isw_plugin.engine.simplify import constants_of
+
+__all__ = ["Cost", "fit", "medians"]
+
+_ROUNDS = 5
+_SECONDS = 1e-3  # a timing repeats a layer for about this long
+_FEW = 0.25  # the second share of kept channels that the line is fitted through
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer was seen to cost, in seconds a batch.
+
+    Attributes:
+        layer: Its name in the model.
+        keep_ratio: Share of its input's channels that were kept; 1 where nothing gates it.
+        dense: All channels; dropped ones are set to zero first.
+        gated_all, gated: The engine's kernel with every channel kept, and at ``keep_ratio``; None: it has none.
+        skips: Whether the engine's kernel was chosen.
+    """
+
+    layer: str
+    keep_ratio: float
+    dense: float
+    gated_all: float | None
+    gated: float | None
+
+    @property
+    def skips(self) -> bool:
+        return self.gated is not None and self.gated <= self.dense
+
+
+def fit(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, tuple[Cost, dict[str, nn.Module]]]:
+    """Run the graph once and time every convolution on what it reads there.
+
+    Args:
+        graph_module: Simplified.
+        inputs: Flat, at the size that will run.
+
+    Returns:
+        By node: its cost, and its modules: "dense" and, where there is one, "gated".
+    """
+    fitter = _Fitter(graph_module)
+    fitter.run(*inputs)
+    return fitter.costs
+
+
+class _Fitter(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.constants = constants_of(graph_module)
+        self.costs: dict[str, tuple[Cost, dict[str, nn.Module]]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        layer = Layer.of(n, self.constants) if n.target is conv else None
+        if layer is not None:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            decided = any(user.target is torch.ops.isw.decide.default for user in n.users)
+            self.costs[n.name] = _fit_layer(n.meta["layer"], layer, *args[:1], *args[3:6], decided)
+        return result
+
+
+def _fit_layer(
+    name: str,
+    layer: Layer,
+    x: Tensor,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    residual_keep: Tensor | None,
+    decided: bool,
+) -> tuple[Cost, dict[str, nn.Module]]:
+    dense = DenseConv(layer, x)
+    runs = [lambda: _dense(dense, decided, x, keep, residual, residual_keep)]
+    modules: dict[str, nn.Module] = {"dense": dense}
+    if can_skip(layer):
+        gated = modules["gated"] = GatedConv(layer)
+        shares = (1.0, _FEW) if keep is not None else (1.0,)
+        runs += [_gated(gated, x, share, keep, residual, residual_keep) for share in shares]
+    seconds = medians(runs, _ROUNDS, _SECONDS)
+    ratio = 1.0 if keep is None or not keep.numel() else keep.float().mean().item()
+    if len(seconds) == 1:
+        return Cost(name, ratio, seconds[0], None, None), modules
+    slope = (seconds[1] - seconds[-1]) / (1 - _FEW)
+    return Cost(name, ratio, seconds[0], seconds[1], seconds[1] - slope * (1 - ratio)), modules
+
+
+def _dense(
+    module: nn.Module,
+    decided: bool,
+    x: Tensor,
+    keep: Tensor | None,
+    residual: Tensor | None,
+    residual_keep: Tensor | None,
+) -> None:
+    y = module(x, keep, residual, residual_keep)
+    if decided:  # the engine's kernel gives the sums with its output
+        torch.ops.isw.sum_squares(y)
+
+
+def _gated(
+    module: nn.Module,
+    x: Tensor,
+    share: float,
+    keep: Tensor | None,
+    residual: Tensor | None,
+    residual_keep: Tensor | None,
+) -> Callable[[], object]:
+    """The kernel at a forced share of kept channels, as many in every instance but others."""
+    forced = None
+    if keep is not None:
+        forced = torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)).argsort(1) < share * keep.shape[1]
+    return lambda: module(x, forced, 0.0, 0.0, residual, residual_keep, 0.0, 0.0)
+
+
+def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
+    """Seconds of each run, median over rounds in which they take turns; short ones are repeated.
+
+    Args:
+        rounds: Timed rounds, after one that warms up.
+        least: Seconds that a timing should take.
+    """
+    repeats = [max(1, min(100, int(least / max(_seconds(run, 1), 1e-7)))) for run in runs]
+    taken = [[_seconds(run, count) for run, count in zip(runs, repeats, strict=True)] for _ in range(rounds + 1)]
+    return [statistics.median(column) for column in zip(*taken[1:], strict=True)]
+
+
+def _seconds(run: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats

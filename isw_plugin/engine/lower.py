@@ -1,0 +1,211 @@
+"""From the simplified graph to one that runs: a module for every convolution, statistics instead of decisions.
+
+A producer's kernel leaves the sums of squares of what it made; whoever reads the map gets those and the
+thresholds, and decides inside its own kernel. Where the map comes from elsewhere, one operator sums its squares.
+"""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from isw_plugin.engine.execution import GatedConv
+from isw_plugin.engine.layers import conv, mask
+
+__all__ = ["Decision", "lower", "lower_dense"]
+
+_isw, _aten = torch.ops.isw, torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a site's decisions lie in the outputs: as statistics, to be compared with thresholds, or as keep and norms."""
+
+    site: str
+    thresholds: tuple[float, float] | None
+
+
+def lower(
+    graph_module: fx.GraphModule, executions: Mapping[str, nn.Module], outputs: int, sites: list[str]
+) -> tuple[fx.GraphModule, list[Decision]]:
+    """The gated graph.
+
+    Args:
+        graph_module: Simplified; gives ``outputs`` outputs, then the keep masks, then the norms of the sites.
+        executions: By name of a ``conv`` node.
+
+    Returns:
+        A graph that gives the outputs, then one tensor or two for every site (see ``Decision``).
+    """
+    lowering = _Lowering(graph_module, executions)
+    lowering.replace_layers()
+    decisions = lowering.replace_outputs(outputs, sites)
+    lowering.replace_decisions()
+    lowering.replace_masks()
+    lowering.replace_pools()
+    return lowering.finish(), decisions
+
+
+def lower_dense(graph_module: fx.GraphModule, executions: Mapping[str, nn.Module], outputs: int) -> fx.GraphModule:
+    """The graph without its gates, and without their outputs."""
+    lowering = _Lowering(graph_module, executions)
+    lowering.open_gates()
+    lowering.replace_layers()
+    lowering.keep_outputs(outputs)
+    return lowering.finish()
+
+
+class _Lowering:
+    def __init__(self, graph_module: fx.GraphModule, executions: Mapping[str, nn.Module]) -> None:
+        self.root = nn.Module()
+        self.executions = executions
+        self.graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        result = self.graph.graph_copy(graph_module.graph, copies)
+        self.graph.output(result)
+        self.names = {copies[node]: node.name for node in copies}
+        self.source = graph_module
+        self.squares: dict[fx.Node, fx.Node] = {}  # by map
+        self.keeps: dict[fx.Node, fx.Node] = {}  # by decision
+
+    def finish(self) -> fx.GraphModule:
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)  # nothing in it has a side effect
+            elif node.op == "get_attr":
+                name = node.target.replace(".", "_")
+                self.root.register_buffer(name, _attribute(self.source, node.target))
+                node.target = name
+        return fx.GraphModule(self.root, self.graph)
+
+    def _calls(self, target: object) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "call_function" and node.target is target]
+
+    @property
+    def _output(self) -> fx.Node:
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    # -- layers ------------------------------------------------------------------------------------
+
+    def replace_layers(self) -> None:
+        """Every ``conv`` by the call of its module."""
+        for node in self._calls(conv):
+            module = self.executions.get(self.names[node])
+            if module is not None:
+                self._replace_layer(node, module)
+
+    def _replace_layer(self, node: fx.Node, module: nn.Module) -> None:
+        x, _, _, residual, keep, residual_keep = node.args[:6]
+        name = self.names[node]
+        self.root.add_module(name, module)
+        with self.graph.inserting_before(node):
+            if isinstance(module, GatedConv):
+                args = (x, *self._gate(keep), residual, *self._gate(residual_keep))
+                call = self.graph.call_module(name, args)
+                y = self.graph.call_function(operator.getitem, (call, 0))
+                self.squares[y] = self.graph.call_function(operator.getitem, (call, 1))
+            else:
+                y = self.graph.call_module(name, (x, keep, residual, residual_keep))
+        y.meta = dict(node.meta)
+        node.replace_all_uses_with(y)
+        self.graph.erase_node(node)
+
+    def replace_pools(self) -> None:
+        """Max-pooling by the engine's, which is the faster one on maps in NCHW order."""
+        defaults = ([], [0, 0], [1, 1], False)
+        for node in self._calls(_aten.max_pool2d.default):
+            x, kernel, stride, padding, dilation, ceil = (*node.args[:2], *node.args[2:], *defaults[len(node.args) - 2 :])
+            if not _is_map(x) or list(dilation) != [1, 1] or ceil:  # type: ignore[call-overload]  # a pair
+                continue
+            with self.graph.inserting_before(node):
+                pool = self.graph.call_function(_isw.max_pool2d.default, (x, kernel, stride or kernel, padding))
+            pool.meta = dict(node.meta)
+            node.replace_all_uses_with(pool)
+            self.graph.erase_node(node)
+
+    # -- gates -------------------------------------------------------------------------------------
+
+    def _gate(self, keep: fx.Node | None) -> tuple[fx.Node | None, float, float]:
+        """A decision as the engine's operators take it."""
+        if keep is None or not _from_squares(keep):
+            return keep, 0.0, 0.0
+        _, _, alpha, beta = keep.args
+        return self._squares_of(keep), alpha, beta  # type: ignore[return-value]  # thresholds
+
+    def _squares_of(self, decision: fx.Node) -> fx.Node:
+        x = decision.args[0]
+        if x not in self.squares:
+            with self.graph.inserting_before(decision):
+                self.squares[x] = self.graph.call_function(_isw.sum_squares.default, (x,))  # type: ignore[index]
+        return self.squares[x]  # type: ignore[index]  # a node
+
+    def replace_decisions(self) -> None:
+        """What still reads a keep mask gets it from the statistics."""
+        for node in self._calls(_isw.decide.default):
+            if _from_squares(node) and node.users:
+                squares, alpha, beta = self._gate(node)
+                with self.graph.inserting_before(node):
+                    keep = self.graph.call_function(_isw.keep_mask.default, (squares, alpha, beta))
+                node.replace_all_uses_with(keep)
+
+    def replace_masks(self) -> None:
+        """Masks by the operations that they are, which pickle and compile like any other."""
+        for node in self._calls(mask):
+            x, keep, axis = node.args
+            rank = x.meta["val"].dim()  # type: ignore[union-attr]  # a node
+            with self.graph.inserting_before(node):
+                drop = self.graph.call_function(_aten.bitwise_not.default, (keep,))
+                for dim in range(1, rank):
+                    if dim != axis % rank:  # type: ignore[operator]  # a number
+                        drop = self.graph.call_function(_aten.unsqueeze.default, (drop, dim))
+                masked = self.graph.call_function(_aten.masked_fill.Scalar, (x, drop, 0.0))
+            masked.meta = dict(node.meta)
+            node.replace_all_uses_with(masked)
+            self.graph.erase_node(node)
+
+    def open_gates(self) -> None:
+        for node in self._calls(conv):
+            node.args = (*node.args[:4], None, None, *node.args[6:])
+        for node in self._calls(mask):
+            node.replace_all_uses_with(node.args[0])
+
+    # -- outputs -----------------------------------------------------------------------------------
+
+    def keep_outputs(self, outputs: int) -> None:
+        self._output.args = (tuple(self._output.args[0][:outputs]),)  # type: ignore[index]
+
+    def replace_outputs(self, outputs: int, sites: list[str]) -> list[Decision]:
+        """Statistics instead of keep masks and norms, where they tell both."""
+        given = list(self._output.args[0])  # type: ignore[arg-type]
+        kept, decisions = given[:outputs], []
+        keeps, norms = given[outputs : outputs + len(sites)], given[outputs + len(sites) :]
+        for site, keep, norm in zip(sites, keeps, norms, strict=True):
+            if _from_squares(keep):
+                kept.append(self._squares_of(keep))
+                decisions.append(Decision(site, (float(keep.args[2]), float(keep.args[3]))))
+            else:
+                kept += [keep, norm]
+                decisions.append(Decision(site, None))
+        self._output.args = (tuple(kept),)
+        return decisions
+
+
+def _from_squares(keep: fx.Node) -> bool:
+    """Whether a keep mask is decided from the sums of squares of a convolution's map."""
+    if keep.target is not _isw.decide.default:
+        return False
+    return keep.args[1] == 1 and _is_map(keep.args[0])
+
+
+def _is_map(node: object) -> bool:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.float32
+
+
+def _attribute(root: object, target: str) -> Tensor:
+    for name in target.split("."):
+        root = getattr(root, name)
+    assert isinstance(root, Tensor)
+    return root

@@ -1,0 +1,271 @@
+"""From the exported graph to few nodes: constants and batch norms folded, activations and residual adds fused
+into convolutions, gates linked to the convolutions that read them.
+
+Every step leaves an executable graph with the same results. A mask is moved only through operations that
+keep channels apart and zeros zero; where no convolution takes it in, it stays: always right.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from isw_plugin.engine.layers import conv, mask
+
+__all__ = ["constants_of", "simplify"]
+
+_aten = torch.ops.aten
+
+_SAME = {_aten.detach.default, _aten.alias.default, _aten.dropout.default, _aten.lift_fresh.default}
+_CHECKS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default, _aten.sym_constrain_range.default}
+_THROUGH = {  # keep channels apart and zeros zero
+    _aten.max_pool2d.default,
+    _aten.avg_pool2d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.relu.default,
+    _aten.mean.dim,
+}
+
+
+def simplify(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same function of flat inputs, with flat outputs, in fewer nodes."""
+    graph = graph_module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    for step in (_drop_checks, _drop_same):
+        step(graph)
+    _fold_constants(graph_module)
+    _fold_batch_norms(graph_module)
+    for step in (_name_layers, _name_masks, _fuse_residuals, _fuse_activations, _drop_open_gates, _link):
+        step(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return fx.GraphModule(graph_module, graph)
+
+
+def constants_of(graph_module: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """The tensors behind the graph's constants."""
+    return {node: _attribute(graph_module, node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+
+
+def _attribute(root: Any, target: Any) -> Any:
+    for name in target.split("."):
+        root = getattr(root, name)
+    return root
+
+
+def _calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
+    yield from [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
+
+
+def _size(value: Any) -> list[Any] | None:
+    """Shape of a node's value."""
+    held = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return list(held.shape) if isinstance(held, Tensor) else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _replace(node: fx.Node, by: fx.Node) -> None:
+    by.meta = node.meta | by.meta
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+# -- constants -------------------------------------------------------------------------------------
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    for node in _calls(graph, *_CHECKS):
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and not node.users:
+            graph.erase_node(node)  # export's guards
+
+
+def _drop_same(graph: fx.Graph) -> None:
+    for node in _calls(graph, *_SAME):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+
+
+def _fold_constants(graph_module: fx.GraphModule) -> None:
+    """Evaluate what depends on weights only, such as standardised weights."""
+    graph = graph_module.graph
+    known: dict[fx.Node, Any] = dict(constants_of(graph_module))
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.all_input_nodes and all(i in known for i in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+    for node in list(graph.nodes):
+        folded = node.op == "call_function" and isinstance(known.get(node), Tensor)
+        if folded and any(user not in known for user in node.users):
+            _replace(node, _constant(graph_module, node, known[node]))
+
+
+def _constant(graph_module: fx.GraphModule, before: fx.Node, tensor: Tensor) -> fx.Node:
+    name = f"folded_{sum(key.startswith('folded_') for key, _ in graph_module.named_buffers(recurse=False))}"
+    graph_module.register_buffer(name, tensor.detach())
+    with before.graph.inserting_before(before):
+        return before.graph.get_attr(name)
+
+
+# -- batch norm ------------------------------------------------------------------------------------
+
+
+def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
+    folds: dict[Any, Callable[..., Any]] = {
+        _aten.conv2d.default: fuse_conv_bn_weights,
+        _aten.linear.default: fuse_linear_bn_weights,
+    }
+    for norm in _calls(graph_module.graph, _aten._native_batch_norm_legit_no_training.default):
+        layer, weight, bias, mean, var, _, eps = norm.args
+        result = _only_user(norm)
+        known = constants_of(graph_module)
+        statistics = [known.get(node) if node is not None else None for node in (mean, var, weight, bias)]
+        if layer.target not in folds or len(layer.users) > 1 or layer.args[1] not in known or result is None:
+            continue
+        held = layer.args[2] if len(layer.args) > 2 else None
+        mean_, var_, weight_, bias_ = statistics
+        folded = folds[layer.target](
+            known[layer.args[1]], None if held is None else known[held], mean_, var_, eps, weight_, bias_
+        )
+        new = [_constant(graph_module, layer, tensor) for tensor in folded]
+        layer.args = (layer.args[0], *new, *layer.args[3:])
+        result.replace_all_uses_with(layer)
+        for node in (result, norm):
+            node.graph.erase_node(node)
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def _name_layers(graph: fx.Graph) -> None:
+    defaults = (None, None, None, (1, 1), (0, 0), (1, 1), 1)
+    for node in _calls(graph, _aten.conv2d.default):
+        x, weight, bias, stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) :])
+        with graph.inserting_before(node):
+            args = (x, weight, bias, None, None, None, stride, padding, dilation, groups, "none")
+            layer = graph.call_function(conv, args)
+        layer.meta["layer"] = _module_of(node)
+        _replace(node, layer)
+
+
+def _module_of(node: fx.Node) -> str:
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1].removeprefix("model.") if stack else node.name
+
+
+def _name_masks(graph: fx.Graph) -> None:
+    for node in _calls(graph, _aten.masked_fill.Scalar):
+        x, drop, value = node.args
+        if value != 0 or getattr(drop, "target", None) is not _aten.bitwise_not.default:
+            continue
+        view = drop.args[0]
+        if getattr(view, "target", None) is not _aten.view.default or len(_size(view.args[0]) or ()) != 2:
+            continue
+        keep, shape = view.args
+        axis = next((index for index in range(1, len(shape)) if shape[index] != 1), 1)
+        with graph.inserting_before(node):
+            named = graph.call_function(mask, (x, keep, axis))
+        _replace(node, named)
+
+
+def _fuse_residuals(graph: fx.Graph) -> None:
+    for node in _calls(graph, _aten.add.Tensor):
+        if node.kwargs or len(node.args) != 2 or not all(isinstance(arg, fx.Node) for arg in node.args):
+            continue
+        if _size(node.args[0]) != _size(node.args[1]) or _size(node) is None:
+            continue
+        for layer, other in (node.args, node.args[::-1]):
+            if layer.target is conv and _only_user(layer) is node and layer.args[3] is None and _is_open(layer):
+                with graph.inserting_before(node):  # behind the residual
+                    fused = graph.call_function(conv, (*layer.args[:3], other, *layer.args[4:]))
+                fused.meta["layer"] = layer.meta["layer"]
+                _replace(node, fused)
+                graph.erase_node(layer)
+                break
+
+
+def _is_open(layer: fx.Node) -> bool:
+    """Whether nothing was activated in it yet."""
+    return bool(layer.args[-1] == "none")
+
+
+def _fuse_activations(graph: fx.Graph) -> None:
+    for node in _calls(graph, _aten.relu.default, _aten.hardtanh.default, _aten.relu6.default, _aten.clamp.default):
+        layer = node.args[0]
+        act = _activation(node)
+        if act and layer.target is conv and _only_user(layer) is node and _is_open(layer):
+            layer.args = (*layer.args[:-1], act)
+            node.replace_all_uses_with(layer)
+            graph.erase_node(node)
+
+
+def _activation(node: fx.Node) -> str | None:
+    if node.target is _aten.relu.default:
+        return "relu"
+    if node.target is _aten.relu6.default or [float(bound or 0) for bound in node.args[1:3]] == [0.0, 6.0]:  # type: ignore[arg-type]
+        return "relu6"
+    return None
+
+
+# -- gates -----------------------------------------------------------------------------------------
+
+
+def _drop_open_gates(graph: fx.Graph) -> None:
+    """beta = 0 keeps everything."""
+    for node in _calls(graph, mask):
+        keep = node.args[1]
+        if keep.target is torch.ops.isw.decide.default and keep.args[3] == 0:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _link(graph: fx.Graph) -> None:
+    """Hand masks to the convolutions that read them, past pools."""
+    pending = list(_calls(graph, mask))
+    while pending:
+        masked = pending.pop(0)
+        for user in list(masked.users):
+            if user.target is conv:
+                _gate_layer(user, masked)
+            elif user.target in _THROUGH and _keeps_channels(user, masked):
+                pending.append(_mask_behind(user, masked))
+    graph.eliminate_dead_code()
+
+
+def _gate_layer(layer: fx.Node, masked: fx.Node) -> None:
+    x, keep, axis = masked.args
+    if axis != 1:
+        return
+    args = list(layer.args)
+    for value, gate in ((0, 4), (3, 5)):
+        if args[value] is masked:
+            args[value], args[gate] = x, keep
+    layer.args = tuple(args)
+
+
+def _keeps_channels(user: fx.Node, masked: fx.Node) -> bool:
+    if masked.args[2] != 1 or user.args[0] is not masked:
+        return False
+    if user.target is _aten.mean.dim:
+        return sorted(dim % 4 for dim in user.args[1]) == [2, 3] and len(_size(masked) or ()) == 4  # type: ignore[union-attr]
+    return len(_size(masked) or ()) == 4
+
+
+def _mask_behind(user: fx.Node, masked: fx.Node) -> fx.Node:
+    x, keep, axis = masked.args
+    user.replace_input_with(masked, x)  # type: ignore[arg-type]  # a node
+    with user.graph.inserting_after(user):
+        behind = user.graph.call_function(mask, (user, keep, axis))
+    behind.meta = dict(user.meta)
+    user.replace_all_uses_with(behind, delete_user_cb=lambda node: node is not behind)
+    if user not in behind.all_input_nodes:
+        behind.args = (user, keep, axis)
+    return behind
+

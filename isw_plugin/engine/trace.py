@@ -1,0 +1,113 @@
+"""The masked model as a graph: a copy with its gates on is exported, decisions and masks become nodes.
+
+What the graph computes is by construction what the hooks compute. Only a CV gate without ``min_keep`` is
+put in as one node, ``isw.decide``, which later steps know how to take from a producer's statistics; any
+other gate is traced into the operations that it runs.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from isw_plugin import functional
+from isw_plugin.errors import UnsupportedError
+from isw_plugin.gates import CVGate, Gate
+from isw_plugin.hooks import Memory, memory_of
+from isw_plugin.sites import Inputs, Site
+
+__all__ = ["TRACED_INSTANCES", "arguments", "decide", "trace"]
+
+TRACED_INSTANCES = 2  # export takes a batch of 1 for a constant
+
+
+@torch.library.custom_op("isw::decide", mutates_args=())
+def decide(x: Tensor, axis: int, alpha: float, beta: float) -> Tensor:
+    """Keep mask (N, C) of the CV gate on a map (Eq. 6-7)."""
+    return functional.keep_mask(functional.channel_norm(x, axis), alpha, beta)
+
+
+@decide.register_fake
+def _(x: Tensor, axis: int, alpha: float, beta: float) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[axis]), dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class _OneNode:
+    """A CV gate that is traced as one node."""
+
+    gate: CVGate
+    axis: int
+
+    def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
+        keep: Tensor = decide(feature, self.axis, self.gate.alpha, self.gate.beta)
+        return keep
+
+
+class _WithDecisions(nn.Module):
+    """The model, whose outputs are joined by every site's keep mask and norms."""
+
+    def __init__(self, model: nn.Module, memory: Memory) -> None:
+        super().__init__()
+        self.model = model
+        self.memory = memory
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = self.model(*args, **kwargs)
+        return output, dict(self.memory.keep), dict(self.memory.norms)
+
+
+def trace(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> fx.GraphModule:
+    """The graph of an attached model with its gates on, for any number of instances where the model allows.
+
+    Args:
+        model: In eval mode; run, not changed. Its hooks are those of ``isw_plugin.hooks``.
+        sites: What is gated.
+        inputs: What its forward takes; shapes but for the instances become constants.
+
+    Returns:
+        A graph of ATen operators without in-place ones. It gives (outputs, keep by site, norms by site).
+
+    Raises:
+        UnsupportedError: torch.export cannot trace the model.
+    """
+    memory = memory_of(model)
+    assert memory is not None
+    traced = tree_map_only(Tensor, _traced_instances, arguments(inputs))
+    shapes = tree_map_only(Tensor, _dynamic_instances, traced)
+    gates, enabled = memory.gates, memory.enabled
+    memory.gates = {site.name: _as_node(gates[site.name], site, memory.min_keep) for site in sites}
+    memory.enabled = True
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            exported = torch.export.export(_WithDecisions(model, memory), traced, dynamic_shapes=shapes)
+            return exported.run_decompositions({}).module(check_guards=False)  # type: ignore[return-value]
+    except Exception as error:
+        raise UnsupportedError(f"{type(model).__name__} cannot be exported: {error}") from error
+    finally:
+        memory.gates, memory.enabled = gates, enabled
+        memory.clear()
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as the arguments of a call."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def _as_node(gate: Gate, site: Site, min_keep: int) -> Gate:
+    return _OneNode(gate, site.axis) if isinstance(gate, CVGate) and not min_keep else gate
+
+
+def _traced_instances(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 0:
+        return tensor
+    return torch.zeros(TRACED_INSTANCES, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+
+
+def _dynamic_instances(tensor: Tensor) -> dict[int, Any]:
+    return {0: torch.export.Dim.AUTO} if tensor.dim() else {}
