@@ -1,4 +1,7 @@
-// Depthwise convolution, one plane a task. A dropped plane is zero, borders included, so its output is act(bias).
+// Depthwise convolution, plane by plane. A dropped plane is zero, borders included, so its output is act(bias).
+//
+// Where the output is as large as the input, a plane is read in place as one line of pixels, tap by tap through masks
+// that leave out what lies beyond a border. Other planes are packed first.
 #pragma once
 #include "api.h"
 #include "decide.h"
@@ -10,6 +13,7 @@ namespace isw {
 namespace {
 
 constexpr int span_vectors = 4;
+constexpr int64_t plane_pixels = 16384;  // of a task, or its turn would cost more than its work
 
 template <Act act, int vectors>
 ISW_INLINE void run_span_part(const float* in, const int64_t* taps, const float* weights, int64_t count, float bias,
@@ -31,6 +35,67 @@ ISW_INLINE void run_span_part(const float* in, const int64_t* taps, const float*
   }
 }
 
+// Which lanes of a vector of outputs a tap reaches inside the plane; the same for all planes.
+class TapMasks {
+ public:
+  explicit TapMasks(const Window& w)
+      : taps_(w.kh * w.kw),
+        fits_(w.sh == 1 && w.sw == 1 && w.oh == w.h && w.ow == w.w &&
+              ceil_div(w.oh * w.ow, lanes) * taps_ <= most_masks),
+        masks_(fits_ ? ceil_div(w.oh * w.ow, lanes) * taps_ : 0),
+        offsets_(taps_) {
+    for (int64_t tap = 0; tap < taps_; ++tap)
+      offsets_.get()[tap] = (tap / w.kw - w.ph) * w.w + tap % w.kw - w.pw;
+    if (!fits_) return;
+    std::fill(masks_.get(), masks_.get() + ceil_div(w.oh * w.ow, lanes) * taps_, Mask(0));
+    for (int64_t tap = 0; tap < taps_; ++tap) {
+      const int64_t dy = tap / w.kw - w.ph, dx = tap % w.kw - w.pw;
+      const int64_t left = larger(0, -dx), right = smaller(w.w, w.w - dx);
+      for (int64_t y = larger(0, -dy); y < smaller(w.h, w.h - dy); ++y)
+        add_pixels(tap, y * w.w + left, y * w.w + right);
+    }
+  }
+  bool fits() const { return fits_; }
+  const Mask* at(int64_t pixel) const { return masks_.get() + pixel / lanes * taps_; }
+  const int64_t* offsets() const { return offsets_.get(); }
+
+ private:
+  void add_pixels(int64_t tap, int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t lane = begin % lanes, count = smaller(lanes - lane, end - begin);
+      masks_.get()[begin / lanes * taps_ + tap] |= static_cast<Mask>(((1u << count) - 1) << lane);
+      begin += count;
+    }
+  }
+
+  static constexpr int64_t most_masks = 8192;  // 16 KB, beside a plane in the L1 cache
+
+  int64_t taps_;
+  bool fits_;
+  Buffer<Mask> masks_;
+  Buffer<int64_t> offsets_;
+};
+
+template <Act act, int vectors>
+ISW_INLINE void run_masked_part(const float* in, const Mask* masks, const int64_t* taps, const float* weights,
+                                int64_t count, float bias, int64_t pixels, float* y, Vec& squares) {
+  Vec sum[vectors];
+  ISW_UNROLL
+  for (int v = 0; v < vectors; ++v) sum[v] = broadcast(bias);
+  for (int64_t tap = 0; tap < count; ++tap) {
+    const Vec weight = broadcast(weights[tap]);
+    ISW_UNROLL
+    for (int v = 0; v < vectors; ++v) sum[v] += weight * load_where(in + taps[tap] + v * lanes, masks[v * count + tap]);
+  }
+  ISW_UNROLL
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t left = v < vectors - 1 ? lanes : smaller(lanes, pixels - v * lanes);
+    const Vec value = activate<act>(only_first(sum[v], left));
+    store_first(y + v * lanes, value, left);
+    squares += value * value;
+  }
+}
+
 class Depthwise {
  public:
   Depthwise(const ConvArgs& args, const Runner& runner)
@@ -38,6 +103,7 @@ class Depthwise {
         runner_(runner),
         packing_(args.window),
         taps_(args.window.kh * args.window.kw),
+        masks_(args.window),
         flat_(args.window.ow < lanes),
         offsets_(taps_),
         kept_(args.gate, args.n, args.c_in, runner),
@@ -49,8 +115,8 @@ class Depthwise {
   }
 
   void run() {
-    constexpr int64_t planes = 8;
-    const int64_t all = a_.n * a_.c_in;
+    const int64_t all = a_.n * a_.c_in, pixels = larger(1, a_.window.oh * a_.window.ow);
+    const int64_t planes = larger(1, smaller(plane_pixels / pixels, all / (8 * runner_.workers)));
     parallel(runner_, ceil_div(all, planes), [&](int64_t task, int64_t worker) {
       for (int64_t plane = task * planes; plane < smaller(all, (task + 1) * planes); ++plane)
         a_.squares[plane] = compute_plane(plane, worker);
@@ -63,11 +129,34 @@ class Depthwise {
 
   float compute_plane(int64_t plane, int64_t worker) {
     if (!kept_.keep()[plane]) return fill(plane);
+    if (a_.act == Act::relu) return compute_plane<Act::relu>(plane, worker);
+    if (a_.act == Act::relu6) return compute_plane<Act::relu6>(plane, worker);
+    return compute_plane<Act::none>(plane, worker);
+  }
+
+  template <Act act>
+  float compute_plane(int64_t plane, int64_t worker) const {
+    const float* x = a_.x + plane * a_.window.h * a_.window.w;
+    if (masks_.fits()) return compute_line<act>(plane, x);
     float* packed = packed_.get() + worker * packed_size();
-    pack_plane(packing_, a_.x + plane * a_.window.h * a_.window.w, packed);
-    if (a_.act == Act::relu) return compute_rows<Act::relu>(plane, packed, worker);
-    if (a_.act == Act::relu6) return compute_rows<Act::relu6>(plane, packed, worker);
-    return compute_rows<Act::none>(plane, packed, worker);
+    pack_plane(packing_, x, packed);
+    return compute_rows<act>(plane, packed, worker);
+  }
+
+  template <Act act>
+  float compute_line(int64_t plane, const float* x) const {
+    const int64_t pixels = a_.window.oh * a_.window.ow, c = plane % a_.c_in;
+    const float* weights = a_.weight + c * taps_;
+    float* y = a_.y + plane * pixels;
+    Vec squares = {};
+    int64_t p = 0;
+    for (; pixels - p > (span_vectors - 1) * lanes; p += span_vectors * lanes)
+      run_masked_part<act, span_vectors>(x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c], pixels - p,
+                                         y + p, squares);
+    for (; p < pixels; p += lanes)
+      run_masked_part<act, 1>(x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c], pixels - p, y + p,
+                              squares);
+    return reduce_add(squares);
   }
 
   float fill(int64_t plane) const {
@@ -75,7 +164,10 @@ class Depthwise {
     Vec value = broadcast(a_.bias[plane % a_.c_in]);
     if (a_.act == Act::relu) value = activate<Act::relu>(value);
     if (a_.act == Act::relu6) value = activate<Act::relu6>(value);
-    std::fill(a_.y + plane * pixels, a_.y + (plane + 1) * pixels, value[0]);
+    float* y = a_.y + plane * pixels;
+    int64_t p = 0;
+    for (; p + lanes <= pixels; p += lanes) store(y + p, value);
+    store_first(y + p, value, pixels - p);
     return value[0] * value[0] * static_cast<float>(pixels);
   }
 
@@ -114,7 +206,8 @@ class Depthwise {
   const Runner& runner_;
   const Packing packing_;
   const int64_t taps_;
-  const bool flat_;  // narrow maps: all rows as one line, border columns computed too and then left out
+  const TapMasks masks_;
+  const bool flat_;  // narrow packed maps: all rows as one line, border columns computed too and then left out
   Buffer<int64_t> offsets_;
   const Kept kept_;
   Buffer<float> packed_, flat_y_;

@@ -38,33 +38,49 @@ struct Packing {
   }
 };
 
-// Columns phase, phase + sw, ... of one padded row.
-ISW_INLINE void pack_row(const Window& w, int64_t phase, int64_t pitch, const float* row, float* out) {
-  const int64_t before = larger(0, ceil_div(w.pw - phase, w.sw));
-  const int64_t begin = smaller(pitch, before);
-  const int64_t end = larger(begin, smaller(pitch, ceil_div(w.w + w.pw - phase, w.sw)));
-  std::fill(out, out + begin, 0.0f);
-  const float* in = row + phase - w.pw;
-  if (w.sw == 1)
-    std::copy(in + begin, in + end, out + begin);
-  else if (w.sw == 2)
-    for (int64_t i = begin; i < end; ++i) out[i] = in[i * 2];
+// out[i] = in[2 * i]
+ISW_INLINE void copy_even(const float* in, int64_t begin, int64_t end, float* out) {
+  int64_t i = begin;
+  for (; i + lanes < end; i += lanes)  // the last odd column may lie beyond the map
+    store(out + i, even_lanes(load(in + 2 * i), load(in + 2 * i + lanes), std::make_integer_sequence<int, lanes>()));
+  for (; i < end; ++i) out[i] = in[2 * i];
+}
+
+// Columns phase, phase + sw, ... of padded rows, and which of them lie in the map.
+struct Columns {
+  Columns(const Window& w, int64_t phase, int64_t pitch)
+      : shift(phase - w.pw),
+        stride(w.sw),
+        begin(smaller(pitch, larger(0, ceil_div(w.pw - phase, w.sw)))),
+        end(larger(begin, smaller(pitch, ceil_div(w.w + w.pw - phase, w.sw)))) {}
+  int64_t shift, stride, begin, end;
+};
+
+ISW_INLINE void pack_row(const Columns& columns, int64_t pitch, const float* row, float* out) {
+  std::fill(out, out + columns.begin, 0.0f);
+  const float* in = row + columns.shift;
+  if (columns.stride == 1)
+    std::copy(in + columns.begin, in + columns.end, out + columns.begin);
+  else if (columns.stride == 2)
+    copy_even(in, columns.begin, columns.end, out);
   else
-    for (int64_t i = begin; i < end; ++i) out[i] = in[i * w.sw];
-  std::fill(out + end, out + pitch, 0.0f);
+    for (int64_t i = columns.begin; i < columns.end; ++i) out[i] = in[i * columns.stride];
+  std::fill(out + columns.end, out + pitch, 0.0f);
 }
 
 static void pack_plane(const Packing& p, const float* x, float* out) {
   const Window& w = p.window;
   for (int64_t py = 0; py < p.phases_y; ++py)
-    for (int64_t px = 0; px < p.phases_x; ++px)
+    for (int64_t px = 0; px < p.phases_x; ++px) {
+      const Columns columns(w, px, p.pitch);
       for (int64_t r = 0; r < p.rows; ++r, out += p.pitch) {
         const int64_t y = r * w.sh + py - w.ph;
         if (y < 0 || y >= w.h)
           std::fill(out, out + p.pitch, 0.0f);
         else
-          pack_row(w, px, p.pitch, x + y * w.w, out);
+          pack_row(columns, p.pitch, x + y * w.w, out);
       }
+    }
 }
 
 }  // namespace

@@ -1,0 +1,81 @@
+"""The networks of the engine's benchmark, with weights that gates have something to do on, and thresholds for a keep ratio."""
+
+from collections.abc import Callable
+
+import timm
+import torch
+from timm.models.vgg import VGG
+from torch import Tensor, nn
+
+from isw_plugin import InstanceWisePruner
+
+__all__ = ["NETWORKS", "gate_at", "network"]
+
+_VGG = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
+# Widths that slimming at 67 % leaves, odd on purpose.
+_SLIMMED = [37, 53, "M", 101, 97, "M", 129, 131, 117, "M", 113, 67, 59, "M", 61, 71, 139, "M"]
+
+
+def _vgg16(layout: list[int | str]) -> nn.Module:
+    last = layout[-2]
+    assert isinstance(last, int)
+    model = VGG(cfg=layout, num_classes=10, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d)
+    model.pre_logits = nn.Identity()
+    model.head.fc = nn.Linear(last, 10)
+    return model
+
+
+def _resnet18(side: int) -> nn.Module:
+    model = timm.create_model("resnet18", num_classes=10)
+    if side == 32:
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    return model
+
+
+def _mobilenetv2(side: int) -> nn.Module:
+    model = timm.create_model("mobilenetv2_100", num_classes=10)
+    if side == 32:
+        model.conv_stem.stride = (1, 1)
+        model.blocks[1][0].conv_dw.stride = (1, 1)
+    return model
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "vgg16": lambda side: _vgg16(_VGG),
+    "slimmed vgg16": lambda side: _vgg16(_SLIMMED),
+    "resnet18": _resnet18,
+    "mobilenetv2": _mobilenetv2,
+}
+
+
+def network(name: str, side: int) -> nn.Module:
+    """A network by name, for square images of this side, in eval mode; any other name is timm's.
+
+    Weights are random; batch norms are drawn so that channels differ, as those of trained networks do.
+    """
+    torch.manual_seed(0)
+    build = NETWORKS.get(name)
+    model = build(side) if build else timm.create_model(name, num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+def gate_at(pruner: InstanceWisePruner, images: Tensor, keep_ratio: float, passes: int = 4) -> InstanceWisePruner:
+    """A pruner with one threshold a site, at which these images keep about this share of every site's channels."""
+    model = pruner.model
+    betas: dict[str, float] = {site.name: 0.0 for site in pruner.sites}
+    for _ in range(passes):  # a site's norms depend on what the sites before it dropped
+        pruner.remove()
+        pruner = InstanceWisePruner(model, images[:1], alpha=0.0, per_site={n: {"beta": b} for n, b in betas.items()})
+        with torch.no_grad(), pruner.gating():
+            model(images)
+        for name, norms in pruner.norms.items():
+            ratio = norms.quantile(1 - keep_ratio, dim=1) / norms.mean(1).clamp_min(1e-12)
+            betas[name] = min(1.99, ratio.mean().item())
+    pruner.remove()
+    return InstanceWisePruner(model, images[:1], alpha=0.0, per_site={n: {"beta": b} for n, b in betas.items()})
