@@ -278,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled column out")
-    parser.add_argument("--quick", action="store_true", help="batch 1 and 8 at 32 pixels, keep 0.5, 5 rounds, no compile")
+    parser.add_argument(
+        "--quick", action="store_true", help="batch 1 and 8 at 32 pixels, keep 0.5, 5 rounds, no compile"
+    )
     parser.add_argument("--out", type=Path, help="folder for the table, JSON and plot")
     args = parser.parse_args(argv)
     if args.quick:

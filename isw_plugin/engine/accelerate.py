@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -54,7 +55,7 @@ class Record:
                 held[name] = torch.cat([held[name], values]) if name in held else values
 
 
-_recording: ContextVar[Record | None] = ContextVar("isw_recording", default=None)
+_recording: ContextVar[tuple[tuple["Accelerated", Record], ...]] = ContextVar("isw_recording", default=())
 
 
 @dataclass
@@ -120,14 +121,15 @@ class Accelerated(nn.Module):
         if self.execution == "masked":
             return self._masked(args, kwargs)
         flat = pytree.tree_leaves((args, kwargs))
-        plan = self.plans.get(_shapes(flat))
+        plan = self.plans.get(_form(args, kwargs))
         if plan is None:
             plan = self._plan(args, kwargs, flat)
             if plan is None:
                 return self._masked(args, kwargs)
-        given = plan.graph(*flat)
+        with torch.no_grad():  # the engine's layers have no gradient, others' alone would be a wrong one
+            given = plan.graph(*flat)
         if not torch.compiler.is_compiling():
-            record = _recording.get()
+            record = self._record()
             if record is not None:
                 record.add(*plan.decided(given[plan.count :]))
         return given[0] if plan.outputs is None else pytree.tree_unflatten(given[: plan.count], plan.outputs)
@@ -136,15 +138,18 @@ class Accelerated(nn.Module):
     def recording(self) -> Iterator[Record]:
         """Collect the decisions of this thread's calls inside the block."""
         record = Record()
-        token = _recording.set(record)
+        token = _recording.set((*_recording.get(), (self, record)))
         try:
             yield record
         finally:
             _recording.reset(token)
 
+    def _record(self) -> Record | None:
+        return next((record for model, record in reversed(_recording.get()) if model is self), None)
+
     def summary(self) -> str:
         """A table of layers, what each was seen to cost and what was chosen, and the model as a whole."""
-        rows = [("layer", "keep", "dense us", "gated us", "all kept us", "runs")]
+        rows: list[tuple[str, ...]] = [("layer", "keep", "dense us", "gated us", "all kept us", "runs")]
         for cost in self.fitted.costs:
             gated = [f"{1e6 * t:.0f}" if t is not None else "-" for t in (cost.gated, cost.gated_all)]
             runs = "gated" if self.choices.get(cost.layer) else "dense"
@@ -169,7 +174,7 @@ class Accelerated(nn.Module):
         return self.__dict__ | {"_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
         self._lock = threading.Lock()
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,7 +182,7 @@ class Accelerated(nn.Module):
         assert memory is not None
         with self._lock, torch.no_grad():  # hooks share one memory
             output = self.masked(*args, **kwargs)
-            record = _recording.get()
+            record = self._record()
             if record is not None:
                 record.add(dict(memory.keep), dict(memory.norms))
         return output
@@ -185,13 +190,14 @@ class Accelerated(nn.Module):
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]) -> Plan | None:
         """A graph for a shape not seen before, with the choices of the shape that was fitted; None: masked."""
         with self._lock:
-            if _shapes(flat) not in self.plans:
+            form = _form(args, kwargs)
+            if form not in self.plans:
                 try:
                     traced = _Traced(self.masked, self.sites, kwargs if kwargs else args)
                 except UnsupportedError:
                     return None
-                self.plans[_shapes(flat)] = traced.plan(self.execution, self.choices, flat)
-            return self.plans[_shapes(flat)]
+                self.plans[form] = traced.plan(self.execution, self.choices, flat)
+            return self.plans[form]
 
 
 def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backend: str = "auto") -> Accelerated:
@@ -212,14 +218,13 @@ def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backen
     assert memory is not None
     memory.enabled = True
     fast = Accelerated(masked, sites).eval()
-    flat = pytree.tree_leaves(arguments(inputs))
     try:
         traced = _Traced(masked, sites, inputs)
     except UnsupportedError as error:
         fast.reason = str(error).splitlines()[0]
         return fast
     with torch.inference_mode():
-        _choose(fast, traced, flat, backend)
+        _choose(fast, traced, arguments(inputs), backend)
     return fast
 
 
@@ -228,8 +233,9 @@ class _Traced:
 
     def __init__(self, masked: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> None:
         exported = trace(masked, sites, inputs)
-        packed = exported._out_spec.child(0)
-        self.sites: list[str] = exported._out_spec.child(1).context
+        spec: Any = exported._out_spec
+        packed = spec.child(0)
+        self.sites: list[str] = spec.child(1).context
         self.count = packed.num_leaves
         self.outputs = None if packed.is_leaf() else packed
         self.graph = simplify(exported)
@@ -238,8 +244,8 @@ class _Traced:
         graph, decisions = lower(self.graph, executions, self.count, self.sites)
         return Plan(graph, self.outputs, self.count, decisions)
 
-    def dense(self, executions: dict[str, nn.Module]) -> Plan:
-        return Plan(lower_dense(self.graph, executions, self.count), self.outputs, self.count, [])
+    def dense(self, executions: dict[str, nn.Module], channels_last: bool = True) -> Plan:
+        return Plan(lower_dense(self.graph, executions, self.count, channels_last), self.outputs, self.count, [])
 
     def plan(self, execution: str, choices: dict[str, bool], flat: list[Any]) -> Plan:
         """Without timing anything."""
@@ -250,26 +256,36 @@ class _Traced:
             if layer is None:
                 continue
             skips = execution == "accelerated" and choices.get(node.meta["layer"], True) and can_skip(layer)
-            shape = [flat[0].shape[0], *node.args[0].meta["val"].shape[1:]]
+            shape = [_instances(flat), *node.args[0].meta["val"].shape[1:]]
             like = torch.empty(shape)
             executions[node.name] = GatedConv(layer) if skips else DenseConv(layer, like)
         return self.gated(executions) if execution == "accelerated" else self.dense(executions)
 
 
-def _choose(fast: Accelerated, traced: _Traced, flat: list[Any], backend: str) -> None:
+def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], dict[str, Any]], backend: str) -> None:
+    flat = pytree.tree_leaves(inputs)
     fitted = fit(traced.graph, flat)
     costs = [cost for cost, _ in fitted.values()]
-    dense = traced.dense({name: modules["dense"] for name, (_, modules) in fitted.items()})
+    modules = {name: modules for name, (_, modules) in fitted.items()}
+    chosen = {name: "gated" if cost.skips else "dense" for name, (cost, _) in fitted.items()}
+    gated = traced.gated({name: modules[name][way] for name, way in chosen.items()})
+    all_dense = {name: ways["dense"] for name, ways in modules.items()}
+    plans = [gated, *(traced.dense(all_dense, channels_last) for channels_last in (False, True))]
+    seconds = medians([partial(plan.graph, *flat) for plan in plans], _ROUNDS, _SECONDS)
+    best, dense = min(zip(seconds[1:], plans[1:], strict=True), key=lambda timed: timed[0])
     fast.choices = {cost.layer: cost.skips for cost in costs}
-    executions = {name: modules["gated" if cost.skips else "dense"] for name, (cost, modules) in fitted.items()}
-    gated = traced.gated(executions)
-    seconds = medians([lambda: dense.graph(*flat), lambda: gated.graph(*flat)], _ROUNDS, _SECONDS)
-    instances = flat[0].shape[0] if flat else 0
-    fast.fitted = Fitted(instances, torch.get_num_threads(), costs, *seconds)
-    wins = backend == "gated" or (backend == "auto" and seconds[1] < seconds[0])
+    fast.fitted = Fitted(_instances(flat), torch.get_num_threads(), costs, best, seconds[0])
+    wins = backend == "gated" or (backend == "auto" and seconds[0] < best)
     fast.execution = "accelerated" if wins else "dense"
-    fast.plans[_shapes(flat)] = gated if wins else dense
+    fast.plans[_form(*inputs)] = gated if wins else dense
 
 
-def _shapes(flat: Sequence[Any]) -> Any:
-    return tuple(tuple(leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in flat)
+def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a graph is made for: the names of inputs and their shapes but for the instances."""
+    flat = pytree.tree_leaves((args, kwargs))
+    shapes = [(leaf.dtype, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+    return (len(args), *kwargs, *shapes)
+
+
+def _instances(flat: Sequence[Any]) -> int:
+    return next((leaf.shape[0] for leaf in flat if isinstance(leaf, Tensor) and leaf.dim()), 0)

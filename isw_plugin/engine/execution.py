@@ -81,7 +81,7 @@ class DenseConv(nn.Module):
         return self.__dict__ | {"reordered": None}  # oneDNN's order cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
         self.reordered = _reordered(self.layer, self.shape)
 
     def forward(self, x: Tensor, keep: Tensor | None, residual: Tensor | None, residual_keep: Tensor | None) -> Tensor:
@@ -105,8 +105,9 @@ class DenseConv(nn.Module):
 
 
 def _reordered(layer: Layer, shape: list[int]) -> Any:
-    usable = layer.weight.is_cpu and layer.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    usable = layer.weight.is_cpu and layer.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not usable or 0 in shape:
         return None
     window = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(layer.weight.to_mkldnn(), *window, shape)
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # stubbed without the shape
+    return reorder(layer.weight.to_mkldnn(), *window, shape)

@@ -17,6 +17,7 @@ __all__ = ["Cost", "fit", "medians"]
 
 _ROUNDS = 5
 _SECONDS = 1e-3  # a timing repeats a layer for about this long
+_WORST = 1.15  # times the dense layer, with every channel kept
 _FEW = 0.25  # the second share of kept channels that the line is fitted through
 
 
@@ -40,7 +41,10 @@ class Cost:
 
     @property
     def skips(self) -> bool:
-        return self.gated is not None and self.gated <= self.dense
+        """Where it is faster, and not much slower should every channel be kept."""
+        if self.gated is None or self.gated_all is None:
+            return False
+        return self.gated <= self.dense and self.gated_all <= _WORST * self.dense
 
 
 def fit(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, tuple[Cost, dict[str, nn.Module]]]:
@@ -68,62 +72,58 @@ class _Fitter(fx.Interpreter):
         result = super().run_node(n)
         layer = Layer.of(n, self.constants) if n.target is conv else None
         if layer is not None:
-            args, _ = self.fetch_args_kwargs_from_env(n)
+            x, _, _, residual, keep, residual_keep = self.fetch_args_kwargs_from_env(n)[0][:6]
             decided = any(user.target is torch.ops.isw.decide.default for user in n.users)
-            self.costs[n.name] = _fit_layer(n.meta["layer"], layer, *args[:1], *args[3:6], decided)
+            read = _Read(x, residual, keep, residual_keep)
+            self.costs[n.name] = _fit_layer(n.meta["layer"], layer, read, decided)
         return result
 
 
-def _fit_layer(
-    name: str,
-    layer: Layer,
-    x: Tensor,
-    residual: Tensor | None,
-    keep: Tensor | None,
-    residual_keep: Tensor | None,
-    decided: bool,
-) -> tuple[Cost, dict[str, nn.Module]]:
-    dense = DenseConv(layer, x)
-    runs = [lambda: _dense(dense, decided, x, keep, residual, residual_keep)]
+@dataclass(frozen=True)
+class _Read:
+    """What a convolution reads."""
+
+    x: Tensor
+    residual: Tensor | None
+    keep: Tensor | None
+    residual_keep: Tensor | None
+
+    @property
+    def keep_ratio(self) -> float:
+        return self.keep.float().mean().item() if self.keep is not None and self.keep.numel() else 1.0
+
+
+def _fit_layer(name: str, layer: Layer, read: _Read, decided: bool) -> tuple[Cost, dict[str, nn.Module]]:
+    dense = DenseConv(layer, read.x)
+    runs = [_dense(dense, read, decided)]
     modules: dict[str, nn.Module] = {"dense": dense}
     if can_skip(layer):
         gated = modules["gated"] = GatedConv(layer)
-        shares = (1.0, _FEW) if keep is not None else (1.0,)
-        runs += [_gated(gated, x, share, keep, residual, residual_keep) for share in shares]
+        runs += [_gated(gated, read, share) for share in ((1.0, _FEW) if read.keep is not None else (1.0,))]
     seconds = medians(runs, _ROUNDS, _SECONDS)
-    ratio = 1.0 if keep is None or not keep.numel() else keep.float().mean().item()
     if len(seconds) == 1:
-        return Cost(name, ratio, seconds[0], None, None), modules
+        return Cost(name, read.keep_ratio, seconds[0], None, None), modules
     slope = (seconds[1] - seconds[-1]) / (1 - _FEW)
-    return Cost(name, ratio, seconds[0], seconds[1], seconds[1] - slope * (1 - ratio)), modules
+    expected = seconds[1] - slope * (1 - read.keep_ratio)
+    return Cost(name, read.keep_ratio, seconds[0], seconds[1], expected), modules
 
 
-def _dense(
-    module: nn.Module,
-    decided: bool,
-    x: Tensor,
-    keep: Tensor | None,
-    residual: Tensor | None,
-    residual_keep: Tensor | None,
-) -> None:
-    y = module(x, keep, residual, residual_keep)
-    if decided:  # the engine's kernel gives the sums with its output
-        torch.ops.isw.sum_squares(y)
+def _dense(module: nn.Module, read: _Read, decided: bool) -> Callable[[], object]:
+    def run() -> None:
+        y = module(read.x, read.keep, read.residual, read.residual_keep)
+        if decided:  # the engine's kernel gives the sums with its output
+            torch.ops.isw.sum_squares(y)
+
+    return run
 
 
-def _gated(
-    module: nn.Module,
-    x: Tensor,
-    share: float,
-    keep: Tensor | None,
-    residual: Tensor | None,
-    residual_keep: Tensor | None,
-) -> Callable[[], object]:
+def _gated(module: nn.Module, read: _Read, share: float) -> Callable[[], object]:
     """The kernel at a forced share of kept channels, as many in every instance but others."""
     forced = None
-    if keep is not None:
-        forced = torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)).argsort(1) < share * keep.shape[1]
-    return lambda: module(x, forced, 0.0, 0.0, residual, residual_keep, 0.0, 0.0)
+    if read.keep is not None:
+        draw = torch.rand(read.keep.shape, generator=torch.Generator().manual_seed(0))
+        forced = draw.argsort(1) < share * read.keep.shape[1]
+    return lambda: module(read.x, forced, 0.0, 0.0, read.residual, read.residual_keep, 0.0, 0.0)
 
 
 def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:

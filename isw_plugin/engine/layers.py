@@ -6,7 +6,6 @@ They define the results of what ``execution.py`` runs instead.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -40,7 +39,8 @@ def conv(
     y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
     if residual is not None:
         y = y + (residual if residual_keep is None else mask(residual, residual_keep, 1))
-    return ACTS[act](y)
+    activated: Tensor = ACTS[act](y)
+    return activated
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ thresholds, and decides inside its own kernel. Where the map comes from elsewher
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,11 +18,12 @@ from isw_plugin.engine.layers import conv, mask
 __all__ = ["Decision", "lower", "lower_dense"]
 
 _isw, _aten = torch.ops.isw, torch.ops.aten
+_LAST = torch.channels_last
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How a site's decisions lie in the outputs: as statistics, to be compared with thresholds, or as keep and norms."""
+    """How a site's decisions lie in the outputs: statistics to compare with thresholds, or keep and norms."""
 
     site: str
     thresholds: tuple[float, float] | None
@@ -48,12 +50,16 @@ def lower(
     return lowering.finish(), decisions
 
 
-def lower_dense(graph_module: fx.GraphModule, executions: Mapping[str, nn.Module], outputs: int) -> fx.GraphModule:
-    """The graph without its gates, and without their outputs."""
+def lower_dense(
+    graph_module: fx.GraphModule, executions: Mapping[str, nn.Module], outputs: int, channels_last: bool
+) -> fx.GraphModule:
+    """The graph without its gates, and without their outputs, on images in NCHW order or channels last."""
     lowering = _Lowering(graph_module, executions)
     lowering.open_gates()
     lowering.replace_layers()
     lowering.keep_outputs(outputs)
+    if channels_last:
+        lowering.put_channels_last()
     return lowering.finish()
 
 
@@ -75,16 +81,16 @@ class _Lowering:
             if not node.users and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)  # nothing in it has a side effect
             elif node.op == "get_attr":
-                name = node.target.replace(".", "_")
-                self.root.register_buffer(name, _attribute(self.source, node.target))
-                node.target = name
+                tensor = _attribute(self.source, node.target)
+                node.target = f"constant_{len(self.root._buffers)}"
+                self.root.register_buffer(node.target, tensor)
         return fx.GraphModule(self.root, self.graph)
 
-    def _calls(self, target: object) -> list[fx.Node]:
+    def _calls(self, target: object) -> list[Any]:  # of fx nodes, whose arguments have no narrower type
         return [node for node in self.graph.nodes if node.op == "call_function" and node.target is target]
 
     @property
-    def _output(self) -> fx.Node:
+    def _output(self) -> Any:
         return next(node for node in reversed(self.graph.nodes) if node.op == "output")
 
     # -- layers ------------------------------------------------------------------------------------
@@ -96,7 +102,7 @@ class _Lowering:
             if module is not None:
                 self._replace_layer(node, module)
 
-    def _replace_layer(self, node: fx.Node, module: nn.Module) -> None:
+    def _replace_layer(self, node: Any, module: nn.Module) -> None:
         x, _, _, residual, keep, residual_keep = node.args[:6]
         name = self.names[node]
         self.root.add_module(name, module)
@@ -114,10 +120,11 @@ class _Lowering:
 
     def replace_pools(self) -> None:
         """Max-pooling by the engine's, which is the faster one on maps in NCHW order."""
-        defaults = ([], [0, 0], [1, 1], False)
+        defaults: list[Any] = [[], [0, 0], [1, 1], False]
         for node in self._calls(_aten.max_pool2d.default):
-            x, kernel, stride, padding, dilation, ceil = (*node.args[:2], *node.args[2:], *defaults[len(node.args) - 2 :])
-            if not _is_map(x) or list(dilation) != [1, 1] or ceil:  # type: ignore[call-overload]  # a pair
+            x, kernel, *window = list(node.args) + defaults[len(node.args) - 2 :]
+            stride, padding, dilation, ceil = window
+            if not _is_map(x) or list(dilation) != [1, 1] or ceil:
                 continue
             with self.graph.inserting_before(node):
                 pool = self.graph.call_function(_isw.max_pool2d.default, (x, kernel, stride or kernel, padding))
@@ -127,19 +134,19 @@ class _Lowering:
 
     # -- gates -------------------------------------------------------------------------------------
 
-    def _gate(self, keep: fx.Node | None) -> tuple[fx.Node | None, float, float]:
+    def _gate(self, keep: Any) -> tuple[Any, float, float]:
         """A decision as the engine's operators take it."""
         if keep is None or not _from_squares(keep):
             return keep, 0.0, 0.0
         _, _, alpha, beta = keep.args
-        return self._squares_of(keep), alpha, beta  # type: ignore[return-value]  # thresholds
+        return self._squares_of(keep), alpha, beta
 
-    def _squares_of(self, decision: fx.Node) -> fx.Node:
+    def _squares_of(self, decision: Any) -> fx.Node:
         x = decision.args[0]
         if x not in self.squares:
             with self.graph.inserting_before(decision):
-                self.squares[x] = self.graph.call_function(_isw.sum_squares.default, (x,))  # type: ignore[index]
-        return self.squares[x]  # type: ignore[index]  # a node
+                self.squares[x] = self.graph.call_function(_isw.sum_squares.default, (x,))
+        return self.squares[x]
 
     def replace_decisions(self) -> None:
         """What still reads a keep mask gets it from the statistics."""
@@ -154,11 +161,11 @@ class _Lowering:
         """Masks by the operations that they are, which pickle and compile like any other."""
         for node in self._calls(mask):
             x, keep, axis = node.args
-            rank = x.meta["val"].dim()  # type: ignore[union-attr]  # a node
+            rank = x.meta["val"].dim()
             with self.graph.inserting_before(node):
                 drop = self.graph.call_function(_aten.bitwise_not.default, (keep,))
                 for dim in range(1, rank):
-                    if dim != axis % rank:  # type: ignore[operator]  # a number
+                    if dim != axis % rank:
                         drop = self.graph.call_function(_aten.unsqueeze.default, (drop, dim))
                 masked = self.graph.call_function(_aten.masked_fill.Scalar, (x, drop, 0.0))
             masked.meta = dict(node.meta)
@@ -171,14 +178,20 @@ class _Lowering:
         for node in self._calls(mask):
             node.replace_all_uses_with(node.args[0])
 
+    def put_channels_last(self) -> None:
+        for node in [node for node in self.graph.nodes if node.op == "placeholder" and _is_map(node)]:
+            with self.graph.inserting_after(node):
+                last = self.graph.call_function(_aten.contiguous.default, (node,), {"memory_format": _LAST})
+            node.replace_all_uses_with(last, delete_user_cb=lambda user, last=last: user is not last)
+
     # -- outputs -----------------------------------------------------------------------------------
 
     def keep_outputs(self, outputs: int) -> None:
-        self._output.args = (tuple(self._output.args[0][:outputs]),)  # type: ignore[index]
+        self._output.args = (tuple(self._output.args[0][:outputs]),)
 
     def replace_outputs(self, outputs: int, sites: list[str]) -> list[Decision]:
         """Statistics instead of keep masks and norms, where they tell both."""
-        given = list(self._output.args[0])  # type: ignore[arg-type]
+        given = list(self._output.args[0])
         kept, decisions = given[:outputs], []
         keeps, norms = given[outputs : outputs + len(sites)], given[outputs + len(sites) :]
         for site, keep, norm in zip(sites, keeps, norms, strict=True):
@@ -192,11 +205,11 @@ class _Lowering:
         return decisions
 
 
-def _from_squares(keep: fx.Node) -> bool:
+def _from_squares(keep: Any) -> bool:
     """Whether a keep mask is decided from the sums of squares of a convolution's map."""
     if keep.target is not _isw.decide.default:
         return False
-    return keep.args[1] == 1 and _is_map(keep.args[0])
+    return bool(keep.args[1] == 1) and _is_map(keep.args[0])
 
 
 def _is_map(node: object) -> bool:

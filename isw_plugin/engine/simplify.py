@@ -39,6 +39,8 @@ def simplify(graph_module: fx.GraphModule) -> fx.GraphModule:
     _fold_batch_norms(graph_module)
     for step in (_name_layers, _name_masks, _fuse_residuals, _fuse_activations, _drop_open_gates, _link):
         step(graph)
+    for node in _calls(graph, _aten.view.default):
+        node.target = _aten.reshape.default  # maps may come in another memory order than the traced ones
     graph.eliminate_dead_code()
     graph.lint()
     return fx.GraphModule(graph_module, graph)
@@ -55,7 +57,7 @@ def _attribute(root: Any, target: Any) -> Any:
     return root
 
 
-def _calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
+def _calls(graph: fx.Graph, *targets: Any) -> Iterator[Any]:  # of fx nodes, whose arguments have no narrower type
     yield from [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
 
 
@@ -65,11 +67,11 @@ def _size(value: Any) -> list[Any] | None:
     return list(held.shape) if isinstance(held, Tensor) else None
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: Any) -> Any:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _replace(node: fx.Node, by: fx.Node) -> None:
+def _replace(node: Any, by: Any) -> None:
     by.meta = node.meta | by.meta
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
@@ -88,6 +90,8 @@ def _drop_checks(graph: fx.Graph) -> None:
 
 def _drop_same(graph: fx.Graph) -> None:
     for node in _calls(graph, *_SAME):
+        if node.target is _aten.dropout.default and node.args[2]:
+            continue  # one that acts in eval mode too
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
 
@@ -107,7 +111,7 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
             _replace(node, _constant(graph_module, node, known[node]))
 
 
-def _constant(graph_module: fx.GraphModule, before: fx.Node, tensor: Tensor) -> fx.Node:
+def _constant(graph_module: fx.GraphModule, before: fx.Node, tensor: Tensor) -> Any:
     name = f"folded_{sum(key.startswith('folded_') for key, _ in graph_module.named_buffers(recurse=False))}"
     graph_module.register_buffer(name, tensor.detach())
     with before.graph.inserting_before(before):
@@ -129,6 +133,8 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
         statistics = [known.get(node) if node is not None else None for node in (mean, var, weight, bias)]
         if layer.target not in folds or len(layer.users) > 1 or layer.args[1] not in known or result is None:
             continue
+        if layer.target is _aten.linear.default and len(_size(layer) or ()) != 2:
+            continue  # of tokens: the norm's channels are not the layer's
         held = layer.args[2] if len(layer.args) > 2 else None
         mean_, var_, weight_, bias_ = statistics
         folded = folds[layer.target](
@@ -145,9 +151,9 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
 
 
 def _name_layers(graph: fx.Graph) -> None:
-    defaults = (None, None, None, (1, 1), (0, 0), (1, 1), 1)
+    defaults = [None, None, None, (1, 1), (0, 0), (1, 1), 1]
     for node in _calls(graph, _aten.conv2d.default):
-        x, weight, bias, stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) :])
+        x, weight, bias, stride, padding, dilation, groups = list(node.args) + defaults[len(node.args) :]
         with graph.inserting_before(node):
             args = (x, weight, bias, None, None, None, stride, padding, dilation, groups, "none")
             layer = graph.call_function(conv, args)
@@ -170,6 +176,8 @@ def _name_masks(graph: fx.Graph) -> None:
             continue
         keep, shape = view.args
         axis = next((index for index in range(1, len(shape)) if shape[index] != 1), 1)
+        if any(size != 1 for size in shape[axis + 1 :]):
+            continue  # a mask of pixels
         with graph.inserting_before(node):
             named = graph.call_function(mask, (x, keep, axis))
         _replace(node, named)
@@ -182,7 +190,7 @@ def _fuse_residuals(graph: fx.Graph) -> None:
         if _size(node.args[0]) != _size(node.args[1]) or _size(node) is None:
             continue
         for layer, other in (node.args, node.args[::-1]):
-            if layer.target is conv and _only_user(layer) is node and layer.args[3] is None and _is_open(layer):
+            if layer.target is conv and _only_user(layer) is node and _takes_residual(layer, other):
                 with graph.inserting_before(node):  # behind the residual
                     fused = graph.call_function(conv, (*layer.args[:3], other, *layer.args[4:]))
                 fused.meta["layer"] = layer.meta["layer"]
@@ -191,7 +199,12 @@ def _fuse_residuals(graph: fx.Graph) -> None:
                 break
 
 
-def _is_open(layer: fx.Node) -> bool:
+def _takes_residual(layer: Any, other: Any) -> bool:
+    same: bool = layer.meta["val"].dtype == other.meta["val"].dtype
+    return _is_open(layer) and layer.args[3] is None and layer.args[9] == 1 and other is not layer and same
+
+
+def _is_open(layer: Any) -> bool:
     """Whether nothing was activated in it yet."""
     return bool(layer.args[-1] == "none")
 
@@ -206,10 +219,10 @@ def _fuse_activations(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _activation(node: fx.Node) -> str | None:
+def _activation(node: Any) -> str | None:
     if node.target is _aten.relu.default:
         return "relu"
-    if node.target is _aten.relu6.default or [float(bound or 0) for bound in node.args[1:3]] == [0.0, 6.0]:  # type: ignore[arg-type]
+    if node.target is _aten.relu6.default or node.args[1:3] == (0, 6):
         return "relu6"
     return None
 
@@ -239,7 +252,7 @@ def _link(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _gate_layer(layer: fx.Node, masked: fx.Node) -> None:
+def _gate_layer(layer: Any, masked: Any) -> None:
     x, keep, axis = masked.args
     if axis != 1:
         return
@@ -250,22 +263,19 @@ def _gate_layer(layer: fx.Node, masked: fx.Node) -> None:
     layer.args = tuple(args)
 
 
-def _keeps_channels(user: fx.Node, masked: fx.Node) -> bool:
+def _keeps_channels(user: Any, masked: Any) -> bool:
     if masked.args[2] != 1 or user.args[0] is not masked:
         return False
     if user.target is _aten.mean.dim:
-        return sorted(dim % 4 for dim in user.args[1]) == [2, 3] and len(_size(masked) or ()) == 4  # type: ignore[union-attr]
+        return sorted(dim % 4 for dim in user.args[1]) == [2, 3] and len(_size(masked) or ()) == 4
     return len(_size(masked) or ()) == 4
 
 
-def _mask_behind(user: fx.Node, masked: fx.Node) -> fx.Node:
+def _mask_behind(user: Any, masked: Any) -> Any:
     x, keep, axis = masked.args
-    user.replace_input_with(masked, x)  # type: ignore[arg-type]  # a node
+    user.replace_input_with(masked, x)
     with user.graph.inserting_after(user):
         behind = user.graph.call_function(mask, (user, keep, axis))
     behind.meta = dict(user.meta)
     user.replace_all_uses_with(behind, delete_user_cb=lambda node: node is not behind)
-    if user not in behind.all_input_nodes:
-        behind.args = (user, keep, axis)
     return behind
-

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from isw_plugin import functional
 from isw_plugin.errors import UnsupportedError
@@ -77,14 +77,17 @@ def trace(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> fx.Graph
     memory = memory_of(model)
     assert memory is not None
     traced = tree_map_only(Tensor, _traced_instances, arguments(inputs))
-    shapes = tree_map_only(Tensor, _dynamic_instances, traced)
+    shapes = tree_map(_dynamic_instances, traced)
     gates, enabled = memory.gates, memory.enabled
     memory.gates = {site.name: _as_node(gates[site.name], site, memory.min_keep) for site in sites}
     memory.enabled = True
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             exported = torch.export.export(_WithDecisions(model, memory), traced, dynamic_shapes=shapes)
-            return exported.run_decompositions({}).module(check_guards=False)  # type: ignore[return-value]
+            _require_repeatable(exported)
+            graph: Any = exported.run_decompositions({}).module(check_guards=False)
+            assert isinstance(graph, fx.GraphModule)
+            return graph
     except Exception as error:
         raise UnsupportedError(f"{type(model).__name__} cannot be exported: {error}") from error
     finally:
@@ -109,5 +112,24 @@ def _traced_instances(tensor: Tensor) -> Tensor:
     return torch.zeros(TRACED_INSTANCES, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
 
 
-def _dynamic_instances(tensor: Tensor) -> dict[int, Any]:
-    return {0: torch.export.Dim.AUTO} if tensor.dim() else {}
+def _dynamic_instances(leaf: object) -> dict[int, Any] | None:
+    if not isinstance(leaf, Tensor):
+        return None
+    return {0: torch.export.Dim.AUTO} if leaf.dim() else {}
+
+
+def _require_repeatable(exported: torch.export.ExportedProgram) -> None:
+    """For any number of instances, and for every call."""
+    changed = sorted(exported.graph_signature.buffers_to_mutate.values())
+    if changed:
+        raise UnsupportedError(f"a forward changes the buffer {changed[0].removeprefix('model.')}")
+    given = set(exported.graph_signature.user_inputs)
+    shapes = [node.meta["val"].shape for node in exported.graph.nodes if node.name in given and _held(node)]
+    if any(shape and isinstance(shape[0], int) for shape in shapes):
+        raise UnsupportedError(
+            "the number of instances becomes a constant in it, or in a gate: use shape[0], not len()"
+        )
+
+
+def _held(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
