@@ -35,6 +35,26 @@ ISW_INLINE void run_span_part(const float* in, const int64_t* taps, const float*
   }
 }
 
+// Rows that a vector holds, several at once.
+template <Act act, int rows>
+ISW_INLINE void run_narrow_rows(const float* in, int64_t pitch, const int64_t* taps, const float* weights,
+                                int64_t count, float bias, int64_t width, float* y, Vec& squares) {
+  Vec sum[rows];
+  ISW_UNROLL
+  for (int r = 0; r < rows; ++r) sum[r] = broadcast(bias);
+  for (int64_t tap = 0; tap < count; ++tap) {
+    const Vec weight = broadcast(weights[tap]);
+    ISW_UNROLL
+    for (int r = 0; r < rows; ++r) sum[r] += weight * load(in + taps[tap] + r * pitch);
+  }
+  ISW_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    const Vec value = activate<act>(only_first(sum[r], width));
+    store_first(y + r * width, value, width);
+    squares += value * value;
+  }
+}
+
 // Which lanes of a vector of outputs a tap reaches inside the plane; the same for all planes.
 class TapMasks {
  public:
@@ -104,11 +124,9 @@ class Depthwise {
         packing_(args.window),
         taps_(args.window.kh * args.window.kw),
         masks_(args.window),
-        flat_(args.window.ow < lanes),
         offsets_(taps_),
         kept_(args.gate, args.n, args.c_in, runner),
-        packed_(runner.workers * packed_size()),
-        flat_y_(flat_ ? runner.workers * packed_size() : 0) {
+        packed_(runner.workers * packed_size()) {
     for (int64_t tap = 0; tap < taps_; ++tap)
       offsets_.get()[tap] = packing_.tap(tap / args.window.kw, tap % args.window.kw);
     std::fill(packed_.get(), packed_.get() + runner.workers * packed_size(), 0.0f);
@@ -140,7 +158,7 @@ class Depthwise {
     if (masks_.fits()) return compute_line<act>(plane, x);
     float* packed = packed_.get() + worker * packed_size();
     pack_plane(packing_, x, packed);
-    return compute_rows<act>(plane, packed, worker);
+    return compute_rows<act>(plane, packed);
   }
 
   template <Act act>
@@ -172,23 +190,17 @@ class Depthwise {
   }
 
   template <Act act>
-  float compute_rows(int64_t plane, const float* packed, int64_t worker) const {
+  float compute_rows(int64_t plane, const float* packed) const {
     const Window& w = a_.window;
+    const int64_t c = plane % a_.c_in;
+    const float* weights = a_.weight + c * taps_;
     float* y = a_.y + plane * w.oh * w.ow;
     Vec squares = {};
-    if (!flat_) {
-      for (int64_t row = 0; row < w.oh; ++row)
-        run_span<act>(plane % a_.c_in, packed + row * packing_.pitch, w.ow, y + row * w.ow, squares);
-      return reduce_add(squares);
-    }
-    Vec unused = {};
-    float* rows = flat_y_.get() + worker * packed_size();
-    run_span<act>(plane % a_.c_in, packed, (w.oh - 1) * packing_.pitch + w.ow, rows, unused);
-    for (int64_t row = 0; row < w.oh; ++row) {
-      const Vec value = load_first(rows + row * packing_.pitch, w.ow);
-      store_first(y + row * w.ow, value, w.ow);
-      squares += value * value;
-    }
+    int64_t row = 0;
+    for (; w.ow <= lanes && row + span_vectors <= w.oh; row += span_vectors)
+      run_narrow_rows<act, span_vectors>(packed + row * packing_.pitch, packing_.pitch, offsets_.get(), weights, taps_,
+                                         a_.bias[c], w.ow, y + row * w.ow, squares);
+    for (; row < w.oh; ++row) run_span<act>(c, packed + row * packing_.pitch, w.ow, y + row * w.ow, squares);
     return reduce_add(squares);
   }
 
@@ -207,10 +219,9 @@ class Depthwise {
   const Packing packing_;
   const int64_t taps_;
   const TapMasks masks_;
-  const bool flat_;  // narrow packed maps: all rows as one line, border columns computed too and then left out
   Buffer<int64_t> offsets_;
   const Kept kept_;
-  Buffer<float> packed_, flat_y_;
+  Buffer<float> packed_;
 };
 
 }  // namespace
