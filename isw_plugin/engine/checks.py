@@ -8,14 +8,16 @@ from torch import Tensor
 from isw_plugin.engine.reference import ACTS, BLOCK, Gating, Statistics
 from isw_plugin.errors import EngineInputError
 
-__all__ = ["check_act", "check_gating", "check_packed", "check_tensor", "check_window", "pair"]
+__all__ = ["check_act", "check_gating", "check_like", "check_packed", "check_tensor", "check_window", "pair"]
+
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_tensor(tensor: object, name: str, shape: Sequence[int | None], device: torch.device | None = None) -> None:
-    """A dense float32 tensor of this shape (None: any size), without a gradient to lose."""
+    """A dense float32 tensor of this shape (None: any size), on CUDA also half; without a gradient to lose."""
     if not isinstance(tensor, Tensor):
         raise EngineInputError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != torch.float32:
+    if tensor.dtype != torch.float32 and not (tensor.is_cuda and tensor.dtype in _CUDA_DTYPES):
         raise EngineInputError(f"{name}: expected float32, got {tensor.dtype}; convert it with .float()")
     if tensor.layout != torch.strided:
         raise EngineInputError(f"{name}: expected a dense tensor, got {tensor.layout}; convert it with .to_dense()")
@@ -31,6 +33,17 @@ def _check_shape(tensor: Tensor, name: str, shape: Sequence[int | None]) -> None
         return
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
     raise EngineInputError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def check_like(x: Tensor, tensor: Tensor, name: str, shape: Sequence[int | None]) -> None:
+    """A tensor of this shape with the type and on the device of x, which is float32 or half."""
+    if x.dtype not in _CUDA_DTYPES or tensor.dtype != x.dtype:
+        raise EngineInputError(
+            f"{name} is {tensor.dtype} and x {x.dtype}: expected one type, float32, float16 or bfloat16"
+        )
+    if tensor.device != x.device:
+        raise EngineInputError(f"{name} is on {tensor.device} but x is on {x.device}; move them together")
+    _check_shape(tensor, name, shape)
 
 
 def check_packed(weight: object, bias: Tensor, channels: int, device: torch.device) -> None:

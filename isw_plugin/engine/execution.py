@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isw_plugin.engine import cpu
+import isw_plugin.engine.cpu as cpu
 from isw_plugin.engine.layers import Layer, mask
-from isw_plugin.engine.reference import pack_weight
+from isw_plugin.engine.reference import ACTS, pack_weight
 
 __all__ = ["DenseConv", "GatedConv", "can_skip"]
 
@@ -98,8 +98,9 @@ class DenseConv(nn.Module):
         if residual is None:
             y = run(x, self.reordered, layer.bias, *window, act, bounds, "")
         else:
-            after = (None, [], "") if act == "none" else (act, bounds, "")
+            after = ("relu", [], "") if act == "relu" else (None, [], "")  # it takes no other behind a sum
             y = run.binary(x, residual, self.reordered, layer.bias, *window, "add", 1.0, *after)
+            y = y if act == "relu" else ACTS[layer.act](y)
         result: Tensor = y
         return result
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 import isw_plugin.engine.cpu as cpu
+import isw_plugin.engine.cuda as cuda
 import isw_plugin.engine.reference as reference
 from isw_plugin.engine.checks import check_act, check_gating, check_packed, check_tensor, check_window, pair
 from isw_plugin.engine.reference import Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
+from isw_plugin.engine.tiles import output_size, pixel_slots
 from isw_plugin.errors import EngineInputError
 
 __all__ = [
@@ -36,7 +38,7 @@ _library: Any = torch.library.Library("isw", "DEF")  # type: ignore[no-untyped-c
 
 
 def _define(name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operator that runs `plain` wherever no kernel is registered; on the CPU that is until the first call."""
+    """An operator that runs `plain` wherever there is no kernel; on the CPU that is until the first call."""
     _library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
 
     def run(*args: Any) -> Any:
@@ -44,7 +46,12 @@ def _define(name: str, schema: str, plain: Callable[..., Any], fake: Callable[..
             return getattr(torch.ops.isw, name)(*args)
         return plain(*args)
 
+    def run_on_cuda(*args: Any) -> Any:
+        with torch.cuda.device(args[0].device):
+            return getattr(cuda.load(), name, plain)(*args)
+
     _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, run_on_cuda, "CUDA")
     torch.library.register_fake(f"isw::{name}", fake, lib=_library)
 
 
@@ -58,9 +65,13 @@ def _flat(gating: Gating) -> tuple[Tensor | None, float, float]:
     return gating, 0.0, 0.0
 
 
-def _output_size(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
-    height = (x.shape[2] + 2 * padding[0] - kernel[0]) // stride[0] + 1
-    return height, (x.shape[3] + 2 * padding[1] - kernel[1]) // stride[1] + 1
+def _fake_outputs(x: Tensor, channels: int, size: tuple[int, int], slots: int) -> tuple[Tensor, Tensor]:
+    """A map and its statistics in as many slots as x's device has; CUDA writes channels_last."""
+    layout = torch.contiguous_format
+    if x.is_cuda:
+        layout, slots = torch.channels_last, pixel_slots(size[0] * size[1])
+    y = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, device=x.device, memory_format=layout)
+    return y, x.new_empty((x.shape[0], slots, channels), dtype=torch.float32)
 
 
 def _plain_conv2d(
@@ -94,9 +105,8 @@ def _plain_conv2d(
 def _fake_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
 ) -> tuple[Tensor, Tensor]:
-    height, width = _output_size(x, weight.shape[2:4], stride, padding)
-    y = x.new_empty((x.shape[0], bias.shape[0], height, width))
-    return y, x.new_empty((x.shape[0], row_slots(height, width), bias.shape[0]))
+    size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
+    return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
 
 
 def _plain_depthwise(
@@ -117,8 +127,7 @@ def _plain_depthwise(
 def _fake_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
 ) -> tuple[Tensor, Tensor]:
-    height, width = _output_size(x, weight.shape[2:4], stride, padding)
-    return x.new_empty((*x.shape[:2], height, width)), x.new_empty((x.shape[0], 1, x.shape[1]))
+    return _fake_outputs(x, x.shape[1], output_size(x.shape[2:], weight.shape[2:4], stride, padding), 1)
 
 
 def _plain_max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
@@ -126,11 +135,14 @@ def _plain_max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int],
 
 
 def _fake_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    return x.new_empty((*x.shape[:2], *_output_size(x, kernel, stride, padding)))
+    if x.is_cuda:
+        return torch.max_pool2d(x, list(kernel), list(stride), list(padding))  # any layout in, the same out
+    return x.new_empty((*x.shape[:2], *output_size(x.shape[2:], kernel, stride, padding)))
 
 
 def _fake_sum_squares(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], 1, x.shape[1]))
+    slots = pixel_slots(x.shape[2] * x.shape[3]) if x.is_cuda else 1
+    return x.new_empty((x.shape[0], slots, x.shape[1]), dtype=torch.float32)
 
 
 def _fake_keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
@@ -187,7 +199,7 @@ def conv2d(
     check_act(act)
     check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
     if residual is not None:
-        size = _output_size(x, weight.shape[2:4], strides, paddings)
+        size = output_size(x.shape[2:], weight.shape[2:4], strides, paddings)
         check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device)
         check_gating(residual_gating, "residual_gating", x.shape[0], bias.shape[0], x.device)
     elif residual_gating is not None:

@@ -85,7 +85,7 @@ def row_slots(height: int, width: int) -> int:
 def _sum_rows(y: Tensor) -> Tensor:
     """Sums of squares of (N, C, H, W) over row_slots(H, W) groups of rows: (N, S, C)."""
     height, slots = y.shape[2], row_slots(y.shape[2], y.shape[3])
-    rows = y.square().sum(3)
+    rows = y.float().square().sum(3)  # squares overflow float16
     return torch.stack([rows[:, :, height * s // slots : height * (s + 1) // slots].sum(2) for s in range(slots)], 1)
 
 
@@ -203,7 +203,7 @@ def max_pool2d(
 
 def sum_squares(x: Tensor) -> Tensor:
     """Sums of squares of a map that no engine function made: (N, C, H, W) -> (N, 1, C)."""
-    return x.square().sum((2, 3)).unsqueeze(1)
+    return x.float().square().sum((2, 3)).unsqueeze(1)
 
 
 def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:

@@ -84,8 +84,9 @@ def trace(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> fx.Graph
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             exported = torch.export.export(_WithDecisions(model, memory), traced, dynamic_shapes=shapes)
+            exported = exported.run_decompositions({})  # only this shows buffers that change
             _require_repeatable(exported)
-            graph: Any = exported.run_decompositions({}).module(check_guards=False)
+            graph: Any = exported.module(check_guards=False)
             assert isinstance(graph, fx.GraphModule)
             return graph
     except Exception as error:
@@ -124,12 +125,10 @@ def _require_repeatable(exported: torch.export.ExportedProgram) -> None:
     if changed:
         raise UnsupportedError(f"a forward changes the buffer {changed[0].removeprefix('model.')}")
     given = set(exported.graph_signature.user_inputs)
-    shapes = [node.meta["val"].shape for node in exported.graph.nodes if node.name in given and _held(node)]
-    if any(shape and isinstance(shape[0], int) for shape in shapes):
-        raise UnsupportedError(
-            "the number of instances becomes a constant in it, or in a gate: use shape[0], not len()"
-        )
+    for value in (node.meta.get("val") for node in exported.graph.nodes if node.name in given):
+        if isinstance(value, Tensor) and value.dim() and _is_constant(value.shape[0]):
+            raise UnsupportedError("it or a gate takes the number of instances for a constant, by len() or a loop")
 
 
-def _held(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+def _is_constant(size: Any) -> bool:
+    return isinstance(size, int) or size.node.maybe_as_int() is not None

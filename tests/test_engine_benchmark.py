@@ -1,0 +1,52 @@
+"""The engine's benchmark gives a whole row, and a table that fits its head; what it times is not tested."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import engine
+from benchmarks.networks import NETWORKS, gate_at, network
+from isw_plugin import InstanceWisePruner
+
+
+@pytest.fixture(scope="module")
+def row() -> engine.Row:
+    return engine.measure("slimmed vgg16", 32, batch=2, keep=0.5, rounds=1, compiles=False)
+
+
+def test_a_row_is_whole(row: engine.Row) -> None:
+    assert 0.3 < row.keep < 0.7
+    assert row.bound > 1.3
+    assert row.error < 1e-4
+    assert row.compiled is None
+    assert row.share == row.speedup / row.bound
+
+
+def test_table_fits_its_head(row: engine.Row) -> None:
+    assert engine.line(row).count(" | ") == engine.HEADER.count(" | ")
+
+
+def test_write(row: engine.Row, tmp_path: Path) -> None:
+    engine.write([row], 1, tmp_path)
+    assert json.loads((tmp_path / "engine.json").read_text())["rows"][0]["network"] == "slimmed vgg16"
+    assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")
+    assert "slimmed vgg16" in (tmp_path / "engine.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "mmacs"), [("vgg16", 313.2), ("resnet18", 555.4), ("mobilenetv2", 88.0)])
+def test_networks_have_the_papers_macs(name: str, mmacs: float) -> None:
+    from isw_plugin import count_macs
+
+    assert count_macs(network(name, 32), torch.zeros(1, 3, 32, 32)).dense / 1e6 == pytest.approx(mmacs, abs=0.1)
+    assert name in NETWORKS
+
+
+def test_gate_at_meets_the_ratio() -> None:
+    model, images = network("slimmed vgg16", 32), torch.randn(3, 3, 32, 32)
+    pruner = gate_at(InstanceWisePruner(model, images[:1]), images, 0.3)
+    with torch.no_grad(), pruner.gating():
+        model(images)
+    kept = torch.cat(list(pruner.keep.values()), dim=1).float().mean().item()
+    assert kept == pytest.approx(0.3, abs=0.08)
