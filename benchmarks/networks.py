@@ -1,4 +1,4 @@
-"""The networks of the engine's benchmark, with weights that gates have something to do on, and thresholds for a keep ratio."""
+"""The networks of the engine's benchmark: weights that gates have something to do on, thresholds for a keep ratio."""
 
 from collections.abc import Callable
 

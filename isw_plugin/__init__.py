@@ -3,10 +3,13 @@
 from isw_plugin.calibrate import Calibration, calibrate
 from isw_plugin.errors import ISWError
 from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate
+from isw_plugin.loading import load_pretrained
 from isw_plugin.measure import GateReport, MacReport, count_macs, evaluate
 from isw_plugin.pruner import InstanceWisePruner
+from isw_plugin.toolkits.registry import PRUNERS, register
 
 __all__ = [
+    "PRUNERS",
     "CVGate",
     "Calibration",
     "Gate",
@@ -19,5 +22,7 @@ __all__ = [
     "calibrate",
     "count_macs",
     "evaluate",
+    "load_pretrained",
+    "register",
 ]
 __version__ = "0.1.0"

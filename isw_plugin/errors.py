@@ -3,7 +3,8 @@
 ISWError
 ├── SettingError (ValueError)             a setting outside its range, or unknown
 │   ├── GateParameterError                a gate parameter that the gate does not have
-│   └── PatternError                      a layer-name pattern that selects nothing
+│   ├── PatternError                      a layer-name pattern that selects nothing
+│   └── UnknownPrunerError (KeyError)     a name that PRUNERS does not have
 ├── NoSitesError (ValueError)             a model without a feature map that could be gated
 ├── ProbeError (RuntimeError)             the model could not be run on the example inputs
 ├── AttachError (RuntimeError)            a second pruner on one model, or none where one is needed
@@ -12,6 +13,7 @@ ISWError
 ├── RecordedWithoutGradError (RuntimeError)  a site that ran under no_grad inside a training forward
 ├── EngineInputError (ValueError)          a tensor that the engine's operators do not take
 ├── NonFiniteFeatureError (ValueError)    NaN or infinity in a feature map
+├── MissingExtraError (RuntimeError, ImportError)  a toolkit that is not installed
 ├── BudgetError (ValueError)              thresholds within the budget do not exist
 └── StateMismatchError (ValueError)       a state_dict of another model
 """
@@ -22,6 +24,7 @@ __all__ = [
     "EngineInputError",
     "GateParameterError",
     "ISWError",
+    "MissingExtraError",
     "NoSitesError",
     "NonFiniteFeatureError",
     "NothingRecordedError",
@@ -30,6 +33,7 @@ __all__ = [
     "RecordedWithoutGradError",
     "SettingError",
     "StateMismatchError",
+    "UnknownPrunerError",
     "UnsupportedError",
 ]
 
@@ -48,6 +52,12 @@ class GateParameterError(SettingError):
 
 class PatternError(SettingError):
     """A layer-name pattern is malformed or selects no layer of the model."""
+
+
+class UnknownPrunerError(SettingError, KeyError):
+    """No pruner has this name."""
+
+    __str__ = Exception.__str__  # a KeyError's own would quote the message
 
 
 class NoSitesError(ISWError, ValueError):
@@ -80,6 +90,10 @@ class EngineInputError(ISWError, ValueError):
 
 class NonFiniteFeatureError(ISWError, ValueError):
     """A feature map holds NaN or infinity."""
+
+
+class MissingExtraError(ISWError, ModuleNotFoundError, RuntimeError):
+    """A toolkit is not installed; the message names the extra that brings it."""
 
 
 class BudgetError(ISWError, ValueError):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -13,6 +14,7 @@ from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
 from isw_plugin.functional import instance_penalty
 from isw_plugin.gates import Gate, with_parameters
 from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of
+from isw_plugin.saving import encoded_inputs, write
 from isw_plugin.settings import Settings, check_lambda, choose_gate
 from isw_plugin.sites import Found, Inputs, Patterns, Site, default_inputs
 from isw_plugin.wrappers import attachable, unwrapped
@@ -334,7 +336,7 @@ class InstanceWisePruner:
         weight = next(self.model.parameters(), torch.empty(0))
         noise: Inputs = tree_map_only(
             Tensor,
-            lambda t: torch.randn(instances, *t.shape[1:], dtype=weight.dtype, device=weight.device),
+            lambda t: _noise_like(t, instances, weight),
             self._settings.inputs,
         )
         return noise
@@ -357,6 +359,20 @@ class InstanceWisePruner:
         self._memory.min_keep = state.get("min_keep", 0)
         self._memory.enabled = state.get("enabled", False)
         self._configure()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Save model and pruner, to be restored by ``isw_plugin.load_pretrained`` in any process.
+
+        safetensors and JSON, no pickle. A slimmed model is saved with its widths. Each file is replaced at
+        once, so the folder always holds a whole state, the old or the new.
+
+        Raises:
+            AttachError: Sites are not known yet.
+            UnsupportedError: Something in the model's state_dict or the example inputs is no plain value.
+        """
+        attach = self._settings.attach_arguments()
+        inputs = encoded_inputs(self._settings.inputs)
+        write(folder, self.model, {**attach, "inputs": inputs, "state": self.state_dict()})
 
     # -- attaching ---------------------------------------------------------------------------------
 
@@ -389,6 +405,12 @@ class InstanceWisePruner:
         held = {name: settings.lambda_and_gate(override) for name, override in settings.overrides.items()}
         self._memory.recording = {name: lambda_ > 0 for name, (lambda_, _) in held.items()}
         self._memory.gates = {name: gate for name, (_, gate) in held.items()}
+
+
+def _noise_like(tensor: Tensor, instances: int, weight: Tensor) -> Tensor:
+    if tensor.is_floating_point():
+        return torch.randn(instances, *tensor.shape[1:], dtype=weight.dtype, device=weight.device)
+    return torch.zeros(instances, *tensor.shape[1:], dtype=tensor.dtype, device=weight.device)
 
 
 def _resolve_and_attach(model: nn.Module, inputs: Inputs) -> None:

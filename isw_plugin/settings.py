@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from isw_plugin.errors import AttachError, SettingError, StateMismatchError
-from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate, with_parameters
+from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate, named_gate, stored_gate, with_parameters
 from isw_plugin.sites import Found, Inputs, Patterns, find_sites
 from isw_plugin.sites.patterns import select
 
@@ -73,6 +73,18 @@ class Settings:
         self.found = found
         self.inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
 
+    def override(self, site: str, parameters: Mapping[str, Any]) -> None:
+        """Set gate parameters of one site, whatever patterns say of it; its overrides are found at ``resolve``."""
+        if parameters:
+            self.per_site[site] = self.per_site.pop(site, {}) | dict(parameters)
+
+    def attach_arguments(self) -> dict[str, Any]:
+        """Which layers were chosen, as plain JSON values; functions become the names that they chose."""
+        self.known()
+        state = self.__getstate__()
+        layers, exclude = state["layers"], state["exclude"]
+        return {"layers": _listed(layers), "exclude": _listed(exclude)}
+
     def state(self) -> dict[str, Any]:
         """The settings as plain JSON values, with the channels of every site."""
         gate = self.gate
@@ -110,25 +122,37 @@ class Settings:
     def _stored_gate(self, stored: Mapping[str, Any]) -> Gate:
         if stored["type"] == _gate_type(self.gate):
             return with_parameters(self.gate, **stored["parameters"])
-        if stored["type"] not in _BUILT_IN:
-            raise StateMismatchError(f"saved with the gate {stored['type']}: attach with that gate first")
-        return _BUILT_IN[stored["type"]](**stored["parameters"])
+        if stored["type"] in _BUILT_IN:
+            return _BUILT_IN[stored["type"]](**stored["parameters"])
+        gate = stored_gate(stored["type"], stored["parameters"])
+        if gate is None:
+            raise StateMismatchError(
+                f"saved with the gate {stored['type']}, which no installed package offers: attach with that gate first"
+            )
+        return gate
 
 
 def choose_gate(gate: Gate | str, alpha: float | None, beta: float | None) -> Gate:
     """The gate that a user means by ``gate=``, ``alpha=`` and ``beta=``.
 
     Raises:
-        SettingError: No gate, or thresholds of the CV gate beside another.
+        SettingError: No gate, a name that no installed package offers, or thresholds of the CV gate beside
+            another.
     """
     given = {name: value for name, value in (("alpha", alpha), ("beta", beta)) if value is not None}
     if gate == "cv":
         return CVGate(**given)
-    if isinstance(gate, str | type) or not callable(gate):
+    if isinstance(gate, str):
+        gate = named_gate(gate)
+    if isinstance(gate, type) or not callable(gate):
         raise SettingError(f"gate={gate!r}: 'cv', or a gate such as MinNorm(ratio=0.3)")
     if given:
         raise SettingError(f"{', '.join(given)} set the CV gate, and gate={gate!r} is another: give it its own")
     return gate
+
+
+def _listed(patterns: Patterns) -> str | list[str]:
+    return patterns if isinstance(patterns, str) else list(patterns)  # type: ignore[arg-type]  # no functions here
 
 
 def _gate_type(gate: Gate) -> str:

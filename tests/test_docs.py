@@ -6,18 +6,28 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
-
-def loader() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]))]
+NEEDS = {"beside-nni.md": ("nni",), "training.md": ("accelerate", "lightning")}  # extras
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def loader() -> DataLoader[tuple[torch.Tensor, ...]]:
+    return DataLoader(TensorDataset(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])), batch_size=4)
+
+
+def runnable(page: Path) -> object:
+    """A page of a toolkit's brings the toolkit's warnings."""
+    return pytest.param(page, marks=pytest.mark.filterwarnings("ignore") if page.name in NEEDS else ())
+
+
+@pytest.mark.parametrize("page", [runnable(page) for page in WITH_CODE], ids=lambda page: page.name)
 def test_code_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package)
     torch.manual_seed(0)
     names = {
         "__name__": page.stem,
@@ -44,3 +54,23 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert missing == []
+
+
+def test_nni_users_add_at_most_five_lines() -> None:
+    quick_start = (ROOT / "docs/beside-nni.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 0 < sum("# +" in line for line in quick_start.splitlines()) <= 5
+    own = [line for line in quick_start.splitlines() if "isw" in line or "InstanceWise" in line or "compact" in line]
+    assert all("# +" in line for line in own)
+
+
+def test_torch_pruning_users_add_at_most_three_lines() -> None:
+    example, added = (ROOT / "docs/beside-torch-pruning.md").read_text().split("```python\n")[1:3]
+    lines = [line for line in added.split("```")[0].splitlines() if line.strip()]
+    assert len(lines) <= 3
+    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    exec("\n".join([example.split("```")[0], *lines]), names)
+    names["model"](torch.randn(2, 3, 64, 64))
+    keep = names["dynamic"].keep
+    assert keep
+    assert any(not mask.all() for mask in keep.values())

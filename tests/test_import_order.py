@@ -13,12 +13,12 @@ ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
     {"errors"},
     {"functional"},
-    {"sites", "gates"},
+    {"sites", "gates", "structure"},
     {"hooks"},
     {"engine"},
-    {"settings", "wrappers", "static"},
+    {"settings", "wrappers", "static", "saving"},
     {"pruner"},
-    {"measure"},
+    {"measure", "loading"},
     {"calibrate"},
     {"report", "toolkits"},
 ]

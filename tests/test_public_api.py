@@ -18,6 +18,10 @@ MODULES = ["isw_plugin", *(module.name for module in pkgutil.walk_packages(isw_p
 def module(name: str) -> ModuleType:
     if name.startswith("isw_plugin.report"):
         pytest.importorskip("matplotlib")
+    if name.startswith("isw_plugin.engine.triton"):
+        pytest.importorskip("triton")
+    if name in ("isw_plugin.toolkits.nni", "isw_plugin.toolkits.lightning"):
+        pytest.importorskip(name.rpartition(".")[2])
     return importlib.import_module(name)
 
 
@@ -42,6 +46,7 @@ def is_for_typing(value: object) -> bool:
 
 def test_the_surface_is_this() -> None:
     assert isw_plugin.__all__ == [
+        "PRUNERS",
         "CVGate",
         "Calibration",
         "Gate",
@@ -54,6 +59,8 @@ def test_the_surface_is_this() -> None:
         "calibrate",
         "count_macs",
         "evaluate",
+        "load_pretrained",
+        "register",
     ]
 
 

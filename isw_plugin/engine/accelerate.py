@@ -23,7 +23,7 @@ from isw_plugin.errors import UnsupportedError
 from isw_plugin.hooks import memory_of
 from isw_plugin.sites import Inputs, Site
 
-__all__ = ["BACKENDS", "Accelerated", "Record", "accelerate"]
+__all__ = ["BACKENDS", "Accelerated", "Fitted", "Plan", "Record", "accelerate"]
 
 BACKENDS = ("auto", "gated", "dense")
 _ROUNDS = 7

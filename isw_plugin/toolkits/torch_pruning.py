@@ -1,12 +1,17 @@
-"""Beside torch-pruning: the importance that network slimming needs."""
+"""Beside torch-pruning: importances for its pruners, and our names in its namespace on request."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch_pruning.pruner.importance import BNScaleImportance
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.pruner.importance import BNScaleImportance, Importance
 
-__all__ = ["SlimmingImportance"]
+from isw_plugin.errors import SettingError, UnsupportedError
+from isw_plugin.pruner import InstanceWisePruner
+from isw_plugin.static import Batches, ColumnUse, reader_columns, used_columns
+
+__all__ = ["InstanceFrequencyImportance", "SlimmingImportance", "install", "uninstall"]
 
 _SAFE = 1e6  # above any gamma
 
@@ -38,3 +43,85 @@ class SlimmingImportance(BNScaleImportance):  # type: ignore[misc]  # torch-prun
         # Finite, or a threshold among the safe ones would be infinite and select every channel of every layer.
         safe = importance.topk(min(self.min_channels, len(importance))).indices
         return importance.index_add(0, safe, importance.new_full((len(safe),), _SAFE))
+
+
+class InstanceFrequencyImportance(Importance):  # type: ignore[misc]  # torch-pruning ships no types
+    """Rank channels by how often images use them, over the whole network.
+
+    An image uses a channel where some layer reads anything but zeros from it: its gate keeps it and it is
+    not dead. Among equally frequent channels, the one of larger mean norm counts more, so there are hardly
+    ties. Made anew after every pruning step, since channels have other numbers then.
+
+    Args:
+        pruner: Its gates are on at their present thresholds while images are run.
+        batches: Images, (images, labels) as a loader gives them, or dicts of what forward takes.
+
+    Raises:
+        SettingError: There are no images.
+    """
+
+    def __init__(self, pruner: InstanceWisePruner, batches: Batches) -> None:
+        with pruner.gating():
+            self.columns: dict[str, ColumnUse] = used_columns(pruner.model, batches)
+        self.names: dict[nn.Module, str] = {module: name for name, module in pruner.model.named_modules()}
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Return the use of one group's channels, shape (C,), from 0 (never) to 1 (always, and large).
+
+        Raises:
+            SettingError: The model was pruned since the images were run.
+        """
+        importance = torch.zeros(len(group[0].idxs), dtype=torch.float64)
+        numbers = {root: number for number, root in enumerate(group[0].root_idxs)}
+        readers = {name: found for name, found in reader_columns(group, self.names).items() if name in self.columns}
+        for name, columns in readers.items():
+            self._require_unpruned(name)
+            scores = _scores(self.columns[name])
+            for root, own in columns.items():
+                importance[numbers[root]] = max(importance[numbers[root]].item(), scores[own].max().item())
+        return importance.float() if readers else None
+
+    def _require_unpruned(self, name: str) -> None:
+        seen = len(self.columns[name].used)
+        layer = next(module for module, known in self.names.items() if known == name)
+        columns: Any = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        if columns != seen:
+            raise SettingError(
+                f"{name} has {columns} input channels and had {seen} when images were run: make the importance anew "
+                "after every pruning step"
+            )
+
+
+def _scores(use: ColumnUse) -> Tensor:
+    """Frequency first, then relative norm, in [0, 1]: the norm never outweighs one image."""
+    norms = use.relative_norm
+    return (use.used + norms / (1 + norms)) / (use.rows + 1)
+
+
+def install() -> None:
+    """Put ours beside torch-pruning's: ``tp.pruner.InstanceWisePruner`` and two classes in ``tp.importance``.
+
+    Raises:
+        UnsupportedError: torch-pruning has something else of such a name. Nothing is changed.
+    """
+    for place, ours in _PLACES:
+        other = getattr(place, ours.__name__, ours)
+        if other is not ours:
+            raise UnsupportedError(f"{place.__name__} has a {ours.__name__} already, of {other.__module__}")
+    for place, ours in _PLACES:
+        setattr(place, ours.__name__, ours)
+
+
+def uninstall() -> None:
+    """Take out what ``install`` put in; safe to call twice."""
+    for place, ours in _PLACES:
+        if getattr(place, ours.__name__, None) is ours:
+            delattr(place, ours.__name__)
+
+
+_PLACES = (
+    (tp.pruner, InstanceWisePruner),
+    (tp.importance, SlimmingImportance),
+    (tp.importance, InstanceFrequencyImportance),
+)

@@ -1,0 +1,87 @@
+"""Bring back what ``save_pretrained`` wrote."""
+
+import os
+from typing import Any
+
+from torch import nn
+
+from isw_plugin.errors import StateMismatchError
+from isw_plugin.gates import Gate
+from isw_plugin.pruner import InstanceWisePruner
+from isw_plugin.saving import decoded_inputs, read, rebuilt, tensors_of
+from isw_plugin.structure import differences, resize
+from isw_plugin.wrappers import attachable
+
+__all__ = ["load_pretrained"]
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, gate: Gate | None = None
+) -> InstanceWisePruner:
+    """Restore a model and its pruner: weights, widths, sites, gate, thresholds, on or off.
+
+    Nothing is unpickled and nothing is downloaded.
+
+    Args:
+        folder: What ``InstanceWisePruner.save_pretrained`` wrote.
+        model: The architecture before static pruning, edited as the saved one was; it takes over the saved
+            widths and weights, in place. None: timm makes it, if the saved model was not edited.
+        gate: A gate of the saved type, for one that is neither ours nor an installed package's; its
+            parameters become the saved ones.
+
+    Returns:
+        The pruner; its ``model`` is in eval mode.
+
+    Raises:
+        FileNotFoundError: Nothing was saved there.
+        StateMismatchError: Another version, a damaged file, another architecture, or no model where one is
+            needed: nothing is changed then. Or other sites, or a gate that is not known: the model has its
+            weights then, and no pruner. Says what does not fit.
+        AttachError, UnsupportedError: No pruner can be attached to the model.
+    """
+    facts = read(folder)
+    stored = facts["model"]
+    if model is None:
+        model = _remade(stored)
+    model = attachable(model)
+    _require_same(stored, model)
+    tensors = tensors_of(folder, facts)
+    resize(model, stored["modules"], tensors)
+    model.load_state_dict(tensors)
+    return _attached(model.eval(), facts["pruner"], gate)
+
+
+def _remade(stored: dict[str, Any]) -> nn.Module:
+    if stored["edited"]:
+        raise StateMismatchError(
+            f"this {stored['name']} cannot be made again from its name, since {stored['edited']}. Pass the "
+            "architecture as it was before static pruning: load_pretrained(folder, model)"
+        )
+    return rebuilt(stored["architecture"], stored["options"])
+
+
+def _require_same(stored: dict[str, Any], model: nn.Module) -> None:
+    other = differences(stored["modules"], model)
+    if other:
+        more = f"; and {len(other) - 5} more" if len(other) > 5 else ""
+        raise StateMismatchError(
+            f"a {stored['name']} was saved, and {type(model).__name__} is another: {'; '.join(other[:5])}{more}"
+        )
+
+
+def _attached(model: nn.Module, stored: dict[str, Any], gate: Gate | None) -> InstanceWisePruner:
+    state = stored["state"]
+    pruner = InstanceWisePruner(
+        model,
+        decoded_inputs(stored["inputs"]),
+        layers=stored["layers"],
+        exclude=stored["exclude"],
+        scope=state["scope"],
+        gate=gate or "cv",
+    )
+    try:
+        pruner.load_state_dict(state)
+    except Exception:
+        pruner.remove()
+        raise
+    return pruner

@@ -1,0 +1,399 @@
+"""save_pretrained and load_pretrained: the same model and the same decisions, in this process and in a fresh one."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch_pruning as tp
+from conftest import Net, Plain, Residual, hooks_of, made
+from torch import Tensor, nn
+
+from isw_plugin import CVGate, InstanceWisePruner, MinNorm, calibrate, load_pretrained
+from isw_plugin.errors import AttachError, StateMismatchError, UnsupportedError
+from isw_plugin.saving import decoded_inputs, encoded_inputs, origin
+
+SIZE = 64
+
+
+def slim(model: nn.Module, images: Tensor, ratio: float = 0.5) -> nn.Module:
+    """As torch-pruning's users do it."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, 0, 0.1)
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else model.fc
+    tp.pruner.BasePruner(
+        model, images[:1], tp.importance.MagnitudeImportance(), pruning_ratio=ratio, ignored_layers=[classifier]
+    ).step()
+    return model.eval()
+
+
+def pretrained(name: str, slimmed: bool = True) -> tuple[InstanceWisePruner, Tensor]:
+    torch.manual_seed(0)
+    model, images = timm.create_model(name, num_classes=5).eval(), torch.randn(3, 3, SIZE, SIZE)
+    if slimmed:
+        slim(model, images)
+    return InstanceWisePruner(model, images[:1], lambda_=1e-5, alpha=0.2, beta=0.7), images
+
+
+def gated(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images)
+
+
+def assert_restored(pruner: InstanceWisePruner, restored: InstanceWisePruner, images: Tensor) -> None:
+    assert restored.state_dict() == pruner.state_dict()
+    assert restored.sites == pruner.sites
+    assert restored.model is not pruner.model
+    pruner.enable()
+    restored.enable()
+    assert torch.equal(gated(restored.model, images), gated(pruner.model.eval(), images))
+    for name, keep in pruner.keep.items():
+        assert torch.equal(restored.keep[name], keep)
+
+
+@pytest.mark.parametrize("slimmed", [False, True])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "mobilenetv2_035", "regnetx_002"])
+def test_timm_models_come_back_from_their_name(tmp_path: Path, name: str, slimmed: bool) -> None:
+    pruner, images = pretrained(name, slimmed)
+    pruner.save_pretrained(tmp_path)
+    assert_restored(pruner, load_pretrained(tmp_path), images)
+
+
+@pytest.mark.parametrize("scope", ["all", "consumers"])
+@pytest.mark.parametrize("kind", [Plain, Residual], ids=lambda kind: kind.__name__)
+def test_other_models_come_back_into_their_architecture(tmp_path: Path, kind: type[Net], scope: str) -> None:
+    net = made(kind)
+    pruner = InstanceWisePruner(
+        net, net.images(1), 0.5, exclude="c1" if kind is Plain else (), scope=scope, gate=MinNorm(0.4), min_keep=1
+    )
+    pruner.save_pretrained(tmp_path)
+    assert_restored(pruner, load_pretrained(tmp_path, made(kind, seed=1)), net.images())
+
+
+def test_a_slimmed_net_comes_back_into_the_unpruned_one(tmp_path: Path) -> None:
+    net = slim(made(Plain), made(Plain).images())
+    assert net.c1.out_channels == 2
+    pruner = InstanceWisePruner(net, net.images(1))
+    pruner.save_pretrained(tmp_path)
+    restored = load_pretrained(tmp_path, made(Plain, seed=1))
+    assert (restored.model.c1.out_channels, restored.model.c2.in_channels) == (2, 2)
+    assert_restored(pruner, restored, net.images())
+
+
+def test_what_never_was_kept_stays_away(tmp_path: Path) -> None:
+    net = made(Plain)
+    net.bn1.weight.data[1], net.bn1.bias.data[1] = 0.0, -1.0
+    pruner = InstanceWisePruner(net, net.images(1), alpha=0.1)
+    assert pruner.to_static([net.images()]).layers
+    pruner.save_pretrained(tmp_path)
+    assert_restored(pruner, load_pretrained(tmp_path, made(Plain, seed=1)), net.images())
+
+
+def test_calibrated_thresholds_come_back(tmp_path: Path) -> None:
+    net = made(Plain)
+    pruner = InstanceWisePruner(net, net.images(1))
+    best = calibrate(pruner, [(net.images(8), torch.zeros(8))], max_drop=1.0).best
+    pruner.step()
+    pruner.save_pretrained(tmp_path)
+    restored = load_pretrained(tmp_path, made(Plain))
+    assert restored.gate == CVGate(**best.parameters)
+    assert restored.enabled
+
+
+def test_a_fresh_process(tmp_path: Path) -> None:
+    pruner, images = pretrained("test_resnet")
+    pruner.step()
+    pruner.save_pretrained(tmp_path)
+    torch.save(images, tmp_path / "images.pt")
+    code = """
+import sys, torch
+from isw_plugin import load_pretrained
+folder = sys.argv[1]
+pruner = load_pretrained(folder)
+with torch.no_grad():
+    torch.save(pruner.model(torch.load(folder + "/images.pt")), folder + "/logits.pt")
+assert "pickle" not in open(folder + "/pruner.json").read()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), gated(pruner.model, images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_type_of_the_weights_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    net = made(Plain).to(dtype)
+    InstanceWisePruner(net, net.images(1).to(dtype)).save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path, made(Plain)).model.c1.weight.dtype == dtype
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    class Tied(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn2.bias = self.bn2.weight
+
+    net = made(Tied)
+    pruner = InstanceWisePruner(net, net.images(1))
+    pruner.save_pretrained(tmp_path)
+    assert_restored(pruner, load_pretrained(tmp_path, made(Tied, seed=1)), net.images())
+
+
+def test_functions_as_patterns_come_back_as_names(tmp_path: Path) -> None:
+    net = made(Plain)
+    pruner = InstanceWisePruner(net, net.images(1), layers=lambda name, module: name == "c2")
+    pruner.save_pretrained(tmp_path)
+    assert [site.name for site in load_pretrained(tmp_path, made(Plain)).sites] == ["c2"]
+
+
+# -- which models timm can make again --------------------------------------------------------------
+
+
+def edited_stride(model: nn.Module) -> None:
+    model.conv1.stride = (1, 1)
+
+
+def edited_head(model: nn.Module) -> None:
+    model.fc = nn.Sequential(nn.Linear(512, 8), nn.Linear(8, 5))
+
+
+def edited_activation(model: nn.Module) -> None:
+    model.act1 = nn.GELU()
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [(edited_stride, "conv1.stride is"), (edited_head, "fc is .*Linear here"), (edited_activation, "act1 is .*ReLU")],
+)
+def test_an_edited_timm_model_must_be_passed(tmp_path: Path, edit, why: str) -> None:
+    model, again = (timm.create_model("resnet18", num_classes=5) for _ in range(2))
+    edit(model)
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, SIZE, SIZE))
+    pruner.save_pretrained(tmp_path)
+    with pytest.raises(StateMismatchError, match=rf"cannot be made again.*{why}.*load_pretrained\(folder, model\)"):
+        load_pretrained(tmp_path)
+    with pytest.raises(StateMismatchError, match="was saved"):
+        load_pretrained(tmp_path, again)
+    edit(again)
+    assert_restored(pruner, load_pretrained(tmp_path, again), torch.randn(2, 3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("test_resnet", {"in_chans": 1, "num_classes": 3, "drop_rate": 0.2}),
+        ("test_vit", {"img_size": 96, "global_pool": "avg"}),
+        ("test_convnext", {"num_classes": 0}),
+    ],
+)
+def test_options_that_timm_remembers_are_no_edits(name: str, options: dict[str, object]) -> None:
+    assert origin(timm.create_model(name, **options))["edited"] is None
+
+
+def test_no_timm_model_must_be_passed(tmp_path: Path, plain: Net) -> None:
+    InstanceWisePruner(plain, plain.images(1)).save_pretrained(tmp_path)
+    with pytest.raises(StateMismatchError, match=r"this Plain cannot be made again.*no timm model"):
+        load_pretrained(tmp_path)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path, plain: Net) -> Path:
+    InstanceWisePruner(plain, plain.images(1)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def changed(folder: Path, change) -> None:
+    facts = json.loads((folder / "pruner.json").read_text())
+    change(facts)
+    (folder / "pruner.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda facts: facts.update(version=2), "version 2, and this isw_plugin reads version 1"),
+        (lambda facts: facts.pop("version"), "not written by save_pretrained"),
+        (lambda facts: facts["weights"].update(sha256="0"), "checksum"),
+        (lambda facts: facts["weights"].update(file="other.safetensors"), "missing or was changed"),
+        (lambda facts: facts["pruner"]["state"]["sites"].update(c1=9), "c1 has 4 channels here and 9 there"),
+        (lambda facts: facts["pruner"]["state"]["gate"].update(type="Unheard"), "no installed package offers"),
+        (lambda facts: facts["model"]["modules"].pop("bn1"), "there is no module bn1 there"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(saved: Path, change, why: str) -> None:
+    changed(saved, change)
+    net = made(Plain, seed=1)
+    hooks = hooks_of(net)
+    with pytest.raises(StateMismatchError, match=why):
+        load_pretrained(saved, net)
+    assert hooks_of(net) == hooks
+
+
+def test_damaged_json_is_refused(saved: Path) -> None:
+    (saved / "pruner.json").write_text("{")
+    with pytest.raises(StateMismatchError, match="damaged"):
+        load_pretrained(saved, made(Plain))
+
+
+def test_damaged_weights_are_refused(saved: Path) -> None:
+    weights = next(saved.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    net = made(Plain, seed=1)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(StateMismatchError, match="checksum"):
+        load_pretrained(saved, net)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_another_architecture_is_refused_unchanged(saved: Path) -> None:
+    net = made(Residual)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(StateMismatchError, match=r"a Plain was saved, and Residual is another: .*c1.*; and \d+ more"):
+        load_pretrained(saved, net)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_pretrained(tmp_path)
+
+
+def test_a_model_that_has_a_pruner(saved: Path) -> None:
+    net = made(Plain)
+    InstanceWisePruner(net, net.images(1))
+    with pytest.raises(AttachError, match="already has a pruner"):
+        load_pretrained(saved, net)
+
+
+def test_a_name_that_timm_does_not_have_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
+    pretrained("test_resnet", slimmed=False)[0].save_pretrained(tmp_path)
+    changed(tmp_path, lambda facts: facts["model"].update(architecture="hf-hub:someone/something"))
+    with pytest.raises(StateMismatchError, match="has no model 'hf-hub:someone/something'"):
+        load_pretrained(tmp_path)
+
+
+def test_sites_must_be_known(tmp_path: Path, plain: Net) -> None:
+    with pytest.raises(AttachError, match="no sites"):
+        InstanceWisePruner(plain).save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_tensor_is_not_saved(tmp_path: Path) -> None:
+    class Extra(Plain):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+    net = made(Extra)
+    with pytest.raises(UnsupportedError, match="_extra_state"):
+        InstanceWisePruner(net, net.images(1)).save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- gates of other people -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Keeps the channels within a share of the largest."""
+
+    share: float = 0.5
+
+    def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
+        return norms >= self.share * norms.amax(1, keepdim=True)
+
+
+def test_a_gate_of_other_people_is_passed(tmp_path: Path, plain: Net) -> None:
+    pruner = InstanceWisePruner(plain, plain.images(1), gate=Largest(0.3))
+    pruner.save_pretrained(tmp_path)
+    with pytest.raises(StateMismatchError, match="Largest"):
+        load_pretrained(tmp_path, made(Plain))
+    restored = load_pretrained(tmp_path, made(Plain), gate=Largest())
+    assert restored.gate == Largest(0.3)
+    assert_restored(pruner, restored, plain.images())
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def test_saving_again_replaces(saved: Path) -> None:
+    net = made(Plain, seed=2)
+    pruner = InstanceWisePruner(net, net.images(1))
+    pruner.save_pretrained(saved)
+    assert len(list(saved.iterdir())) == 2
+    assert_restored(pruner, load_pretrained(saved, made(Plain)), net.images())
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_stopped_at_any_time_the_old_state_is_whole(saved: Path, plain: Net, monkeypatch, allowed: int) -> None:
+    """Writing stops before the first file is replaced, or between the two."""
+    replaced = []
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if len(replaced) == allowed:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    net = made(Plain, seed=2)
+    with pytest.raises(KeyboardInterrupt):
+        InstanceWisePruner(net, net.images(1)).save_pretrained(saved)
+    monkeypatch.undo()
+    assert_restored(InstanceWisePruner.of(plain), load_pretrained(saved, made(Plain)), plain.images())
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.zeros(2, 3),
+        (torch.zeros(1, dtype=torch.int64), [torch.zeros(1, 2, dtype=torch.bfloat16)], None, 2.5),
+        {"x": torch.zeros(1, 2), "flag": True, "word": "a"},
+    ],
+)
+def test_example_inputs_as_json(inputs: object) -> None:
+    again = decoded_inputs(json.loads(json.dumps(encoded_inputs(inputs))))
+    assert encoded_inputs(again) == encoded_inputs(inputs)
+    assert type(again) is type(inputs)
+
+
+def test_example_inputs_that_json_cannot_hold() -> None:
+    with pytest.raises(UnsupportedError, match="object"):
+        encoded_inputs((object(),))
+
+
+# -- compiled and exported -------------------------------------------------------------------------
+
+RUN = """
+import sys, torch
+from isw_plugin import load_pretrained
+folder, kind = sys.argv[1:]
+images = torch.load(folder + "/images.pt")
+if kind == "export":
+    run = torch.export.load(folder + "/model.pt2").module()
+else:
+    run = torch.compile(load_pretrained(folder).model, fullgraph=True, backend="aot_eager")
+with torch.no_grad():
+    torch.save(run(images), folder + "/logits.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["compile", "export"])
+def test_compiled_and_exported_in_a_fresh_process(tmp_path: Path, kind: str) -> None:
+    pruner, images = pretrained("test_resnet")
+    pruner.step()
+    pruner.save_pretrained(tmp_path)
+    expected = gated(pruner.model, images)
+    assert not all(keep.all() for keep in pruner.keep.values())
+    torch.save(images, tmp_path / "images.pt")
+    if kind == "export":
+        torch.export.save(torch.export.export(pruner.model, (images,)), tmp_path / "model.pt2")
+    subprocess.run([sys.executable, "-c", RUN, str(tmp_path), kind], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
