@@ -72,6 +72,7 @@ def calibrate(
     target_macs: float | None = None,
     grid: Mapping[str, Sequence[float]] | None = None,
     max_instances: int = 2000,
+    across_ranks: bool = True,
 ) -> Calibration:
     """Try a grid of gate parameters, then the neighbourhood of the best, and set the winner's.
 
@@ -86,7 +87,9 @@ def calibrate(
         max_drop: Accuracy that may be lost against gates off, a fraction (0.01 is one point).
         target_macs: MACs an image may take at most.
         grid: Gate parameter -> values to try, instead of the gate's own grid and its refinement.
-        max_instances: Images to use at most, >= 1.
+        max_instances: Images to use at most, of each rank's loader, >= 1.
+        across_ranks: Under torch.distributed, judge candidates by what all ranks have seen, each its part of
+            the images, so that all choose the same; every rank must call this then.
 
     Raises:
         BudgetError: No candidate is within the budget; says the best that was found.
@@ -99,7 +102,7 @@ def calibrate(
     values = _grid(pruner, grid)
     batches = list(_first(loader, max_instances))
     with tqdm(desc="calibrating", unit="candidate", leave=False) as progress:
-        trial = _Trial(pruner, batches, progress)
+        trial = _Trial(pruner, batches, progress, across_ranks)
         accuracy, instances = trial.reference()
         candidates = trial.run(itertools.product(*values.values()), list(values))
         choice = _Choice(accuracy, max_drop, target_macs)
@@ -157,8 +160,11 @@ class _Choice:
 
 
 class _Trial:
-    def __init__(self, pruner: InstanceWisePruner, batches: list[tuple[Tensor, Tensor]], progress: Any) -> None:
+    def __init__(
+        self, pruner: InstanceWisePruner, batches: list[tuple[Tensor, Tensor]], progress: Any, across_ranks: bool
+    ) -> None:
         self.pruner = pruner
+        self.across_ranks = across_ranks
         self.batches = batches
         self.progress = progress
 
@@ -167,7 +173,7 @@ class _Trial:
         enabled = self.pruner.enabled
         self.pruner.disable()
         try:
-            report = evaluate(self.pruner.model, self.batches)
+            report = evaluate(self.pruner.model, self.batches, across_ranks=self.across_ranks)
         finally:
             if enabled:
                 self.pruner.enable()
@@ -179,7 +185,7 @@ class _Trial:
         for point in points:
             parameters = dict(zip(names, point, strict=True))
             with self.pruner.gating(**parameters):
-                report = evaluate(self.pruner.model, self.batches)
+                report = evaluate(self.pruner.model, self.batches, across_ranks=self.across_ranks)
             candidates.append(
                 Candidate(
                     parameters, report.accuracy, report.prune_ratio, report.macs, report.macs_saved, report.emptied

@@ -2,9 +2,12 @@ import json
 
 import pytest
 import torch
+from engine_nets import clock, whole_clock
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, evaluate
+from isw_plugin.engine import accelerate, fit
+from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.errors import AttachError, NonFiniteFeatureError, SettingError
 
 
@@ -160,3 +163,61 @@ def test_the_last_decisions_stay_readable() -> None:
     evaluate(model, batches())
     assert len(pruner.keep["0"]) == 2
     assert pruner.enabled
+
+
+# -- accelerated models ----------------------------------------------------------------------------
+
+
+def as_timed(winner: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Accelerated]:
+    """A gated model, and its accelerated copy under a clock that says who is faster."""
+    monkeypatch.setattr(fit, "medians", clock(winner))
+    monkeypatch.setattr(accelerate, "medians", whole_clock(winner))
+    model, pruner = gated()
+    return model, pruner.accelerate(batches()[0][0])
+
+
+def test_an_accelerated_model_reports_what_the_masked_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fast = as_timed("gated", monkeypatch)
+    masked, report = evaluate(model, batches(), records=True), evaluate(fast, batches(), records=True)
+    assert (masked.execution, report.execution) == ("masked", "accelerated")
+    assert "accelerated" in str(report)
+    assert report.prune_ratio > 0
+    for name in ("instances", "accuracy", "prune_ratio", "dense_macs", "macs", "macs_saved", "gate_macs", "emptied"):
+        assert getattr(report, name) == getattr(masked, name), name
+    assert masked.records is not None
+    assert report.records is not None
+    assert torch.equal(report.records.keep["0"], masked.records.keep["0"])
+    assert torch.allclose(report.records.cv["0"], masked.records.cv["0"])
+    assert report.per_site["0"].macs_saved == masked.per_site["0"].macs_saved
+
+
+def test_one_that_runs_dense_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fast = as_timed("dense", monkeypatch)
+    report = evaluate(fast, batches())
+    assert (report.execution, report.prune_ratio, report.macs_saved, report.gate_macs) == ("dense", 0, 0, 0)
+    InstanceWisePruner.of(model).disable()
+    bare = evaluate(model, batches())
+    assert (report.accuracy, report.dense_macs, report.macs) == (bare.accuracy, bare.dense_macs, bare.macs)
+
+
+def test_one_that_could_not_be_exported_is_masked() -> None:
+    model = net()
+    gate = lambda feature, norms: torch.ones(len(norms), norms.shape[1]).cumsum(1) > 3  # noqa: E731
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 6, 6), gate=gate)
+    report = evaluate(pruner.accelerate(batches()[0][0]), batches())
+    assert (report.execution, report.prune_ratio) == ("masked", 3 / 8)
+
+
+def test_an_accelerated_model_names_sites_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = as_timed("gated", monkeypatch)
+    images, labels = batches()[0]
+    images[1, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteFeatureError, match="feature map of 0 "):
+        evaluate(fast, [(images, labels)])
+
+
+def test_a_recording_around_an_evaluation_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = as_timed("gated", monkeypatch)
+    with fast.recording():
+        assert evaluate(fast, batches()).instances == 10
+    assert not fast.training

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from isw_plugin import InstanceWisePruner, count_macs
+from isw_plugin.measure.macs import decisions, gated_pruner
 
 
 def vgg16() -> nn.Module:
@@ -99,3 +100,46 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert not model.features[1].training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# -- accelerated models ----------------------------------------------------------------------------
+
+
+def test_an_accelerated_model_counts_as_the_masked_one() -> None:
+    model = two_convs()
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 8, 8), layers="0", alpha=0.0, beta=1.0)
+    pruner.step()
+    images = torch.randn(5, 3, 8, 8)
+    masked = count_macs(model, images)
+    fast = count_macs(pruner.accelerate(images, backend="gated"), images)
+    assert masked.saved.min() > 0
+    assert torch.equal(fast.gated, masked.gated)
+    assert torch.equal(fast.per_site["0"], masked.per_site["0"])
+    assert (fast.dense, fast.per_layer, fast.gate) == (masked.dense, masked.per_layer, masked.gate)
+    dense = count_macs(pruner.accelerate(images, backend="dense"), images)
+    assert dense.gated.tolist() == [masked.dense] * 5
+    assert (dense.per_site, dense.gate) == ({}, 0)
+
+
+def test_decisions_are_those_of_the_forward_inside() -> None:
+    model = two_convs()
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 8, 8), layers="0", alpha=0.0, beta=1.0)
+    images = torch.randn(5, 3, 8, 8)
+    with decisions(model) as bare:
+        model(images)
+    assert bare.keep == {}
+    assert gated_pruner(model) is None
+    pruner.step()
+    fast = pruner.accelerate(images, backend="gated")
+    dense = pruner.accelerate(images, backend="dense")
+    with decisions(model) as masked, decisions(fast) as accelerated, decisions(dense) as all_kept:
+        for each in (model, fast, dense):
+            each(images)
+    assert masked.keep["0"].shape == (5, 4)
+    assert torch.equal(masked.keep["0"], accelerated.keep["0"])
+    assert masked.keep_ratio == accelerated.keep_ratio < 1
+    assert all_kept.keep == {}
+    of_fast = gated_pruner(fast)
+    assert of_fast is not None
+    assert of_fast.model is fast.masked
+    assert gated_pruner(dense) is None

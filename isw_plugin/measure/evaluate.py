@@ -1,6 +1,6 @@
 """One pass over a loader: accuracy, prune ratio, MACs saved and time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from isw_plugin.functional import coefficient_of_variation
 from isw_plugin.measure.latency import Latency, summarize, timed
 from isw_plugin.measure.macs import DenseMacs, count_dense, decisions, gated_pruner, saved_by_site
 from isw_plugin.measure.modes import measuring
+from isw_plugin.measure.ranks import of_all_ranks
 from isw_plugin.wrappers import unwrapped
 
 __all__ = ["ClassReport", "GateReport", "Records", "SiteReport", "evaluate"]
@@ -43,7 +44,7 @@ class ClassReport:
 
 @dataclass(frozen=True)
 class Records:
-    """What was seen of every instance, in the loader's order.
+    """What was seen of every instance, in the loader's order, rank by rank.
 
     Attributes:
         labels: (N,) int64.
@@ -115,6 +116,7 @@ def evaluate(
     metric: Metric | None = None,
     device: torch.device | str | None = None,
     records: bool = False,
+    across_ranks: bool = True,
 ) -> GateReport:
     """Run a model over labelled images with its gates as they are.
 
@@ -126,6 +128,9 @@ def evaluate(
             the label's, if None.
         device: Where the images go; the model's own device if None.
         records: Keep what was seen of every instance.
+        across_ranks: Under torch.distributed, report on what all ranks have seen, each its part of the
+            images; every rank must call this then. False: on this rank's loader alone. Images that a
+            sampler repeats to fill a rank up count twice. Latency is always this rank's.
 
     Raises:
         NonFiniteFeatureError: A gated map holds NaN or infinity; names the first such site.
@@ -142,7 +147,7 @@ def evaluate(
             with decisions(model) as decided:
                 outputs, seconds = timed(lambda batch=images: call(model, batch), place)  # type: ignore[misc]
             tally.add(images, labels.cpu(), score(outputs, labels.to(place)).double().cpu(), decided, seconds)
-    return tally.report(place, records)
+    return tally.report(place, records, across_ranks)
 
 
 def _call(model: nn.Module, images: Tensor) -> Tensor:
@@ -202,13 +207,11 @@ class _Tally:
             self.dense[shape] = count_dense(self.model, images[:1], self.forward)
         return self.dense[shape]
 
-    def report(self, device: torch.device, with_records: bool) -> GateReport:
+    def report(self, device: torch.device, with_records: bool, across_ranks: bool) -> GateReport:
         """The means over all that was taken in."""
+        rows, keep, cv, saved = self._joined(across_ranks)
         if not self.rows:
             raise SettingError("the loader gave no batch: there is nothing to evaluate")
-        rows = {name: torch.cat(values) for name, values in self.rows.items()}
-        keep = {name: torch.cat(values) for name, values in self.keep.items()}
-        cv = {name: torch.cat(values) for name, values in self.cv.items()}
         dropped = _dropped_share(keep, len(rows["labels"]))
         records = Records(rows["labels"], rows["scores"], dropped, rows["macs"], keep, cv)
         dense, macs = rows["dense"].mean().item(), rows["macs"].mean().item()
@@ -223,7 +226,7 @@ class _Tally:
             emptied=sum(int((~mask.any(1)).sum()) for mask in keep.values()),
             execution=self._execution(),
             latency=summarize(self.seconds, [len(labels) for labels in self.rows["labels"]], device),
-            per_site={name: self._site(name, keep[name], cv[name], dense) for name in keep},
+            per_site={name: _site(keep[name], cv[name], saved[name], dense) for name in keep},
             per_class=_by_class(records, rows["dense"]),
             records=records if with_records else None,
         )
@@ -234,9 +237,22 @@ class _Tally:
             return model.execution
         return "masked" if self.pruner else "dense"
 
-    def _site(self, name: str, keep: Tensor, cv: Tensor, dense: float) -> SiteReport:
-        saved = torch.cat(self.saved[name]).mean().item()
-        return SiteReport(keep.double().mean().item(), saved / dense, cv.double().mean().item())
+    def _joined(self, across_ranks: bool) -> list[dict[str, Tensor]]:
+        """Rows, keep, CV and saved MACs of all instances."""
+        tables = (self.rows, self.keep, self.cv, self.saved)
+        mine = [{name: torch.cat(values) for name, values in table.items()} for table in tables]
+        ranks = of_all_ranks(mine) if across_ranks else [mine]
+        return [_concatenated(same) for same in zip(*ranks, strict=True)]
+
+
+def _concatenated(tables: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tables of the same columns, one below the other; a rank without images has none."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {name: torch.cat([table[name] for table in tables if name in table]) for name in names}
+
+
+def _site(keep: Tensor, cv: Tensor, saved: Tensor, dense: float) -> SiteReport:
+    return SiteReport(keep.double().mean().item(), saved.mean().item() / dense, cv.double().mean().item())
 
 
 def _require_finite(norms: dict[str, Tensor]) -> None:

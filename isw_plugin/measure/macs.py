@@ -143,10 +143,10 @@ def count_dense(model: nn.Module, inputs: Inputs, forward: Callable[[nn.Module, 
         forward: ``forward(model, inputs)``, where the model is not called on the inputs themselves.
     """
     model = unwrapped(model)  # a compiled wrapper would not call the counters
+    pruner = gated_pruner(model)
     model = model.masked if isinstance(model, Accelerated) else model
     counted = DenseMacs()
     instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    pruner = gated_pruner(model)
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
