@@ -34,12 +34,32 @@ def test_layers_and_norms_are_nodes_and_the_rest_its_operations() -> None:
     assert kinds(model, torch.zeros(1, 3, 1, 1)) == ["layer", "norm", "relu", "view", "layer"]
 
 
+def test_a_recurrent_module_is_one_node() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.last = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.lstm(x)[0])
+
+    graph = probe(Recurrent(), torch.zeros(1, 5, 4))
+    assert [node.kind for node in graph.nodes] == ["recurrent", "layer"]
+    assert graph.nodes[1].inputs == graph.nodes[0].outputs[:1]
+
+
 def test_an_operation_in_place_makes_a_new_value() -> None:
     graph = probe(Custom(lambda layer, x: F.relu_(layer(x)).add_(1)), torch.zeros(1, 4))
     assert [node.kind for node in graph.nodes] == ["layer", "relu", "add"]
     layer, relu, add = graph.nodes
     assert relu.inputs == layer.outputs != relu.outputs
     assert add.inputs == relu.outputs != add.outputs
+
+
+def test_a_view_of_what_an_operation_in_place_made_is_followed() -> None:
+    graph = probe(Custom(lambda layer, x: layer(x).add_(1).view(-1, 2, 2).flatten(1).relu()), torch.zeros(1, 4))
+    _, add, view, flatten, relu = graph.nodes
+    assert (view.inputs, flatten.inputs, relu.inputs) == (add.outputs, view.outputs, flatten.outputs)
 
 
 @pytest.mark.parametrize(

@@ -719,3 +719,58 @@ def test_static_pruning_moves_the_columns_of_a_concatenation() -> None:
 def test_there_is_nothing_to_update_before_the_first_forward(plain: Net) -> None:
     with pytest.raises(AttachError, match="not been run"):
         InstanceWisePruner(plain).update_regularizer()
+
+
+# -- accelerate ------------------------------------------------------------------------------------
+
+
+def test_accelerate_skips_what_the_gates_drop(plain: Net) -> None:
+    pruner = attached(plain, alpha=0.1, beta=1.1)
+    pruner.enable()
+    fast = pruner.accelerate(plain.images(), backend="gated")
+    assert fast.execution == "accelerated"
+    torch.testing.assert_close(fast(plain.images()), plain(plain.images()))
+    assert not all(keep.all() for keep in pruner.keep.values())
+
+
+def test_accelerate_can_do_without_inputs_after_a_gated_forward(plain: Net) -> None:
+    pruner = attached(plain, alpha=0.1, beta=1.1)
+    with pytest.raises(SettingError, match="accelerate needs example_inputs"):
+        pruner.accelerate()
+    pruner.enable()
+    plain(plain.images(7))
+    fast = pruner.accelerate(backend="gated")
+    assert fast.fitted.instances == 7
+    torch.testing.assert_close(fast(plain.images()), plain(plain.images()))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc1, self.act, self.fc2 = nn.Embedding(9, 8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(self.table(words))))
+
+
+def test_noise_for_a_model_of_words_is_words() -> None:
+    torch.manual_seed(0)
+    net, words = Words().eval(), torch.arange(12).view(2, 6) % 9
+    pruner = InstanceWisePruner(net, words, alpha=0.1, beta=1.1)
+    pruner.enable()
+    net(words)
+    fast = pruner.accelerate(backend="gated")
+    assert fast.execution == "accelerated"
+    torch.testing.assert_close(fast(words), net(words))
+
+
+def test_accelerate_refuses_what_it_cannot_do(plain: Net) -> None:
+    pruner = attached(plain)
+    with pytest.raises(SettingError, match="backend='fast': one of 'auto', 'gated', 'dense'"):
+        pruner.accelerate(plain.images(), backend="fast")
+    pruner.remove()
+    with pytest.raises(AttachError, match="removed"):
+        pruner.accelerate(plain.images())
+    unknown = InstanceWisePruner(plain)
+    with pytest.raises(AttachError):
+        unknown.accelerate(plain.images())

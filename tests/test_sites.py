@@ -126,6 +126,24 @@ def test_both_resnets_have_the_same_sites() -> None:
     assert [(site.layers, site.channels) for site in timm_sites] == [(site.layers, site.channels) for site in other]
 
 
+TORCHVISION = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v2"]
+TORCHVISION += ["mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "vgg11"]
+TORCHVISION += ["vit_b_16"]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_every_layer_of_torchvisions_models_has_its_place(name: str) -> None:
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # its constructor reads numbers
+        model = torchvision.models.get_model(name, **options)
+    result = find_sites(model, torch.zeros(1, 3, 224, 224, device="meta"))
+    layers = {name for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    placed = Counter(name for site in result.sites for name in site.layers if name in layers)
+    placed.update(result.left_out.keys() & layers)
+    assert placed == dict.fromkeys(layers, 1)
+    assert len(result.sites) >= 7
+
+
 def test_a_projections_site_is_the_block_output_after_the_add() -> None:
     _, found = found_in("mobilenetv2_100")
     site = by_name(found)["blocks.1.1.conv_pwl"]
@@ -205,7 +223,7 @@ def test_squeeze_excite_before_a_residual_add_is_walked_through() -> None:
 @pytest.mark.parametrize("size", [32, 224])
 def test_squeeze_excite_is_told_apart_on_maps_of_one_pixel(size: int) -> None:
     found = find_sites(timm.create_model("mobilenetv3_small_100"), torch.zeros(1, 3, size, size))
-    assert len(found.sites) == 43
+    assert len(found.sites) == 44
     readers = {consumer.layer for site in found.sites for consumer in site.consumers}
     assert not any(name.endswith("se.conv_reduce") for name in readers)
 
@@ -358,6 +376,111 @@ def test_convolutions_of_every_kind_are_layers(layer: type[nn.Module]) -> None:
     size = {nn.Conv1d: 1, nn.Conv3d: 3}.get(layer, 2)
     (site,) = found(model, 3, *[4] * size).sites
     assert (site.channels, site.axis) == (4, 1)
+
+
+# -- what hides a map ------------------------------------------------------------------------------
+
+
+def layers_of(sites: Found) -> dict[str, tuple[str, ...]]:
+    return {site.name: site.layers for site in sites.sites}
+
+
+GATED: list[tuple[str, Callable[[nn.ModuleDict, Tensor], Tensor], tuple[str, ...]]] = [
+    # what, forward, layers of the only site
+    ("pair", lambda m, x: m["c"](m["a"](x).sigmoid() * m["b"](x)), ("m.a", "m.b")),
+    ("halves", lambda m, x: m["c"](torch.mul(*(lambda p, q: (F.silu(p), q))(*m["wide"](x).chunk(2, -1)))), ("m.wide",)),
+    ("swish", lambda m, x: m["c"]((lambda y: y * torch.sigmoid(y))(m["a"](x))), ("m.a",)),
+    ("quick gelu", lambda m, x: m["c"]((lambda y: y * torch.sigmoid(1.702 * y))(m["a"](x))), ("m.a",)),
+    ("response norm", lambda m, x: m["c"]((lambda y: y + y * (y * y).sum((1, 2), True).sqrt())(m["a"](x))), ("m.a",)),
+    ("norm behind an activation", lambda m, x: m["c"](m["norm"](m["a"](x).relu())), ("m.a",)),
+    ("activation behind a norm", lambda m, x: m["c"](m["norm"](m["a"](x)).relu()), ("m.a",)),
+    ("norm behind a product", lambda m, x: m["c"](m["norm"](m["a"](x) * m["b"](x))), ("m.a", "m.b")),
+    ("powers", lambda m, x: m["c"](m["a"](x).relu() ** 2 * 0.5 + 0.1), ("m.a",)),
+    ("difference", lambda m, x: m["c"](m["a"](x) - m["b"](x)), ("m.a", "m.b")),
+    ("folded", lambda m, x: m["c"](F.relu(m["bn"](m["a"](x).flatten(0, 1)).view(-1, 3, 4))), ("m.a",)),
+    (
+        "beside attention",
+        lambda m, x: (lambda p, q: m["c"](p.relu()) * q.softmax(1))(*m["wide"](x).split((4, 4), -1)),
+        ("m.wide",),
+    ),
+]
+
+
+@pytest.mark.parametrize(("forward", "layers"), [row[1:] for row in GATED], ids=[row[0] for row in GATED])
+def test_a_map_is_found_behind_what_hides_it(forward: Callable, layers: tuple[str, ...]) -> None:
+    model = ByForward(forward)
+    model.m["wide"], model.m["bn"] = nn.Linear(4, 8), nn.BatchNorm1d(4)
+    result = found(model, 3, 4)
+    assert layers_of(result) == {layers[0]: layers}
+    (site,) = result.sites
+    assert (site.channels, site.axis, [c.layer for c in site.consumers]) == (4, -1, ["m.c"])
+
+
+def test_a_map_that_only_functions_touch_is_taken_in_its_next_form() -> None:
+    """An activation function, then a scale, in one module: the module's output is the map."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x) * 1.7
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Scaled(), nn.Conv2d(4, 5, 1))
+    assert by_name(found(model, 3, 8, 8))["0"].taps == (Tap("1"),)
+
+
+def test_a_scale_that_was_expanded_is_no_map() -> None:
+    """Efficient channel attention expands its scale to the map's shape."""
+    sites = found(timm.create_model("ecaresnet26t"), 3, 64, 64)
+    assert [c.layer for c in by_name(sites)["layer1.0.conv2"].consumers] == ["layer1.0.conv3"]
+    assert "layer2.0.se.conv" in sites.left_out
+
+
+def test_readers_are_seen_through_blurring_pools() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), timm.layers.BlurPool2d(4), nn.Conv2d(4, 5, 1))
+    (site,) = found(model, 3, 8, 8).sites
+    assert (site.taps, site.consumers[0].layer) == ((Tap("1"),), "3")
+
+
+@pytest.mark.parametrize("norm", [timm.layers.RmsNorm, timm.layers.SimpleNorm])
+def test_norms_of_other_libraries_are_norms(norm: type[nn.Module]) -> None:
+    class Prenorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.fc1, self.fc2 = nn.Linear(4, 4), norm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.a(x)
+            return x + self.fc2(self.fc1(self.norm(x)).relu())
+
+    result = found(Prenorm(), 3, 4)
+    assert layers_of(result) == {"fc1": ("fc1",)}
+
+
+def test_a_weight_used_without_its_layer_and_a_convolution_of_ones_own_are_said() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+            self.kernel = nn.Parameter(torch.ones(4, 4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(self.first(x), self.second.weight)
+            return self.last(F.conv2d(self.last(x).relu().repeat(1, 2, 1, 1), self.kernel * 2))
+
+    reasons = found(nn.Sequential(nn.Conv2d(3, 3, 1), Own()), 3, 4, 4).left_out
+    assert reasons["1.second"] == "its weight is used without calling it"
+    assert reasons["1"] == "computes a convolution of its own"
+
+
+def test_no_two_sites_fill_a_column_where_maps_of_one_pixel_are_multiplied() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.a(x) * self.b(x))
+
+    assert layers_of(found(Pair(), 3, 1, 1)) == {"a": ("a", "b")}
 
 
 # -- choosing, and errors --------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from math import prod
 
 from isw_plugin.sites.probe import Graph, Node
 
-__all__ = ["ACTIVATIONS", "JOINS", "PASSES", "Path", "follow", "is_scale"]
+__all__ = ["ACTIVATIONS", "JOINS", "PASSES", "SPLITS", "VIEWS", "Path", "follow", "is_scale"]
 
 ACTIVATIONS = frozenset(
     (
@@ -39,6 +39,10 @@ ACTIVATIONS = frozenset(
         "hardshrink",
         "softshrink",
         "relu6",
+        "pow",
+        "abs",
+        "exp",
+        "neg",
     )
 )
 PASSES = frozenset(
@@ -53,7 +57,8 @@ PASSES = frozenset(
         "lift_fresh",
     )
 )
-JOINS = frozenset(["add"])
+JOINS = frozenset(["add", "sub"])
+SPLITS = frozenset(["split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk"])
 _POOLS = frozenset(
     (
         "max_pool2d_with_indices",
@@ -71,10 +76,12 @@ _POOLS = frozenset(
         "upsample_nearest2d",
         "upsample_bilinear2d",
         "constant_pad_nd",
+        "reflection_pad2d",
+        "replication_pad2d",
     )
 )
 _REDUCTIONS = frozenset(["mean", "amax", "sum"])
-_VIEWS = frozenset(
+VIEWS = frozenset(
     (
         "view",
         "_unsafe_view",
@@ -104,15 +111,31 @@ def follow(graph: Graph, node: Node, path: Path) -> list[Path]:
     return [found for found in rule(graph, node, replace(path, value=node.outputs[0]), path.value) if found]
 
 
-def is_scale(graph: Graph, node: Node, value: int) -> bool:
-    """Whether the node multiplies ``value`` by one number a channel (squeeze-excite, LayerScale) or in all."""
+def is_scale(graph: Graph, node: Node, value: int, axis: int | None = None) -> bool:
+    """Whether the node multiplies ``value`` by one number a channel (squeeze-excite, LayerScale) or in all.
+
+    ``axis``: where the channels lie; None: 1 or the last.
+    """
     if node.kind not in ("mul", "div") or (node.kind == "div" and node.inputs[:1] != (value,)):
         return False
-    others = [graph.shapes[other] for other in node.inputs if other != value]
     shape = graph.shapes[value]
-    return all(len(other) == len(shape) and prod(other[2:]) == 1 and other[1] == shape[1] for other in others) and (
-        graph.shapes[node.outputs[0]] == shape
-    )
+    if graph.shapes[node.outputs[0]] != shape:
+        return False
+    others = [_unexpanded(graph, other) for other in node.inputs if other != value]
+    axes = (1, len(shape) - 1) if axis is None else (axis,)
+    return any(all(_by_channel(other, shape, axis) for other in others) for axis in axes)
+
+
+def _by_channel(scale: tuple[int, ...], shape: tuple[int, ...], axis: int) -> bool:
+    if len(scale) != len(shape):
+        return False
+    return all(size == 1 or at == 0 or (at == axis and size == shape[at]) for at, size in enumerate(scale))
+
+
+def _unexpanded(graph: Graph, value: int) -> tuple[int, ...]:
+    """The shape of a value before it was expanded to that of the map it scales."""
+    producer = graph.producers.get(value)
+    return graph.shapes[producer.inputs[0] if producer and producer.kind == "expand" else value]
 
 
 _Rule = Callable[[Graph, Node, Path, int], list[Path | None]]
@@ -123,11 +146,9 @@ def _rule(graph: Graph, node: Node) -> _Rule | None:
         return _pool
     if node.kind in _REDUCTIONS:
         return _reduction
-    if node.kind in _VIEWS:
+    if node.kind in VIEWS:
         return _view
-    return {"permute": _permute, "transpose": _transpose, "cat": _cat, "mul": _scale, "div": _scale}.get(
-        node.kind, _same if node.kind in PASSES else None
-    )
+    return _RULES.get(node.kind, _same if node.kind in PASSES else None)
 
 
 def _same(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
@@ -192,4 +213,21 @@ def _cat(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]
 
 
 def _scale(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    return [path if is_scale(graph, node, source) else None]
+    return [path if is_scale(graph, node, source, path.axis) else None]
+
+
+def _blur(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    """A convolution that is no module's (BlurPool): one kernel a channel, and nothing added."""
+    channels, bias, groups = graph.shapes[source][1], node.args[2], node.args[-1]
+    alone = node.inputs[0] == source and groups == channels == graph.shapes[path.value][1] and bias is None
+    return [path if alone and path.axis == 1 else None]
+
+
+_RULES: dict[str, _Rule] = {
+    "permute": _permute,
+    "transpose": _transpose,
+    "cat": _cat,
+    "mul": _scale,
+    "div": _scale,
+    "convolution": _blur,
+}

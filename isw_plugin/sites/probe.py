@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -20,12 +21,25 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isw_plugin.errors import ProbeError
 
-__all__ = ["INSTANCES", "LAYERS", "Call", "Graph", "Inputs", "Node", "default_inputs", "probe"]
+__all__ = [
+    "INSTANCES",
+    "LAYERS",
+    "Call",
+    "Graph",
+    "Inputs",
+    "Node",
+    "default_inputs",
+    "norms_over_channels",
+    "probe",
+]
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
 
 LAYERS = (_ConvNd, nn.Linear)
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+# Of other libraries, and functional inside: their operations would not tell what they are.
+_CHANNEL_NORM_NAMES = ("RmsNorm", "SimpleNorm")
+_NORM_NAMES = (*_CHANNEL_NORM_NAMES, "EvoNorm2d", "FilterResponseNorm", "FrozenBatchNorm")
 
 INSTANCES = 2  # a map whose axis 0 is not this long does not keep its instances apart
 
@@ -34,7 +48,7 @@ INSTANCES = 2  # a map whose axis 0 is not this long does not keep its instances
 class Node:
     """A layer, a norm or an operation; ``inputs`` and ``outputs`` are numbers of values."""
 
-    kind: str  # "layer", "norm", or the operation's name
+    kind: str  # "layer", "norm", "recurrent", or the operation's name
     name: str  # of the module; "" for an operation
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -63,9 +77,15 @@ class Graph:
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # by value
     nodes: list[Node] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)  # a module comes after those it called
+    own: dict[str, str] = field(default_factory=dict)  # modules that compute a layer's work themselves, and how
 
     def __post_init__(self) -> None:
         self.layers = {name: module for name, module in self.modules.items() if isinstance(module, LAYERS)}
+
+    @cached_property
+    def producers(self) -> dict[int, Node]:
+        """For every value, the node that made it; asked for when the graph is complete."""
+        return {value: node for node in self.nodes for value in node.outputs}
 
     def users(self) -> list[list[Node]]:
         """For every value, the nodes that read it."""
@@ -77,6 +97,15 @@ class Graph:
 
     def call_counts(self) -> Counter[str]:
         return Counter(call.name for call in self.calls)
+
+
+def norms_over_channels(module: nn.Module) -> bool:
+    """Whether a norm takes its statistics over the channels of one place (LayerNorm)."""
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or _is_named(module, _CHANNEL_NORM_NAMES)
+
+
+def _is_named(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(kind.__name__.startswith(names) for kind in type(module).__mro__)
 
 
 def default_inputs(model: nn.Module) -> Tensor | None:
@@ -170,6 +199,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.graph = graph
         self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.owners = {
+            id(parameter): name
+            for name, module in model.named_modules()
+            if isinstance(module, LAYERS)
+            for parameter in module.parameters()
+        }
         self.values: dict[tuple[int, int], int] = {}
         self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self.stack: list[Call] = []
@@ -187,7 +222,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             handle.remove()
 
     def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
-        kind = "layer" if isinstance(module, LAYERS) else "norm" if isinstance(module, _NORMS) else None
+        norm = isinstance(module, _NORMS) or _is_named(module, _NORM_NAMES)
+        kind = "layer" if isinstance(module, LAYERS) else "norm" if norm else None
+        if isinstance(module, nn.RNNBase):
+            kind = "recurrent"  # thousands of operations on meta
 
         def pre(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.inside is not None:
@@ -203,8 +241,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 return
             self.inside = None
             call = replace(self.stack.pop(), output=self._value(output) if isinstance(output, Tensor) else None)
-            if kind and call.output is not None:
-                self._add(Node(kind, name, call.tensors(), (call.output,), self._callers()))
+            if kind:
+                outputs = tuple(self._value(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+                self._add(Node(kind, name, call.tensors(), outputs, self._callers()))
             self.graph.calls.append(call)
 
         return pre, post
@@ -229,14 +268,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     ) -> Any:
         if self.inside is not None:
             return func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) not in self.constants]
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [t for t in tensors if id(t) not in self.constants]
+        self._note_own(func.overloadpacket.__name__, tensors)
         inputs = tuple(self._value(t) for t in given if t.dim())
         before = {id(t): t._version for t in given}
         out = func(*args, **(kwargs or {}))
-        outputs = tuple(self._output(t, before) for t in tree_leaves(out) if isinstance(t, Tensor))
+        version = before[id(given[0])] if func.is_view and given else None  # a view's version is its base's
+        outputs = tuple(self._output(t, before, version) for t in tree_leaves(out) if isinstance(t, Tensor))
         self._add(Node(func.overloadpacket.__name__.rstrip("_"), "", inputs, outputs, self._callers(), args))
         return out
 
-    def _output(self, tensor: Tensor, before: dict[int, int]) -> int:
-        """An operation in place gives its input back; the version counter moves only after this call."""
-        return self._value(tensor, before[id(tensor)] + 1) if id(tensor) in before else self._value(tensor)
+    def _note_own(self, kind: str, tensors: list[Tensor]) -> None:
+        """A layer's weight used by an operation outside, or a convolution whose weight was computed."""
+        for owner in {self.owners[id(t)] for t in tensors if id(t) in self.owners}:
+            self.graph.own[owner] = "its weight is used without calling it"
+        if kind == "convolution" and self.stack and id(tensors[1]) not in self.constants:
+            self.graph.own[self.stack[-1].name] = "computes a convolution of its own"
+
+    def _output(self, tensor: Tensor, before: dict[int, int], version: int | None) -> int:
+        """An operation in place gives its input back; version counters move only after this call."""
+        return self._value(tensor, before[id(tensor)] + 1 if id(tensor) in before else version)

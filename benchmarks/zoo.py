@@ -1,0 +1,114 @@
+"""Every timm model: are its sites found, and does gating one do what it should?
+
+    python -m benchmarks.zoo sites --out FOLDER          # (a) every entry point, on meta
+    python -m benchmarks.zoo gates --out FOLDER          # (b) the smallest of every module, and tiny models
+    python -m benchmarks.zoo engine --out FOLDER         #     accelerated
+    python -m benchmarks.zoo graphs --out FOLDER         #     exported and compiled
+    python -m benchmarks.zoo pruned --out FOLDER         # (c) after torch-pruning took half of the channels
+    python -m benchmarks.zoo report --out FOLDER         # docs/zoo.md from what is there
+    python -m benchmarks.zoo gates --only "resnet*" --out FOLDER
+
+A line of JSON a model is written as soon as it is known; a second run goes on where the first stopped.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo_checks import check, described
+from benchmarks.zoo_graphs import check_engine, check_graphs
+from benchmarks.zoo_models import build, smallest
+from benchmarks.zoo_pruned import pruned
+from benchmarks.zoo_report import page
+from benchmarks.zoo_sites import module_of, site_record
+from isw_plugin.measure import hardware
+
+__all__ = ["main", "resume"]
+
+Record = dict[str, Any]
+
+
+def resume(out: Path, names: Iterable[str], record: Callable[[str], Record]) -> None:
+    """Append a line of JSON for every name that the file does not have yet."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = {record["model"] for record in read(out)}
+    with out.open("a") as lines:
+        for name in names:
+            if name not in done:
+                print(json.dumps(record(name)), file=lines, flush=True)
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def gate_record(name: str) -> Record:
+    return _record(name, check)
+
+
+def engine_record(name: str) -> Record:
+    return _record(name, check_engine)
+
+
+def graph_record(name: str) -> Record:
+    return _record(name, check_graphs)
+
+
+def pruned_record(name: str) -> Record:
+    return _record(name, _check_pruned)
+
+
+def _check_pruned(model: nn.Module, images: Tensor) -> dict[str, str]:
+    try:
+        pruned(model, images)
+    except Exception as error:
+        return {"prune": f"skipped: torch-pruning: {described(error)}"}
+    return check(model, images)
+
+
+def _record(name: str, checks: Callable[[nn.Module, Tensor], dict[str, str]]) -> Record:
+    start = time.perf_counter()
+    record: Record = {"model": name, "module": module_of(name)}
+    try:
+        model, images = build(name)
+    except Exception as error:
+        return record | {"steps": {"build": described(error)}}
+    steps = checks(model, images)
+    return record | {"size": list(images.shape), "steps": steps, "seconds": round(time.perf_counter() - start, 1)}
+
+
+PARTS: dict[str, Callable[[str], Record]] = {
+    "sites": site_record,
+    "gates": gate_record,
+    "engine": engine_record,
+    "graphs": graph_record,
+    "pruned": pruned_record,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "report"])
+    parser.add_argument("--only", default="*", help="a glob over entry points")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/zoo"))
+    args = parser.parse_args()
+    if args.part == "report":
+        records = {part: read(args.out / f"{part}.jsonl") for part in PARTS}
+        Path("docs/zoo.md").write_text(page(records, f"{hardware()}, {torch.get_num_threads()} threads"))
+        return
+    names = timm.list_models() if args.part == "sites" else smallest(read(args.out / "sites.jsonl"))
+    chosen = [name for name in names if fnmatchcase(name, args.only)]
+    resume(args.out / f"{args.part}.jsonl", chosen, PARTS[args.part])
+
+
+if __name__ == "__main__":
+    main()

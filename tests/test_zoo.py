@@ -1,0 +1,207 @@
+"""The zoo's checks pass on models of different kind, and fail where something is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import Plain, Residual, made
+from torch import Tensor, nn
+
+from benchmarks import zoo_checks
+from benchmarks.zoo import read, resume
+from benchmarks.zoo_checks import Failed, Subject, check
+from benchmarks.zoo_models import build, randomise, smallest
+from benchmarks.zoo_pruned import pruned
+from benchmarks.zoo_report import page, verdict
+from benchmarks.zoo_sites import filled_twice, site_record, unaccounted
+from isw_plugin.sites import Consumer, Found, default_inputs, find_sites
+
+KINDS = [
+    "test_byobnet",  # re-parameterised blocks
+    "test_convnext",  # channels-last MLPs
+    "test_convnext2",  # global response norm
+    "test_efficientnet",  # depthwise, squeeze-excite
+    "test_efficientnet_evos",  # EvoNorm
+    "test_efficientnet_gn",
+    "test_efficientnet_ln",
+    "test_maxvit",  # windows
+    "test_mambaout",  # gated convolutions
+    "test_nfnet",  # standardised weights
+    "test_resnet",
+    "test_vit",
+    "test_vit4",  # SwiGLU, RMS norms
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of timm and torch, which a released timm may add
+@pytest.mark.parametrize("name", KINDS)
+def test_models_of_every_kind_pass_every_step(name: str) -> None:
+    assert set(check(*build(name)).items()) == {(step, "ok") for step in zoo_checks.STEPS}
+
+
+def test_a_pruned_model_passes_every_step() -> None:
+    model, images = build("test_resnet")
+    before = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in pruned(model, images).parameters()) < 0.6 * before
+    assert set(check(model, images).values()) == {"ok"}
+
+
+def test_a_dropped_channel_that_reaches_its_reader_is_seen() -> None:
+    net = made(Plain)
+    subject = Subject.of(net, net.images(2))
+    zoo_checks.attach(subject)
+    net.c2.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
+    with pytest.raises(Failed, match="dropped channels reach"):
+        zoo_checks.gate(subject)
+
+
+def test_an_output_that_changes_is_seen() -> None:
+    net = made(Plain)
+    subject = Subject.of(net, net.images(2))
+    zoo_checks.attach(subject)
+    with torch.no_grad():
+        net.fc.bias.add_(1)
+    for step in (zoo_checks.forward, zoo_checks.remove):
+        with pytest.raises(Failed, match=r"changed|restored"):
+            step(subject)
+
+
+def test_instances_that_depend_on_each_other_are_seen() -> None:
+    class Mixed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) - x.mean()
+
+    torch.manual_seed(0)
+    model = Mixed(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    subject = Subject.of(model, torch.randn(2, 3, 8, 8) + torch.tensor([0.0, 9.0]).view(2, 1, 1, 1))
+    zoo_checks.attach(subject)
+    with pytest.raises(Failed, match="differs from its instances"):
+        zoo_checks.one_by_one(subject)
+
+
+def test_a_site_without_a_gradient_is_seen() -> None:
+    net = made(Residual)
+    net.block.c1.requires_grad_(False)
+    subject = Subject.of(net, net.images(2))
+    zoo_checks.attach(subject)
+    with pytest.raises(Failed, match=r"block\.c1: a site without a gradient"):
+        zoo_checks.penalty(subject)
+
+
+def test_a_step_that_fails_says_so_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(subject: Subject) -> None:
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setitem(zoo_checks.STEPS, "gate", fails)
+    net = made(Plain)
+    results = check(net, net.images(2))
+    assert results.pop("gate") == "ZeroDivisionError: inside"
+    assert set(results.values()) == {"ok"}
+
+
+def test_random_weights_make_strong_and_weak_channels_that_the_output_depends_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    nn.init.zeros_(model[-1].weight)  # as some heads start
+    images = torch.randn(2, 3, 4, 4)
+    randomise(model, images)
+    assert not model.training
+    assert model[1].momentum == 0.1
+    assert not torch.equal(model[1].running_mean, torch.zeros(16))
+    rows = model[0].weight.flatten(1).norm(dim=1)
+    assert rows.max() > 3 * rows.min()
+    first, second = model(images)
+    assert not torch.equal(first, second)
+
+
+# -- finding sites ---------------------------------------------------------------------------------
+
+
+def test_a_record_of_sites_counts_layers() -> None:
+    record = site_record("test_resnet")
+    assert record["error"] == ""
+    assert record["unaccounted"] == record["filled_twice"] == []
+    assert record["layers"] == record["in_sites"] + sum(record["reasons"].values())
+
+
+def test_a_layer_without_a_place_or_with_two_is_unaccounted_for() -> None:
+    model = timm.create_model("test_resnet")
+    found = find_sites(model, default_inputs(model))
+    assert unaccounted(model, found) == []
+    assert unaccounted(model, Found(found.sites, {})) == ["head.fc" if hasattr(model, "head") else "fc"]
+    assert set(unaccounted(model, Found((*found.sites, found.sites[0]), found.left_out))) == set(found.sites[0].layers)
+
+
+def test_columns_that_two_sites_fill_are_named() -> None:
+    sites = find_sites(made(Plain), torch.zeros(1, 3, 8, 8)).sites
+    assert filled_twice(Found(sites, {})) == []
+    assert filled_twice(Found((*sites, sites[1]), {})) == [sites[1].consumers[0].layer]
+    assert sites[1].consumers == (Consumer("fc"),)
+
+
+def test_the_smallest_of_every_module_and_all_tiny_models_are_chosen() -> None:
+    records = [
+        {"model": "b", "module": "x", "parameters": 2},
+        {"model": "a", "module": "x", "parameters": 1},
+        {"model": "c", "module": "y", "error": "not built"},
+        {"model": "d", "module": "z", "parameters": 0},
+        {"model": "test_e", "module": "x", "parameters": 0},
+    ]
+    assert smallest(records) == ["test_e", "d", "a"]
+
+
+def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "part.jsonl"
+    asked: list[str] = []
+
+    def record(name: str) -> dict[str, str]:
+        asked.append(name)
+        if name == "c" and len(asked) < 4:
+            raise KeyboardInterrupt
+        return {"model": name}
+
+    with pytest.raises(KeyboardInterrupt):
+        resume(out, "abc", record)
+    resume(out, "abc", record)
+    assert [json.loads(line)["model"] for line in out.read_text().splitlines()] == ["a", "b", "c"]
+    assert asked == ["a", "b", "c", "c"]
+    assert read(tmp_path / "none.jsonl") == []
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+GOOD = {"attach": "ok", "gate": "ok"}
+
+
+def step_record(model: str, **steps: str) -> dict[str, object]:
+    return {"model": model, "module": "x", "steps": GOOD | steps}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (None, ("", "")),
+        (step_record("a"), ("ok", "")),
+        (step_record("a", execution="masked because"), ("ok", "")),
+        (step_record("a", export="skipped: nor does the bare model"), ("skipped", "nor does the bare model")),
+        (step_record("a", gate="hardly differs", export="skipped: so"), ("no", "gate: hardly differs")),
+    ],
+)
+def test_a_record_in_a_word(record: dict[str, object] | None, expected: tuple[str, str]) -> None:
+    assert verdict(record) == expected
+
+
+def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
+    sites = [site_record("test_resnet"), {"model": "odd", "module": "y", "built": True, "error": "NoSitesError: none"}]
+    gates = [step_record("a"), step_record("b", gate="hardly differs"), step_record("test_resnet")]
+    written = page({"sites": sites, "gates": gates, "engine": [step_record("a", execution="masked: no export")]})
+    assert "2 entry points, 2 that timm builds on `meta`; sites found in 1 (50.0%)" in written
+    assert "- odd: NoSitesError: none" in written
+    assert "- gated: 1 ok, 0 skipped, 1 no; of 1 modules" in written
+    assert "- graphs: not run" in written
+    assert "| x | b |  |  | no |  |  |  | gated: gate: hardly differs |" in written
+    assert "| x | a |  |  | ok | ok |  |  | runs masked: no export |" in written
+    layers, count = sites[0]["layers"], sites[0]["sites"]
+    assert f"| x | test_resnet | {layers} | {count} | ok |  |  |  |  |" in written
