@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 import isw_plugin.engine.cpu as cpu
 import isw_plugin.engine.reference as reference
 from isw_plugin.engine.checks import check_act, check_gating, check_packed, check_tensor, check_window, pair
-from isw_plugin.engine.reference import Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
+from isw_plugin.engine.reference import DTYPES, Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
 from isw_plugin.errors import EngineInputError
 
 __all__ = [
@@ -96,7 +96,7 @@ def _fake_conv2d(
 ) -> tuple[Tensor, Tensor]:
     height, width = _output_size(x, weight.shape[2:4], stride, padding)
     y = x.new_empty((x.shape[0], bias.shape[0], height, width))
-    return y, x.new_empty((x.shape[0], row_slots(height, width), bias.shape[0]))
+    return y, x.new_empty((x.shape[0], row_slots(height, width), bias.shape[0]), dtype=torch.float32)
 
 
 def _plain_depthwise(
@@ -118,7 +118,7 @@ def _fake_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
 ) -> tuple[Tensor, Tensor]:
     height, width = _output_size(x, weight.shape[2:4], stride, padding)
-    return x.new_empty((*x.shape[:2], height, width)), x.new_empty((x.shape[0], 1, x.shape[1]))
+    return x.new_empty((*x.shape[:2], height, width)), _fake_sum_squares(x)
 
 
 def _plain_max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
@@ -130,7 +130,7 @@ def _fake_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padd
 
 
 def _fake_sum_squares(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], 1, x.shape[1]))
+    return x.new_empty((x.shape[0], 1, x.shape[1]), dtype=torch.float32)
 
 
 def _fake_keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
@@ -181,14 +181,14 @@ def conv2d(
 ) -> tuple[Tensor, Tensor]:
     """reference.conv2d."""
     strides, paddings = pair(stride, "stride"), pair(padding, "padding")
-    check_tensor(x, "x", (None,) * 4)
-    check_packed(weight, bias, x.shape[1], x.device)
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_packed(weight, bias, x.shape[1], x)
     check_window(x, weight.shape[2:4], strides, paddings)
     check_act(act)
     check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
     if residual is not None:
         size = _output_size(x, weight.shape[2:4], strides, paddings)
-        check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device)
+        check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device, (x.dtype,))
         check_gating(residual_gating, "residual_gating", x.shape[0], bias.shape[0], x.device)
     elif residual_gating is not None:
         raise EngineInputError("residual_gating: there is no residual; give both or neither")
@@ -204,8 +204,8 @@ def linear(
     """reference.linear: a 1x1 convolution whose pixels are the axes between."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise EngineInputError("x: expected a tensor (N, ..., C_in)")
-    check_tensor(x, "x", x.shape)
-    check_packed(weight, bias, x.shape[-1], x.device)
+    check_tensor(x, "x", x.shape, dtypes=DTYPES)
+    check_packed(weight, bias, x.shape[-1], x)
     if tuple(weight.shape[2:4]) != (1, 1):
         raise EngineInputError(f"weight: packed from a {tuple(weight.shape[2:4])} kernel, a linear layer has none")
     check_act(act)
@@ -230,9 +230,9 @@ def depthwise_conv2d(
 ) -> tuple[Tensor, Tensor]:
     """reference.depthwise_conv2d."""
     strides, paddings = pair(stride, "stride"), pair(padding, "padding")
-    check_tensor(x, "x", (None,) * 4)
-    check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device)
-    check_tensor(bias, "bias", (x.shape[1],), x.device)
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
+    check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
     check_window(x, weight.shape[2:4], strides, paddings)
     check_act(act)
     check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
@@ -250,7 +250,7 @@ def max_pool2d(
     """reference.max_pool2d."""
     kernels, paddings = pair(kernel, "kernel"), pair(padding, "padding")
     strides = kernels if stride is None else pair(stride, "stride")
-    check_tensor(x, "x", (None,) * 4)
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
     check_window(x, kernels, strides, paddings)
     if any(2 * pad > k for pad, k in zip(paddings, kernels, strict=True)):
         raise EngineInputError(f"padding {paddings} is more than half the kernel {kernels}")
@@ -260,7 +260,7 @@ def max_pool2d(
 
 def sum_squares(x: Tensor) -> Tensor:
     """reference.sum_squares."""
-    check_tensor(x, "x", (None,) * 4)
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
     squares: Tensor = torch.ops.isw.sum_squares(x)
     return squares
 

@@ -3,6 +3,10 @@
 N instances, C channels, S slots: partial sums of squares over S groups of rows (a function of the map size only).
 A feature's `gating` says which of its channels survive: `Statistics`, a keep mask (bool (N, C), True = survivor),
 or None for all. A dropped channel counts as zero, whatever it holds.
+
+Maps and weights are float32 or bfloat16, one type in a call. Sums, bias, residual and activation are computed in
+float32 and rounded once, to the type of x; a bias is float32 or of that type. Sums of squares are float32 and of the
+rounded map, so they are those that `sum_squares` finds in it.
 """
 
 import math
@@ -18,6 +22,7 @@ from isw_plugin import functional
 __all__ = [
     "ACTS",
     "BLOCK",
+    "DTYPES",
     "Gating",
     "Statistics",
     "as_pixels",
@@ -33,6 +38,7 @@ __all__ = [
 ]
 
 BLOCK = 32  # output channels of a packed block
+DTYPES = (torch.float32, torch.bfloat16)  # of maps and weights
 ACTS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}
 
 
@@ -85,7 +91,7 @@ def row_slots(height: int, width: int) -> int:
 def _sum_rows(y: Tensor) -> Tensor:
     """Sums of squares of (N, C, H, W) over row_slots(H, W) groups of rows: (N, S, C)."""
     height, slots = y.shape[2], row_slots(y.shape[2], y.shape[3])
-    rows = y.square().sum(3)
+    rows = y.float().square().sum(3)  # squares overflow float16
     return torch.stack([rows[:, :, height * s // slots : height * (s + 1) // slots].sum(2) for s in range(slots)], 1)
 
 
@@ -135,10 +141,11 @@ def conv2d(
     Returns:
         y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
     """
-    y = F.conv2d(_drop(x, gating), unpack_weight(weight, bias.shape[0]), bias, stride, padding)
+    wide = unpack_weight(weight, bias.shape[0]).float()
+    y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding)
     if residual is not None:
         y = y + _drop(residual, residual_gating)
-    y = ACTS[act](y)
+    y = ACTS[act](y).to(x.dtype)
     return y, _sum_rows(y)
 
 
@@ -158,7 +165,8 @@ def linear(
         y (N, ..., C_out) and its partial sums of squares (N, S, C_out).
     """
     kept = _drop(x.movedim(-1, 1), gating).movedim(1, -1)
-    y = ACTS[act](F.linear(kept, unpack_weight(weight, bias.shape[0])[:, :, 0, 0], bias))
+    wide = unpack_weight(weight, bias.shape[0])[:, :, 0, 0].float()
+    y = ACTS[act](F.linear(kept.float(), wide, bias.float())).to(x.dtype)
     return y, _sum_rows(as_pixels(y))
 
 
@@ -186,7 +194,8 @@ def depthwise_conv2d(
     Returns:
         y (N, C, OH, OW) and its sums of squares (N, 1, C).
     """
-    y = ACTS[act](F.conv2d(_drop(x, gating), weight, bias, stride, padding, groups=x.shape[1]))
+    kept = _drop(x, gating).float()
+    y = ACTS[act](F.conv2d(kept, weight.float(), bias.float(), stride, padding, groups=x.shape[1])).to(x.dtype)
     return y, sum_squares(y)
 
 
@@ -203,7 +212,7 @@ def max_pool2d(
 
 def sum_squares(x: Tensor) -> Tensor:
     """Sums of squares of a map that no engine function made: (N, C, H, W) -> (N, 1, C)."""
-    return x.square().sum((2, 3)).unsqueeze(1)
+    return x.float().square().sum((2, 3)).unsqueeze(1)
 
 
 def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
