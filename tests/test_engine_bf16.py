@@ -66,7 +66,7 @@ def assert_close(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) ->
     torch.testing.assert_close(squares, wanted_squares, rtol=2**-6, atol=1e-5 * scale**2)
     maps = y.movedim(-1, 1) if y.shape[-1] == squares.shape[2] and y.shape[1] != squares.shape[2] else y
     kept = maps.float().unsqueeze(2).flatten(2).square().sum(2)  # of what was stored
-    torch.testing.assert_close(squares.sum(1), kept, rtol=1e-5, atol=1e-6 * scale**2)
+    torch.testing.assert_close(squares.sum(1), kept, rtol=1e-5 + 1e-9 * maps.shape[2:].numel(), atol=1e-6 * scale**2)
 
 
 def check_conv(n: int, c_in: int, c_out: int, size: tuple[int, int], conv: Any, keep: str, **options: Any) -> None:
@@ -305,6 +305,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 # -- accelerated networks --------------------------------------------------------------------------
 
+on_best = pytest.mark.parametrize("isa", cpu.available()[:1], indirect=True, scope="module")
+
 
 def thirds(feature: Tensor, norms: Tensor) -> Tensor:
     """A gate that rounding cannot turn: every third channel goes, another one in every instance."""
@@ -338,6 +340,7 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
 NETS = [Plain, Residual, SqueezeExcite]
 
 
+@on_best
 @pytest.mark.usefixtures("_engine_is_fast")
 @pytest.mark.parametrize("kind", NETS)
 def test_an_accelerated_network_gives_what_the_masked_one_gives(kind: type[Net]) -> None:
@@ -355,6 +358,7 @@ def test_an_accelerated_network_gives_what_the_masked_one_gives(kind: type[Net])
     assert all(torch.equal(record.keep[name], keep) for name, keep in pruner.keep.items())
 
 
+@on_best
 @pytest.mark.usefixtures("_engine_is_fast")
 def test_decisions_come_from_statistics() -> None:
     net = made(Plain, seed=1).bfloat16()
@@ -367,13 +371,14 @@ def test_decisions_come_from_statistics() -> None:
         net(images)
     first = next(iter(pruner.sites)).name  # later ones read maps of other decisions
     norms = pruner.norms[first]
-    torch.testing.assert_close(record.norms[first], norms, rtol=0.03, atol=1e-3)
+    torch.testing.assert_close(record.norms[first], norms, rtol=0.03, atol=0.03 * float(norms.mean()))
     far = ((norms - 0.9 * norms.mean(1, keepdim=True)).abs() > 0.05 * norms).all(1)
     assert far.any()
     assert torch.equal(record.keep[first][far], pruner.keep[first][far])
     assert not pruner.keep[first].all()
 
 
+@on_best
 @pytest.mark.parametrize("kind", NETS)
 def test_dense_execution(kind: type[Net]) -> None:
     net = made(kind).bfloat16()
@@ -385,6 +390,7 @@ def test_dense_execution(kind: type[Net]) -> None:
     assert_near(fast(images), wanted)
 
 
+@on_best
 def test_dense_layers_are_reordered_where_onednn_takes_bfloat16() -> None:
     net = made(Residual).bfloat16()
     images = net.images(4).bfloat16()
