@@ -5,6 +5,8 @@
 //     tests/engine_driver.cpp isw_plugin/engine/csrc/kernels.cpp -lpthread -o driver && ./driver
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
@@ -29,16 +31,22 @@ void run_threads(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, in
 template <typename T>
 using Array = std::unique_ptr<T[]>;
 
+template <typename T>
 struct Case {
-  isw::ConvArgs args{};
-  Array<float> x, weight, bias, residual, y, squares, gate_squares;
+  isw::ConvArgs<T> args{};
+  Array<T> x, weight, residual, y;
+  Array<float> bias, squares, gate_squares;
   Array<bool> keep;
 };
 
-Array<float> numbers(int64_t count, std::mt19937& random) {
+void take(float number, float& out) { out = number; }
+void take(float number, isw::BFloat16& out) { memcpy(&out, reinterpret_cast<const char*>(&number) + 2, 2); }
+
+template <typename T = float>
+Array<T> numbers(int64_t count, std::mt19937& random) {
   std::normal_distribution<float> normal;
-  Array<float> values(new float[count]);
-  for (int64_t i = 0; i < count; ++i) values[i] = normal(random);
+  Array<T> values(new T[count]);
+  for (int64_t i = 0; i < count; ++i) take(normal(random), values[i]);
   return values;
 }
 
@@ -61,9 +69,10 @@ isw::Window random_window(std::mt19937& random) {
   return w;
 }
 
-Case random_case(std::mt19937& random, bool depthwise) {
-  Case c;
-  isw::ConvArgs& a = c.args;
+template <typename T>
+Case<T> random_case(std::mt19937& random, bool depthwise) {
+  Case<T> c;
+  isw::ConvArgs<T>& a = c.args;
   const isw::Window w = a.window = random_window(random);
   a.n = choose(random, {1, 1, 2, 3, 9});
   a.c_in = choose(random, {1, 3, 16, 37, 64, 150});
@@ -71,10 +80,10 @@ Case random_case(std::mt19937& random, bool depthwise) {
   a.slots = depthwise ? 1 : isw::slots_of(w.oh, w.ow);
   a.act = static_cast<isw::Act>(random() % 3);
   const int64_t blocks = (a.c_out + isw::block - 1) / isw::block, outputs = a.n * a.c_out * w.oh * w.ow;
-  a.x = (c.x = numbers(a.n * a.c_in * w.h * w.w, random)).get();
-  a.weight = (c.weight = numbers((depthwise ? a.c_in : blocks * a.c_in * isw::block) * w.kh * w.kw, random)).get();
+  a.x = (c.x = numbers<T>(a.n * a.c_in * w.h * w.w, random)).get();
+  a.weight = (c.weight = numbers<T>((depthwise ? a.c_in : blocks * a.c_in * isw::block) * w.kh * w.kw, random)).get();
   a.bias = (c.bias = numbers(a.c_out, random)).get();
-  a.y = (c.y = Array<float>(new float[outputs])).get();
+  a.y = (c.y = Array<T>(new T[outputs])).get();
   a.squares = (c.squares = Array<float>(new float[a.n * a.slots * a.c_out])).get();
   c.keep = Array<bool>(new bool[a.n * (a.c_in + a.c_out)]);
   for (int64_t i = 0; i < a.n * (a.c_in + a.c_out); ++i) c.keep[i] = random() % 2;
@@ -83,18 +92,19 @@ Case random_case(std::mt19937& random, bool depthwise) {
   if (random() % 3 == 0) a.gate = {c.gate_squares.get(), 3, 0.0f, 1.0f, nullptr};
   else if (random() % 3) a.gate.keep = c.keep.get();
   if (depthwise || random() % 2) return c;
-  a.residual = (c.residual = numbers(outputs, random)).get();
+  a.residual = (c.residual = numbers<T>(outputs, random)).get();
   if (random() % 2) a.residual_gate.keep = c.keep.get() + a.n * a.c_in;
   return c;
 }
 
+template <typename T>
 void run_case(unsigned seed) {
   std::mt19937 random(seed);
   const isw::Runner runner{static_cast<int64_t>(1 + seed % 3), run_threads};
-  const isw::Kernels& kernels = *isw_kernels();
+  const isw::KernelsFor<T>& kernels = *isw_kernels();
   const bool depthwise = seed % 4 == 0;
-  Case c = random_case(random, depthwise);
-  const isw::ConvArgs& a = c.args;
+  Case<T> c = random_case<T>(random, depthwise);
+  const isw::ConvArgs<T>& a = c.args;
   (depthwise ? kernels.depthwise : kernels.conv)(a, runner);
   kernels.sum_squares(a.x, c.gate_squares.get(), a.n * a.c_in, a.window.h * a.window.w, runner);
   if (depthwise) kernels.max_pool({a.x, a.y, a.n * a.c_in, a.window}, runner);
@@ -107,7 +117,7 @@ int main(int argc, char** argv) {
   std::vector<std::thread> callers;
   for (unsigned caller = 0; caller < 4; ++caller)
     callers.emplace_back([=] {
-      for (unsigned i = caller; i < cases; i += 4) run_case(i);
+      for (unsigned i = caller; i < cases; i += 4) (i / 8 % 2 ? run_case<isw::BFloat16> : run_case<float>)(i);
     });
   for (auto& thread : callers) thread.join();
   printf("%u cases\n", cases);

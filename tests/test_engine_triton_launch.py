@@ -68,11 +68,11 @@ def test_operators_have_a_way_on_cuda(name: str) -> None:
 
 
 def test_half_is_for_cuda_alone() -> None:
-    with pytest.raises(EngineInputError, match=r"expected float32, got torch.float16"):
+    with pytest.raises(EngineInputError, match=r"expected float32 or bfloat16, got torch.float16"):
         ops.sum_squares(torch.zeros(1, 2, 3, 3).half())
     with FakeTensorMode():
         assert ops.sum_squares(torch.empty(1, 2, 3, 3, dtype=torch.float16, device="cuda")).dtype == torch.float32
-        with pytest.raises(EngineInputError, match=r"expected float32, got torch.float64"):
+        with pytest.raises(EngineInputError, match=r"expected float32 or bfloat16, got torch.float64"):
             ops.sum_squares(torch.empty(1, 2, 3, 3, dtype=torch.float64, device="cuda"))
 
 

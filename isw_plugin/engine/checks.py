@@ -13,12 +13,20 @@ __all__ = ["check_act", "check_gating", "check_like", "check_packed", "check_ten
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_tensor(tensor: object, name: str, shape: Sequence[int | None], device: torch.device | None = None) -> None:
-    """A dense float32 tensor of this shape (None: any size), on CUDA also half; without a gradient to lose."""
+def check_tensor(
+    tensor: object,
+    name: str,
+    shape: Sequence[int | None],
+    device: torch.device | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> None:
+    """A dense tensor of this shape (None: any size) and one of these types, on CUDA any half; no gradient to lose."""
     if not isinstance(tensor, Tensor):
         raise EngineInputError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != torch.float32 and not (tensor.is_cuda and tensor.dtype in _CUDA_DTYPES):
-        raise EngineInputError(f"{name}: expected float32, got {tensor.dtype}; convert it with .float()")
+    if tensor.dtype not in dtypes and not (tensor.is_cuda and tensor.dtype in _CUDA_DTYPES):
+        names = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)]
+        method = ".float()" if torch.float32 in dtypes else f".{names[0]}()"
+        raise EngineInputError(f"{name}: expected {' or '.join(names)}, got {tensor.dtype}; convert it with {method}")
     if tensor.layout != torch.strided:
         raise EngineInputError(f"{name}: expected a dense tensor, got {tensor.layout}; convert it with .to_dense()")
     if device is not None and tensor.device != device:
@@ -46,14 +54,14 @@ def check_like(x: Tensor, tensor: Tensor, name: str, shape: Sequence[int | None]
     _check_shape(tensor, name, shape)
 
 
-def check_packed(weight: object, bias: Tensor, channels: int, device: torch.device) -> None:
-    """A bias, and weights that `pack_weight` made for it and for so many input channels."""
-    check_tensor(bias, "bias", (None,), device)
+def check_packed(weight: object, bias: Tensor, channels: int, x: Tensor) -> None:
+    """A bias, and weights that `pack_weight` made for it and for so many channels of x, of the type of x."""
+    check_tensor(bias, "bias", (None,), x.device, (torch.float32, x.dtype))
     if isinstance(weight, Tensor) and weight.dim() in (2, 4):
         raise EngineInputError(f"weight: shape {tuple(weight.shape)} is not packed; call pack_weight once, at set-up")
     if channels == 0 or bias.shape[0] == 0:
         raise EngineInputError(f"a layer with {channels} input and {bias.shape[0]} output channels; remove the layer")
-    check_tensor(weight, "weight", (-(-bias.shape[0] // BLOCK), channels, None, None, BLOCK), device)
+    check_tensor(weight, "weight", (-(-bias.shape[0] // BLOCK), channels, None, None, BLOCK), x.device, (x.dtype,))
 
 
 def check_gating(gating: Gating, name: str, n: int, channels: int, device: torch.device) -> None:

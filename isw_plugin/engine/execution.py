@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import isw_plugin.engine.cpu as cpu
 from isw_plugin.engine.layers import Layer, mask
-from isw_plugin.engine.reference import ACTS, pack_weight
+from isw_plugin.engine.reference import ACTS, DTYPES, pack_weight
 
 __all__ = ["DenseConv", "GatedConv", "can_skip"]
 
@@ -20,7 +20,7 @@ _ONEDNN_ACTS: dict[str, tuple[str, list[float]]] = {
 
 def can_skip(layer: Layer) -> bool:
     """Whether the engine has a kernel for the layer here."""
-    if layer.weight.dtype != torch.float32 or not (layer.is_plain or _plain_depthwise(layer)):
+    if layer.weight.dtype not in DTYPES or not (layer.is_plain or _plain_depthwise(layer)):
         return False
     return layer.weight.is_cpu and cpu.load()
 
@@ -42,7 +42,7 @@ class GatedConv(nn.Module):
         super().__init__()
         self.depthwise = layer.is_depthwise
         self.register_buffer("weight", layer.weight.contiguous() if self.depthwise else pack_weight(layer.weight))
-        self.register_buffer("bias", layer.bias.contiguous())
+        self.register_buffer("bias", layer.bias.float().contiguous())
         self.stride, self.padding, self.act = list(layer.stride), list(layer.padding), layer.act
 
     def forward(
@@ -105,9 +105,15 @@ class DenseConv(nn.Module):
         return result
 
 
+def _has_onednn(dtype: torch.dtype) -> bool:
+    available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    if dtype == torch.bfloat16:
+        return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return available and dtype == torch.float32
+
+
 def _reordered(layer: Layer, shape: list[int]) -> Any:
-    usable = layer.weight.is_cpu and layer.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not usable or 0 in shape:
+    if 0 in shape or not (layer.weight.is_cpu and _has_onednn(layer.weight.dtype)):
         return None
     window = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # stubbed without the shape

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from isw_plugin.engine.execution import GatedConv
 from isw_plugin.engine.layers import conv, mask
+from isw_plugin.engine.reference import DTYPES
 
 __all__ = ["Decision", "lower", "lower_dense"]
 
@@ -214,7 +215,7 @@ def _from_squares(keep: Any) -> bool:
 
 def _is_map(node: object) -> bool:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.float32
+    return isinstance(value, Tensor) and value.dim() == 4 and value.dtype in DTYPES
 
 
 def _attribute(root: object, target: str) -> Tensor:

@@ -15,7 +15,7 @@ import isw_plugin.engine.cpu as cpu
 import isw_plugin.engine.cuda as cuda
 import isw_plugin.engine.reference as reference
 from isw_plugin.engine.checks import check_act, check_gating, check_packed, check_tensor, check_window, pair
-from isw_plugin.engine.reference import Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
+from isw_plugin.engine.reference import DTYPES, Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
 from isw_plugin.engine.tiles import output_size, pixel_slots
 from isw_plugin.errors import EngineInputError
 
@@ -193,14 +193,14 @@ def conv2d(
 ) -> tuple[Tensor, Tensor]:
     """reference.conv2d."""
     strides, paddings = pair(stride, "stride"), pair(padding, "padding")
-    check_tensor(x, "x", (None,) * 4)
-    check_packed(weight, bias, x.shape[1], x.device)
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_packed(weight, bias, x.shape[1], x)
     check_window(x, weight.shape[2:4], strides, paddings)
     check_act(act)
     check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
     if residual is not None:
         size = output_size(x.shape[2:], weight.shape[2:4], strides, paddings)
-        check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device)
+        check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device, (x.dtype,))
         check_gating(residual_gating, "residual_gating", x.shape[0], bias.shape[0], x.device)
     elif residual_gating is not None:
         raise EngineInputError("residual_gating: there is no residual; give both or neither")
@@ -216,8 +216,8 @@ def linear(
     """reference.linear: a 1x1 convolution whose pixels are the axes between."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise EngineInputError("x: expected a tensor (N, ..., C_in)")
-    check_tensor(x, "x", x.shape)
-    check_packed(weight, bias, x.shape[-1], x.device)
+    check_tensor(x, "x", x.shape, dtypes=DTYPES)
+    check_packed(weight, bias, x.shape[-1], x)
     if tuple(weight.shape[2:4]) != (1, 1):
         raise EngineInputError(f"weight: packed from a {tuple(weight.shape[2:4])} kernel, a linear layer has none")
     check_act(act)
@@ -242,9 +242,9 @@ def depthwise_conv2d(
 ) -> tuple[Tensor, Tensor]:
     """reference.depthwise_conv2d."""
     strides, paddings = pair(stride, "stride"), pair(padding, "padding")
-    check_tensor(x, "x", (None,) * 4)
-    check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device)
-    check_tensor(bias, "bias", (x.shape[1],), x.device)
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
+    check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
     check_window(x, weight.shape[2:4], strides, paddings)
     check_act(act)
     check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
@@ -262,7 +262,7 @@ def max_pool2d(
     """reference.max_pool2d."""
     kernels, paddings = pair(kernel, "kernel"), pair(padding, "padding")
     strides = kernels if stride is None else pair(stride, "stride")
-    check_tensor(x, "x", (None,) * 4)
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
     check_window(x, kernels, strides, paddings)
     if any(2 * pad > k for pad, k in zip(paddings, kernels, strict=True)):
         raise EngineInputError(f"padding {paddings} is more than half the kernel {kernels}")
@@ -272,7 +272,7 @@ def max_pool2d(
 
 def sum_squares(x: Tensor) -> Tensor:
     """reference.sum_squares."""
-    check_tensor(x, "x", (None,) * 4)
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
     squares: Tensor = torch.ops.isw.sum_squares(x)
     return squares
 

@@ -3,6 +3,10 @@
 N instances, C channels, S slots: partial sums of squares over S groups of rows (a function of the map size only).
 A feature's `gating` says which of its channels survive: `Statistics`, a keep mask (bool (N, C), True = survivor),
 or None for all. A dropped channel counts as zero, whatever it holds.
+
+Maps and weights are float32 or bfloat16, one type in a call. Sums, bias, residual and activation are computed in
+float32 and rounded once, to the type of x; a bias is float32 or of that type. Sums of squares are float32 and of the
+rounded map, so they are those that `sum_squares` finds in it.
 """
 
 import math
@@ -18,6 +22,7 @@ from isw_plugin import functional
 __all__ = [
     "ACTS",
     "BLOCK",
+    "DTYPES",
     "Gating",
     "Statistics",
     "as_pixels",
@@ -33,6 +38,7 @@ __all__ = [
 ]
 
 BLOCK = 32  # output channels of a packed block
+DTYPES = (torch.float32, torch.bfloat16)  # of maps and weights
 ACTS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}
 
 
@@ -135,10 +141,11 @@ def conv2d(
     Returns:
         y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
     """
-    y = F.conv2d(_drop(x, gating), unpack_weight(weight, bias.shape[0]), bias, stride, padding)
+    wide = unpack_weight(weight, bias.shape[0]).float()
+    y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding)
     if residual is not None:
         y = y + _drop(residual, residual_gating)
-    y = ACTS[act](y)
+    y = ACTS[act](y).to(x.dtype)
     return y, _sum_rows(y)
 
 
@@ -158,7 +165,8 @@ def linear(
         y (N, ..., C_out) and its partial sums of squares (N, S, C_out).
     """
     kept = _drop(x.movedim(-1, 1), gating).movedim(1, -1)
-    y = ACTS[act](F.linear(kept, unpack_weight(weight, bias.shape[0])[:, :, 0, 0], bias))
+    wide = unpack_weight(weight, bias.shape[0])[:, :, 0, 0].float()
+    y = ACTS[act](F.linear(kept.float(), wide, bias.float())).to(x.dtype)
     return y, _sum_rows(as_pixels(y))
 
 
@@ -186,7 +194,8 @@ def depthwise_conv2d(
     Returns:
         y (N, C, OH, OW) and its sums of squares (N, 1, C).
     """
-    y = ACTS[act](F.conv2d(_drop(x, gating), weight, bias, stride, padding, groups=x.shape[1]))
+    kept = _drop(x, gating).float()
+    y = ACTS[act](F.conv2d(kept, weight.float(), bias.float(), stride, padding, groups=x.shape[1])).to(x.dtype)
     return y, sum_squares(y)
 
 

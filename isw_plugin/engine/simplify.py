@@ -136,15 +136,19 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
         if layer.target is _aten.linear.default and len(_size(layer) or ()) != 2:
             continue  # of tokens: the norm's channels are not the layer's
         held = layer.args[2] if len(layer.args) > 2 else None
-        mean_, var_, weight_, bias_ = statistics
-        folded = folds[layer.target](
-            known[layer.args[1]], None if held is None else known[held], mean_, var_, eps, weight_, bias_
-        )
-        new = [_constant(graph_module, layer, tensor) for tensor in folded]
+        kept = known[layer.args[1]]
+        mean_, var_, weight_, bias_, held_ = (_wide(t) for t in (*statistics, None if held is None else known[held]))
+        folded = folds[layer.target](_wide(kept), held_, mean_, var_, eps, weight_, bias_)
+        new = [_constant(graph_module, layer, tensor.to(kept.dtype)) for tensor in folded]
         layer.args = (layer.args[0], *new, *layer.args[3:])
         result.replace_all_uses_with(layer)
         for node in (result, norm):
             node.graph.erase_node(node)
+
+
+def _wide(tensor: Tensor | None) -> Any:
+    """Half types are folded in float32 and rounded once."""
+    return tensor if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 # -- layers ----------------------------------------------------------------------------------------

@@ -9,6 +9,11 @@ constexpr int64_t block = 32;
 
 enum class Act { none, relu, relu6 };
 
+// How bfloat16 numbers are kept; arithmetic is always float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // Which channels of an (N, C, ...) feature survive: statistics, or a ready mask, or (both null) all of them.
 struct Gate {
   const float* squares = nullptr;  // [N][slots][C] partial sums of squares
@@ -23,19 +28,27 @@ struct Window {
   int64_t kh, kw, sh, sw, ph, pw;
 };
 
-struct ConvArgs {
-  const float *x, *weight, *bias;
-  const float* residual;  // like y, or null
-  float *y, *squares;  // squares: [N][slots][C_out]
+struct ConvShape {
   int64_t n, c_in, c_out, slots;
   Window window;
   Act act;
   Gate gate, residual_gate;
 };
 
+// T: how maps and weights are kept, float or BFloat16.
+template <typename T>
+struct ConvArgs : ConvShape {
+  const T *x, *weight;
+  const float* bias;
+  const T* residual;  // like y, or null
+  T* y;
+  float* squares;  // [N][slots][C_out], of y as it is kept
+};
+
+template <typename T>
 struct PoolArgs {
-  const float* x;
-  float* y;
+  const T* x;
+  T* y;
   int64_t planes;
   Window window;
 };
@@ -46,11 +59,15 @@ struct Runner {
   void (*run)(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state);
 };
 
-struct Kernels {
-  void (*conv)(const ConvArgs&, const Runner&);
-  void (*depthwise)(const ConvArgs&, const Runner&);
-  void (*max_pool)(const PoolArgs&, const Runner&);
-  void (*sum_squares)(const float* x, float* squares, int64_t planes, int64_t size, const Runner&);
+template <typename T>
+struct KernelsFor {
+  void (*conv)(const ConvArgs<T>&, const Runner&);
+  void (*depthwise)(const ConvArgs<T>&, const Runner&);
+  void (*max_pool)(const PoolArgs<T>&, const Runner&);
+  void (*sum_squares)(const T* x, float* squares, int64_t planes, int64_t size, const Runner&);
+};
+
+struct Kernels : KernelsFor<float>, KernelsFor<BFloat16> {
   void (*keep_mask)(const Gate&, int64_t n, int64_t channels, bool* keep);
 };
 

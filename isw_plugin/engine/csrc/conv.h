@@ -5,6 +5,7 @@
 #pragma once
 #include "api.h"
 #include "decide.h"
+#include "element.h"
 #include "epilogue.h"
 #include "pack.h"
 #include "tile.h"
@@ -21,15 +22,16 @@ constexpr int64_t packed_bytes = 8 << 20;  // planes packed between two barriers
 constexpr int64_t small_map = 64;
 constexpr int64_t most_instances = 32;
 
+template <typename T>
 class DirectConv {
  public:
-  DirectConv(const ConvArgs& args, const Runner& runner)
+  DirectConv(const ConvArgs<T>& args, const Runner& runner)
       : a_(args),
         runner_(runner),
         packing_(args.window),
         taps_(args.window.kh * args.window.kw),
         blocks_(ceil_div(args.c_out, block)),
-        step_(larger(8, step_bytes / (taps_ * block * 4))),
+        step_(larger(8, step_bytes / (taps_ * block * static_cast<int64_t>(sizeof(T))))),
         group_(smaller(args.n, larger(1, packed_bytes / (packing_.plane * larger(1, args.c_in) * 4)))),
         batch_(instances_per_task()),
         rows_(rows_per_pass()),
@@ -167,15 +169,15 @@ class DirectConv {
   // Stores that miss the cache would stall the epilogue.
   void prefetch_output(const Task& task, const Pass& pass) const {
     if (pass.pixels < 8 || task.count > 1) return;
-    const float* y = a_.y + (task.first * a_.c_out + task.channel) * pixels() + pass.row * a_.window.ow;
+    const T* y = a_.y + (task.first * a_.c_out + task.channel) * pixels() + pass.row * a_.window.ow;
     for (int64_t c = 0; c < task.channels; ++c)
-      for (int64_t p = 0; p < pass.pixels; p += 16) __builtin_prefetch(y + c * pixels() + p, 1, 3);
+      for (int64_t p = 0; p < pass.pixels; p += line_size<T>) __builtin_prefetch(y + c * pixels() + p, 1, 3);
   }
 
   void add_step(const Task& task, const Pass& pass, int64_t i, int64_t begin, int64_t end, bool cold) {
     const Window& w = a_.window;
-    const int64_t n = task.first + i, lines = taps_ * block / 16;
-    Tile tile;
+    const int64_t n = task.first + i, lines = taps_ * block / line_size<T>;
+    Tile<T> tile;
     tile.plane = packing_.plane;
     tile.pitch = packing_.pitch;
     tile.weight_plane = taps_ * block;
@@ -190,7 +192,7 @@ class DirectConv {
       const int64_t y = pass.row + row;
       int64_t height = 1;
       for (int64_t x = 0; x < w.ow;) {
-        const TileKernel& kernel = tile_for(w, y, pass.rows - row, x);
+        const TileKernel<T>& kernel = tile_for<T>(w, y, pass.rows - row, x);
         const int64_t count = kernel.rows * kernel.columns;
         height = kernel.rows;
         tile.input = packed_plane(n - task.group_first, 0) + y * packing_.pitch + x;
@@ -213,7 +215,7 @@ class DirectConv {
     const int64_t n = task.first + i, offset = pass.row * a_.window.ow;
     for (int64_t c = 0; c < task.channels; c += lanes) {
       const int64_t channel = n * a_.c_out + task.channel + c;
-      Output out;
+      Output<T> out;
       out.y = a_.y + channel * pixels() + offset;
       out.plane = pixels();
       out.channels = smaller(lanes, task.channels - c);
@@ -224,7 +226,7 @@ class DirectConv {
     }
   }
 
-  const ConvArgs& a_;
+  const ConvArgs<T>& a_;
   const Runner& runner_;
   const Packing packing_;
   const int64_t taps_, blocks_;

@@ -1,10 +1,11 @@
 // Depthwise convolution, plane by plane. A dropped plane is zero, borders included, so its output is act(bias).
 //
 // Where the output is as large as the input, a plane is read in place as one line of pixels, tap by tap through masks
-// that leave out what lies beyond a border. Other planes are packed first.
+// that leave out what lies beyond a border. Other planes are packed first, bfloat16 ones at least widened.
 #pragma once
 #include "api.h"
 #include "decide.h"
+#include "element.h"
 #include "pack.h"
 #include "vec.h"
 #include "workspace.h"
@@ -15,9 +16,9 @@ namespace {
 constexpr int span_vectors = 4;
 constexpr int64_t plane_pixels = 16384;  // of a task, or its turn would cost more than its work
 
-template <Act act, int vectors>
+template <Act act, int vectors, typename T>
 ISW_INLINE void run_span_part(const float* in, const int64_t* taps, const float* weights, int64_t count, float bias,
-                              int64_t pixels, float* y, Vec& squares) {
+                              int64_t pixels, T* y, Vec& squares) {
   Vec sum[vectors];
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) sum[v] = broadcast(bias);
@@ -29,16 +30,16 @@ ISW_INLINE void run_span_part(const float* in, const int64_t* taps, const float*
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) {
     const int64_t left = larger(0, smaller(lanes, pixels - v * lanes));
-    const Vec value = activate<act>(only_first(sum[v], left));
+    const Vec value = rounded<T>(activate<act>(only_first(sum[v], left)));
     store_first(y + v * lanes, value, left);
     squares += value * value;
   }
 }
 
 // Rows that a vector holds, several at once.
-template <Act act, int rows>
+template <Act act, int rows, typename T>
 ISW_INLINE void run_narrow_rows(const float* in, int64_t pitch, const int64_t* taps, const float* weights,
-                                int64_t count, float bias, int64_t width, float* y, Vec& squares) {
+                                int64_t count, float bias, int64_t width, T* y, Vec& squares) {
   Vec sum[rows];
   ISW_UNROLL
   for (int r = 0; r < rows; ++r) sum[r] = broadcast(bias);
@@ -49,7 +50,7 @@ ISW_INLINE void run_narrow_rows(const float* in, int64_t pitch, const int64_t* t
   }
   ISW_UNROLL
   for (int r = 0; r < rows; ++r) {
-    const Vec value = activate<act>(only_first(sum[r], width));
+    const Vec value = rounded<T>(activate<act>(only_first(sum[r], width)));
     store_first(y + r * width, value, width);
     squares += value * value;
   }
@@ -96,9 +97,9 @@ class TapMasks {
   Buffer<int64_t> offsets_;
 };
 
-template <Act act, int vectors>
+template <Act act, int vectors, typename T>
 ISW_INLINE void run_masked_part(const float* in, const Mask* masks, const int64_t* taps, const float* weights,
-                                int64_t count, float bias, int64_t pixels, float* y, Vec& squares) {
+                                int64_t count, float bias, int64_t pixels, T* y, Vec& squares) {
   Vec sum[vectors];
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) sum[v] = broadcast(bias);
@@ -110,19 +111,41 @@ ISW_INLINE void run_masked_part(const float* in, const Mask* masks, const int64_
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) {
     const int64_t left = v < vectors - 1 ? lanes : smaller(lanes, pixels - v * lanes);
-    const Vec value = activate<act>(only_first(sum[v], left));
+    const Vec value = rounded<T>(activate<act>(only_first(sum[v], left)));
     store_first(y + v * lanes, value, left);
     squares += value * value;
   }
 }
 
+// Numbers as floats: where they lie, or in a copy.
+template <typename T>
+class Floats {
+ public:
+  Floats(const T* values, int64_t count) : copy_(count) { copy_row(values, count, copy_.get()); }
+  const float* get() const { return copy_.get(); }
+
+ private:
+  Buffer<float> copy_;
+};
+template <>
+class Floats<float> {
+ public:
+  Floats(const float* values, int64_t) : values_(values) {}
+  const float* get() const { return values_; }
+
+ private:
+  const float* values_;
+};
+
+template <typename T>
 class Depthwise {
  public:
-  Depthwise(const ConvArgs& args, const Runner& runner)
+  Depthwise(const ConvArgs<T>& args, const Runner& runner)
       : a_(args),
         runner_(runner),
         packing_(args.window),
         taps_(args.window.kh * args.window.kw),
+        weights_(args.weight, args.c_in * taps_),
         masks_(args.window),
         offsets_(taps_),
         kept_(args.gate, args.n, args.c_in, runner),
@@ -154,18 +177,24 @@ class Depthwise {
 
   template <Act act>
   float compute_plane(int64_t plane, int64_t worker) const {
-    const float* x = a_.x + plane * a_.window.h * a_.window.w;
-    if (masks_.fits()) return compute_line<act>(plane, x);
+    const T* x = a_.x + plane * a_.window.h * a_.window.w;
     float* packed = packed_.get() + worker * packed_size();
+    if (masks_.fits()) return compute_line<act>(plane, line_of(x, packed));
     pack_plane(packing_, x, packed);
     return compute_rows<act>(plane, packed);
+  }
+
+  const float* line_of(const float* x, float*) const { return x; }
+  const float* line_of(const BFloat16* x, float* line) const {
+    copy_row(x, a_.window.h * a_.window.w, line);
+    return line;
   }
 
   template <Act act>
   float compute_line(int64_t plane, const float* x) const {
     const int64_t pixels = a_.window.oh * a_.window.ow, c = plane % a_.c_in;
-    const float* weights = a_.weight + c * taps_;
-    float* y = a_.y + plane * pixels;
+    const float* weights = weights_.get() + c * taps_;
+    T* y = a_.y + plane * pixels;
     Vec squares = {};
     int64_t p = 0;
     for (; pixels - p > (span_vectors - 1) * lanes; p += span_vectors * lanes)
@@ -182,7 +211,8 @@ class Depthwise {
     Vec value = broadcast(a_.bias[plane % a_.c_in]);
     if (a_.act == Act::relu) value = activate<Act::relu>(value);
     if (a_.act == Act::relu6) value = activate<Act::relu6>(value);
-    float* y = a_.y + plane * pixels;
+    value = rounded<T>(value);
+    T* y = a_.y + plane * pixels;
     int64_t p = 0;
     for (; p + lanes <= pixels; p += lanes) store(y + p, value);
     store_first(y + p, value, pixels - p);
@@ -193,8 +223,8 @@ class Depthwise {
   float compute_rows(int64_t plane, const float* packed) const {
     const Window& w = a_.window;
     const int64_t c = plane % a_.c_in;
-    const float* weights = a_.weight + c * taps_;
-    float* y = a_.y + plane * w.oh * w.ow;
+    const float* weights = weights_.get() + c * taps_;
+    T* y = a_.y + plane * w.oh * w.ow;
     Vec squares = {};
     int64_t row = 0;
     for (; w.ow <= lanes && row + span_vectors <= w.oh; row += span_vectors)
@@ -205,8 +235,8 @@ class Depthwise {
   }
 
   template <Act act>
-  void run_span(int64_t c, const float* in, int64_t pixels, float* y, Vec& squares) const {
-    const float* weights = a_.weight + c * taps_;
+  void run_span(int64_t c, const float* in, int64_t pixels, T* y, Vec& squares) const {
+    const float* weights = weights_.get() + c * taps_;
     int64_t p = 0;
     for (; pixels - p > 2 * lanes; p += span_vectors * lanes)
       run_span_part<act, span_vectors>(in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p, squares);
@@ -214,10 +244,11 @@ class Depthwise {
       run_span_part<act, 1>(in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p, squares);
   }
 
-  const ConvArgs& a_;
+  const ConvArgs<T>& a_;
   const Runner& runner_;
   const Packing packing_;
   const int64_t taps_;
+  const Floats<T> weights_;
   const TapMasks masks_;
   Buffer<int64_t> offsets_;
   const Kept kept_;

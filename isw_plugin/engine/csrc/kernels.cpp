@@ -13,14 +13,21 @@ bool is_pointwise(const isw::Window& w) {
   return w.kh == 1 && w.kw == 1 && w.ph == 0 && w.pw == 0 && w.oh * w.ow >= 16;
 }
 
-void conv(const isw::ConvArgs& args, const isw::Runner& runner) {
-  if (is_pointwise(args.window)) return isw::Pointwise(args, runner).run();
-  isw::DirectConv(args, runner).run();
+template <typename T>
+void conv(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
+  if (is_pointwise(args.window)) return isw::Pointwise<T>(args, runner).run();
+  isw::DirectConv<T>(args, runner).run();
 }
 
-void depthwise(const isw::ConvArgs& args, const isw::Runner& runner) { isw::Depthwise(args, runner).run(); }
+template <typename T>
+void depthwise(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
+  isw::Depthwise<T>(args, runner).run();
+}
 
-constexpr isw::Kernels kernels = {conv, depthwise, isw::max_pool, isw::sum_squares, isw::keep_mask};
+template <typename T>
+constexpr isw::KernelsFor<T> kernels_for = {conv<T>, depthwise<T>, isw::max_pool<T>, isw::sum_squares<T>};
+
+constexpr isw::Kernels kernels = {kernels_for<float>, kernels_for<isw::BFloat16>, isw::keep_mask};
 
 }  // namespace
 

@@ -30,11 +30,53 @@ void run_tasks(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int6
 
 isw::Runner runner() { return {std::max(1, at::get_num_threads()), run_tasks}; }
 
-Tensor checked(const Tensor& t, int64_t dim, const char* name) {
-  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.dim() == dim, name,
-                    ": expected a float32 CPU tensor with ", dim, " dimensions, got ", t.scalar_type(), " on ",
-                    t.device(), " with shape ", t.sizes());
+Tensor checked(const Tensor& t, int64_t dim, const char* name, at::ScalarType type = at::kFloat) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == type && t.dim() == dim, name, ": expected a ", type,
+                    " CPU tensor with ", dim, " dimensions, got ", t.scalar_type(), " on ", t.device(), " with shape ",
+                    t.sizes());
   return t.contiguous();
+}
+
+Tensor checked_map(const Tensor& t) {
+  return checked(t, 4, "x", t.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
+}
+
+// In float: kernels start their sums from it.
+Tensor checked_bias(const Tensor& bias, const Tensor& x) {
+  const bool narrow = x.scalar_type() == at::kBFloat16 && bias.scalar_type() == at::kBFloat16;
+  return checked(narrow ? bias.to(at::kFloat) : bias, 1, "bias");
+}
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
+}
+template <typename T>
+T* data_of_new(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// body(a T), T being how the map is kept.
+template <typename Body>
+void with_type_of(const Tensor& x, Body body) {
+  if (x.scalar_type() == at::kBFloat16) return body(isw::BFloat16());
+  body(float());
+}
+template <typename T>
+const isw::KernelsFor<T>& kernels_for() {
+  return *kernels.load();
+}
+
+template <typename T>
+isw::ConvArgs<T> args_of(const isw::ConvShape& shape, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                         const Tensor& residual, const Tensor& y, const Tensor& squares) {
+  return {shape,
+          data<T>(x),
+          data<T>(weight),
+          data<float>(bias),
+          data<T>(residual),
+          data_of_new<T>(y),
+          data_of_new<float>(squares)};
 }
 
 isw::Act act_of(std::string_view name) {
@@ -89,9 +131,10 @@ std::tuple<Tensor, Tensor> conv2d(const Tensor& x_, const Tensor& weight_, const
                                   IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
                                   double beta, const MaybeTensor& residual_, const MaybeTensor& residual_gate_,
                                   double residual_alpha, double residual_beta) {
-  const Tensor x = checked(x_, 4, "x"), weight = checked(weight_, 5, "weight"), bias = checked(bias_, 1, "bias");
+  const Tensor x = checked_map(x_), weight = checked(weight_, 5, "weight", x.scalar_type());
+  const Tensor bias = checked_bias(bias_, x);
   const Tensor gate = checked_gate(gate_), residual_gate = checked_gate(residual_gate_);
-  isw::ConvArgs args{};
+  isw::ConvShape args{};
   args.window = window_of(x, weight.sizes().slice(2, 2), stride, padding);
   args.n = x.size(0);
   args.c_in = x.size(1);
@@ -102,30 +145,27 @@ std::tuple<Tensor, Tensor> conv2d(const Tensor& x_, const Tensor& weight_, const
                     " output channels; pack it with pack_weight");
   args.slots = isw::slots_of(args.window.oh, args.window.ow);
   Tensor y = at::empty({args.n, args.c_out, args.window.oh, args.window.ow}, x.options());
-  Tensor squares = at::empty({args.n, args.slots, args.c_out}, x.options());
-  const Tensor residual = residual_ ? checked(*residual_, 4, "residual") : Tensor();
+  Tensor squares = at::empty({args.n, args.slots, args.c_out}, x.options().dtype(at::kFloat));
+  const Tensor residual = residual_ ? checked(*residual_, 4, "residual", x.scalar_type()) : Tensor();
   TORCH_CHECK_VALUE(!residual.defined() || residual.sizes() == y.sizes(), "residual: expected shape ", y.sizes(),
                     ", got ", residual_->sizes());
   args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
   args.residual_gate = gate_of(residual_gate, residual_alpha, residual_beta, args.n, args.c_out);
   args.act = act_of(act);
   if (y.numel() == 0) return {y, squares};
-  args.x = x.const_data_ptr<float>();
-  args.weight = weight.const_data_ptr<float>();
-  args.bias = bias.const_data_ptr<float>();
-  args.residual = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
-  args.y = y.mutable_data_ptr<float>();
-  args.squares = squares.mutable_data_ptr<float>();
-  kernels.load()->conv(args, runner());
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    kernels_for<T>().conv(args_of<T>(args, x, weight, bias, residual, y, squares), runner());
+  });
   return {y, squares};
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
                                             IntArrayRef stride, IntArrayRef padding, std::string_view act,
                                             const MaybeTensor& gate_, double alpha, double beta) {
-  const Tensor x = checked(x_, 4, "x"), weight = checked(weight_, 4, "weight"), bias = checked(bias_, 1, "bias");
-  const Tensor gate = checked_gate(gate_);
-  isw::ConvArgs args{};
+  const Tensor x = checked_map(x_), weight = checked(weight_, 4, "weight", x.scalar_type());
+  const Tensor bias = checked_bias(bias_, x), gate = checked_gate(gate_);
+  isw::ConvShape args{};
   args.window = window_of(x, weight.sizes().slice(2, 2), stride, padding);
   args.n = x.size(0);
   args.c_in = args.c_out = x.size(1);
@@ -135,34 +175,37 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
   args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
   args.act = act_of(act);
   Tensor y = at::empty({args.n, args.c_out, args.window.oh, args.window.ow}, x.options());
-  Tensor squares = at::empty({args.n, 1, args.c_out}, x.options());
+  Tensor squares = at::empty({args.n, 1, args.c_out}, x.options().dtype(at::kFloat));
   if (y.numel() == 0) return {y, squares};
-  args.x = x.const_data_ptr<float>();
-  args.weight = weight.const_data_ptr<float>();
-  args.bias = bias.const_data_ptr<float>();
-  args.y = y.mutable_data_ptr<float>();
-  args.squares = squares.mutable_data_ptr<float>();
-  kernels.load()->depthwise(args, runner());
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    kernels_for<T>().depthwise(args_of<T>(args, x, weight, bias, Tensor(), y, squares), runner());
+  });
   return {y, squares};
 }
 
 Tensor max_pool2d(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
-  const Tensor x = checked(x_, 4, "x");
+  const Tensor x = checked_map(x_);
   const isw::Window w = window_of(x, kernel, stride, padding);
   TORCH_CHECK_VALUE(2 * w.ph <= w.kh && 2 * w.pw <= w.kw, "padding ", padding, " is more than half the kernel ", kernel);
   Tensor y = at::empty({x.size(0), x.size(1), w.oh, w.ow}, x.options());
   if (y.numel() == 0) return y;
-  const isw::PoolArgs args{x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.size(0) * x.size(1), w};
-  kernels.load()->max_pool(args, runner());
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    kernels_for<T>().max_pool({data<T>(x), data_of_new<T>(y), x.size(0) * x.size(1), w}, runner());
+  });
   return y;
 }
 
 Tensor sum_squares(const Tensor& x_) {
-  const Tensor x = checked(x_, 4, "x");
-  Tensor squares = at::empty({x.size(0), 1, x.size(1)}, x.options());
+  const Tensor x = checked_map(x_);
+  Tensor squares = at::empty({x.size(0), 1, x.size(1)}, x.options().dtype(at::kFloat));
   if (squares.numel() == 0) return squares;
-  kernels.load()->sum_squares(x.const_data_ptr<float>(), squares.mutable_data_ptr<float>(), squares.numel(),
-                              x.size(2) * x.size(3), runner());
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    kernels_for<T>().sum_squares(data<T>(x), data_of_new<float>(squares), squares.numel(), x.size(2) * x.size(3),
+                                 runner());
+  });
   return squares;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "api.h"
+#include "element.h"
 #include "vec.h"
 
 namespace isw {
@@ -39,11 +40,12 @@ struct Packing {
 };
 
 // out[i] = in[2 * i]
-ISW_INLINE void copy_even(const float* in, int64_t begin, int64_t end, float* out) {
+template <typename T>
+ISW_INLINE void copy_even(const T* in, int64_t begin, int64_t end, float* out) {
   int64_t i = begin;
   for (; i + lanes < end; i += lanes)  // the last odd column may lie beyond the map
     store(out + i, even_lanes(load(in + 2 * i), load(in + 2 * i + lanes), std::make_integer_sequence<int, lanes>()));
-  for (; i < end; ++i) out[i] = in[2 * i];
+  for (; i < end; ++i) out[i] = widen(in[2 * i]);
 }
 
 // Columns phase, phase + sw, ... of padded rows, and which of them lie in the map.
@@ -56,19 +58,21 @@ struct Columns {
   int64_t shift, stride, begin, end;
 };
 
-ISW_INLINE void pack_row(const Columns& columns, int64_t pitch, const float* row, float* out) {
+template <typename T>
+ISW_INLINE void pack_row(const Columns& columns, int64_t pitch, const T* row, float* out) {
   std::fill(out, out + columns.begin, 0.0f);
-  const float* in = row + columns.shift;
+  const T* in = row + columns.shift;
   if (columns.stride == 1)
-    std::copy(in + columns.begin, in + columns.end, out + columns.begin);
+    copy_row(in + columns.begin, columns.end - columns.begin, out + columns.begin);
   else if (columns.stride == 2)
     copy_even(in, columns.begin, columns.end, out);
   else
-    for (int64_t i = columns.begin; i < columns.end; ++i) out[i] = in[i * columns.stride];
+    for (int64_t i = columns.begin; i < columns.end; ++i) out[i] = widen(in[i * columns.stride]);
   std::fill(out + columns.end, out + pitch, 0.0f);
 }
 
-static void pack_plane(const Packing& p, const float* x, float* out) {
+template <typename T>
+static void pack_plane(const Packing& p, const T* x, float* out) {
   const Window& w = p.window;
   for (int64_t py = 0; py < p.phases_y; ++py)
     for (int64_t px = 0; px < p.phases_x; ++px) {

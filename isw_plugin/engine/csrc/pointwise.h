@@ -3,6 +3,7 @@
 #pragma once
 #include "api.h"
 #include "decide.h"
+#include "element.h"
 #include "epilogue.h"
 #include "vec.h"
 #include "workspace.h"
@@ -18,15 +19,16 @@ constexpr int64_t panel_channels = 128;  // times strip_pixels: 24 KB with AVX-5
 constexpr int64_t panel_strips = 8;
 static_assert(block % strip_channels == 0, "a block is whole strips");
 
+template <typename T>
 struct Strip {
   const float* input;  // [count][vectors * lanes]
-  const float* weights;  // first output channel in its block
+  const float* weights;  // first output channel in its block; widened ones lie as [count][strip_channels]
   const float* bias;
   const int32_t* channels;  // count kept input channels
   int64_t count, outputs, pixels;
   bool first, last;  // part of the input channels: start from the bias, finish the outputs
   float* sums;  // between parts, [strip_channels][vectors * lanes]
-  Output out;
+  Output<T> out;
 };
 
 template <int vectors>
@@ -42,8 +44,19 @@ ISW_INLINE void add_channel(const float* in, const float* weights, Vec (&sum)[st
   }
 }
 
-template <int vectors>
-ISW_INLINE void start(const Strip& s, Vec (&sum)[strip_channels][vectors]) {
+ISW_INLINE const float* weights_of(const Strip<float>& s, int64_t k) { return s.weights + s.channels[k] * block; }
+ISW_INLINE const float* weights_of(const Strip<BFloat16>& s, int64_t k) { return s.weights + k * strip_channels; }
+
+// Once for all strips of a panel: a broadcast cannot widen on the way.
+static void widen_weights(const BFloat16* weights, const int32_t* channels, int64_t count, float* out) {
+  for (int64_t k = 0; k < count; ++k, out += strip_channels) {
+    __builtin_prefetch(weights + channels[k + 8] * block);
+    for (int c = 0; c < strip_channels; ++c) out[c] = widen(weights[channels[k] * block + c]);
+  }
+}
+
+template <int vectors, typename T>
+ISW_INLINE void start(const Strip<T>& s, Vec (&sum)[strip_channels][vectors]) {
   ISW_UNROLL
   for (int c = 0; c < strip_channels; ++c)
     ISW_UNROLL
@@ -51,25 +64,25 @@ ISW_INLINE void start(const Strip& s, Vec (&sum)[strip_channels][vectors]) {
       sum[c][v] = s.first ? broadcast(c < s.outputs ? s.bias[c] : 0) : load(s.sums + (c * vectors + v) * lanes);
 }
 
-template <int vectors>
-ISW_INLINE void multiply(const Strip& s, Vec (&sum)[strip_channels][vectors]) {
+template <int vectors, typename T>
+ISW_INLINE void multiply(const Strip<T>& s, Vec (&sum)[strip_channels][vectors]) {
   const float* in = s.input;
   int64_t k = 0;
   for (; k + 4 <= s.count; k += 4) {
     ISW_UNROLL
     for (int i = 0; i < 4; ++i, in += vectors * lanes) {
       asm volatile("" ::: "memory");
-      __builtin_prefetch(s.weights + s.channels[k + i + 8] * block);
-      add_channel(in, s.weights + s.channels[k + i] * block, sum);
+      if constexpr (std::is_same_v<T, float>) __builtin_prefetch(s.weights + s.channels[k + i + 8] * block);
+      add_channel(in, weights_of(s, k + i), sum);
     }
   }
-  for (; k < s.count; ++k, in += vectors * lanes) add_channel(in, s.weights + s.channels[k] * block, sum);
+  for (; k < s.count; ++k, in += vectors * lanes) add_channel(in, weights_of(s, k), sum);
 }
 
-template <Act act, int vectors>
-ISW_INLINE void finish_strip(const Strip& s, int c, Vec (&sum)[vectors]) {
-  const Output& out = s.out;
-  const float* residual = out.residual && out.residual_keep[c] ? out.residual + c * out.plane : nullptr;
+template <Act act, int vectors, typename T>
+ISW_INLINE void finish_strip(const Strip<T>& s, int c, Vec (&sum)[vectors]) {
+  const Output<T>& out = s.out;
+  const T* residual = out.residual && out.residual_keep[c] ? out.residual + c * out.plane : nullptr;
   float* squares = out.squares + c * lanes;
   Vec total = load(squares);
   ISW_UNROLL
@@ -77,15 +90,15 @@ ISW_INLINE void finish_strip(const Strip& s, int c, Vec (&sum)[vectors]) {
     const int64_t pixels = v < vectors - 1 ? lanes : s.pixels - v * lanes;
     Vec value = only_first(sum[v], pixels);
     if (residual) value += load_first(residual + v * lanes, pixels);
-    value = activate<act>(value);
+    value = rounded<T>(activate<act>(value));
     store_first(out.y + c * out.plane + v * lanes, value, pixels);
     total += value * value;
   }
   store(squares, total);
 }
 
-template <Act act, int vectors>
-static void run_strip(const Strip& s) {
+template <Act act, int vectors, typename T>
+static void run_strip(const Strip<T>& s) {
   for (int64_t c = 0; s.last && c < s.outputs; ++c)
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(s.out.y + c * s.out.plane + v * lanes, 1);
   Vec sum[strip_channels][vectors];
@@ -100,26 +113,27 @@ static void run_strip(const Strip& s) {
   }
 }
 
-template <Act act>
-static void run_strip(const Strip& s, int64_t vectors) {
+template <Act act, typename T>
+static void run_strip(const Strip<T>& s, int64_t vectors) {
   if (vectors == 3) return run_strip<act, 3>(s);
   if (vectors == 2) return run_strip<act, 2>(s);
   run_strip<act, 1>(s);
 }
 
-static void run_strip(Act act, const Strip& s, int64_t vectors) {
+template <typename T>
+static void run_strip(Act act, const Strip<T>& s, int64_t vectors) {
   if (act == Act::relu) return run_strip<Act::relu>(s, vectors);
   if (act == Act::relu6) return run_strip<Act::relu6>(s, vectors);
   run_strip<Act::none>(s, vectors);
 }
 
-template <int vectors>
-static void pack_pixels(const float* x, int64_t plane, const int32_t* channels, int64_t count, int64_t pixels,
+template <int vectors, typename T>
+static void pack_pixels(const T* x, int64_t plane, const int32_t* channels, int64_t count, int64_t pixels,
                         float* out) {
   const int64_t rest = pixels - (vectors - 1) * lanes;
   for (int64_t k = 0; k < count; ++k, out += vectors * lanes) {
-    const float* in = x + channels[k] * plane;
-    const float* later = x + channels[k + 8] * plane;
+    const T* in = x + channels[k] * plane;
+    const T* later = x + channels[k + 8] * plane;
     ISW_UNROLL
     for (int v = 0; v < vectors; ++v) {
       __builtin_prefetch(later + v * lanes);
@@ -128,21 +142,23 @@ static void pack_pixels(const float* x, int64_t plane, const int32_t* channels, 
   }
 }
 
-static void pack_strided(const Window& w, const float* x, const int32_t* channels, int64_t count, int64_t first,
+template <typename T>
+static void pack_strided(const Window& w, const T* x, const int32_t* channels, int64_t count, int64_t first,
                          int64_t pixels, float* out) {
   for (int64_t k = 0; k < count; ++k) {
-    const float* in = x + channels[k] * w.h * w.w;
+    const T* in = x + channels[k] * w.h * w.w;
     for (int64_t i = 0, y = first / w.ow, column = first % w.ow; i < pixels; ++i) {
-      *out++ = in[y * w.sh * w.w + column * w.sw];
+      *out++ = widen(in[y * w.sh * w.w + column * w.sw]);
       if (++column == w.ow) column = 0, ++y;
     }
     for (int64_t i = pixels; i % lanes; ++i) *out++ = 0;
   }
 }
 
+template <typename T>
 class Pointwise {
  public:
-  Pointwise(const ConvArgs& args, const Runner& runner)
+  Pointwise(const ConvArgs<T>& args, const Runner& runner)
       : a_(args),
         runner_(runner),
         parts_(parts_per_slot()),
@@ -150,6 +166,7 @@ class Pointwise {
         kept_(args.gate, args.n, args.c_in, runner),
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
         packed_(runner.workers * packed_size),
+        widened_(std::is_same_v<T, float> ? 0 : runner.workers * widened_size),
         sums_(runner.workers * sums_size()),
         squares_(runner.workers * squares_size()) {}
 
@@ -175,6 +192,7 @@ class Pointwise {
     int64_t pixel[panel_strips + 1];  // where strips begin, and the last ends
   };
   static constexpr int64_t packed_size = panel_channels * strip_pixels;
+  static constexpr int64_t widened_size = panel_channels * strip_channels;
 
   int64_t pixels() const { return a_.window.oh * a_.window.ow; }
   int64_t sums_size() const { return a_.c_in > panel_channels ? part_channels_ * strip_pixels : 0; }
@@ -225,9 +243,11 @@ class Pointwise {
     float* packed = packed_.get() + task.worker * packed_size;
     const int64_t count = panel.end - panel.begin;
     for (int64_t i = 0; i < panel.strips; ++i) pack_strip(task, panel, i, packed + i * count * strip_pixels);
-    for (int64_t c = 0; c < task.channels; c += strip_channels)
+    for (int64_t c = 0; c < task.channels; c += strip_channels) {
+      const float* weights = weights_at(task, panel, task.channel + c);
       for (int64_t i = 0; i < panel.strips; ++i) {
-        Strip strip = strip_of(task, task.channel + c, panel.pixel[i]);
+        Strip<T> strip = strip_of(task, task.channel + c, panel.pixel[i]);
+        strip.weights = weights;
         strip.input = packed + i * count * strip_pixels;
         strip.channels = kept_.channels(task.n) + panel.begin;
         strip.count = count;
@@ -237,13 +257,25 @@ class Pointwise {
         strip.pixels = panel.pixel[i + 1] - panel.pixel[i];
         run_strip(a_.act, strip, ceil_div(strip.pixels, lanes));
       }
+    }
+  }
+
+  const float* weights_at(const Task& task, const Panel& panel, int64_t channel) const {
+    const T* weights = a_.weight + channel / block * block * a_.c_in + channel % block;
+    if constexpr (std::is_same_v<T, float>) {
+      return weights;
+    } else {
+      float* widened = widened_.get() + task.worker * widened_size;
+      widen_weights(weights, kept_.channels(task.n) + panel.begin, panel.end - panel.begin, widened);
+      return widened;
+    }
   }
 
   void pack_strip(const Task& task, const Panel& panel, int64_t i, float* out) const {
     const Window& w = a_.window;
     const int32_t* channels = kept_.channels(task.n) + panel.begin;
     const int64_t count = panel.end - panel.begin, first = panel.pixel[i], pixels = panel.pixel[i + 1] - first;
-    const float* x = a_.x + task.n * a_.c_in * w.h * w.w;
+    const T* x = a_.x + task.n * a_.c_in * w.h * w.w;
     const int64_t vectors = ceil_div(pixels, lanes);
     if (w.sh > 1 || w.sw > 1) return pack_strided(w, x, channels, count, first, pixels, out);
     if (vectors == 3) return pack_pixels<3>(x + first, w.h * w.w, channels, count, pixels, out);
@@ -251,10 +283,9 @@ class Pointwise {
     pack_pixels<1>(x + first, w.h * w.w, channels, count, pixels, out);
   }
 
-  Strip strip_of(const Task& task, int64_t channel, int64_t pixel) const {
+  Strip<T> strip_of(const Task& task, int64_t channel, int64_t pixel) const {
     const int64_t plane = task.n * a_.c_out + channel;
-    Strip strip;
-    strip.weights = a_.weight + channel / block * block * a_.c_in + channel % block;
+    Strip<T> strip;
     strip.bias = a_.bias + channel;
     strip.sums = sums_.get() + task.worker * sums_size() + (channel - task.channel) * strip_pixels;
     strip.out.y = a_.y + plane * pixels() + pixel;
@@ -265,12 +296,12 @@ class Pointwise {
     return strip;
   }
 
-  const ConvArgs& a_;
+  const ConvArgs<T>& a_;
   const Runner& runner_;
   const int64_t parts_;  // of the output channels, so that few pixels still make tasks
   const int64_t part_channels_;
   const Kept kept_, residual_kept_;
-  Buffer<float> packed_, sums_, squares_;
+  Buffer<float> packed_, widened_, sums_, squares_;
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // registers, summed over kept input channels and taps.
 #pragma once
 #include "api.h"
+#include "element.h"
 #include "vec.h"
 
 namespace isw {
@@ -10,11 +11,12 @@ namespace {
 // Registers: pixels x 2 accumulators, 2 weights, 1 input.
 constexpr int max_pixels = lanes == 16 ? 14 : 6;
 
+template <typename T>
 struct Tile {
   const float* input;  // first pixel of the tile in the first packed plane
   int64_t plane, pitch;
-  const float* weights;  // first output channel of the tile in this block
-  int64_t weight_plane;  // floats from input channel to input channel
+  const T* weights;  // first output channel of the tile in this block
+  int64_t weight_plane;  // elements from input channel to input channel
   const int32_t* channels;  // kept input channels
   int64_t begin, end;  // part of that list
   const int64_t* taps;  // offsets into a plane
@@ -26,15 +28,16 @@ struct Tile {
   float* sums;  // [pixel][V * lanes]
 };
 
-ISW_INLINE void prefetch_weights(const Tile& t, int64_t k) {
+template <typename T>
+ISW_INLINE void prefetch_weights(const Tile<T>& t, int64_t k) {
   const int64_t next = k + (t.end - t.begin);
   if (next >= t.prefetch_end) return;
-  const float* line = t.weights + t.channels[next] * t.weight_plane;
-  for (int64_t i = t.prefetch_first; i < t.prefetch_last; ++i) __builtin_prefetch(line + 16 * i, 0, 2);
+  const T* line = t.weights + t.channels[next] * t.weight_plane;
+  for (int64_t i = t.prefetch_first; i < t.prefetch_last; ++i) __builtin_prefetch(line + line_size<T> * i, 0, 2);
 }
 
-template <int pixels, int V>
-ISW_INLINE void load_sums(const Tile& t, Vec (&sum)[pixels][V]) {
+template <int pixels, int V, typename T>
+ISW_INLINE void load_sums(const Tile<T>& t, Vec (&sum)[pixels][V]) {
   ISW_UNROLL
   for (int i = 0; i < pixels; ++i)
     ISW_UNROLL
@@ -50,8 +53,8 @@ ISW_INLINE void store_sums(float* sums, const Vec (&sum)[pixels][V]) {
 }
 
 // One tap: every pixel of the tile times the tap's weights.
-template <int rows, int columns, int V>
-ISW_INLINE void add_tap(const float* in, int64_t pitch, const float* weights, Vec (&sum)[rows * columns][V]) {
+template <int rows, int columns, int V, typename T>
+ISW_INLINE void add_tap(const float* in, int64_t pitch, const T* weights, Vec (&sum)[rows * columns][V]) {
   Vec weight[V];
   ISW_UNROLL
   for (int v = 0; v < V; ++v) weight[v] = load(weights + v * lanes);
@@ -63,15 +66,15 @@ ISW_INLINE void add_tap(const float* in, int64_t pitch, const float* weights, Ve
   }
 }
 
-template <int rows, int columns, int V>
-static void accumulate(const Tile& t) {
+template <typename T, int rows, int columns, int V>
+static void accumulate(const Tile<T>& t) {
   Vec sum[rows * columns][V];
   load_sums(t, sum);
   const int64_t taps = t.last_tap - t.first_tap;
   const int64_t* offsets = t.taps + t.first_tap;
   for (int64_t k = t.begin; k < t.end; ++k) {
     const float* plane = t.input + k * t.plane;
-    const float* weights = t.weights + t.channels[k] * t.weight_plane + t.first_tap * block;
+    const T* weights = t.weights + t.channels[k] * t.weight_plane + t.first_tap * block;
     prefetch_weights(t, k);
     int64_t tap = 0;
     for (; tap + 3 <= taps; tap += 3, weights += 3 * block) {
@@ -89,13 +92,13 @@ static void accumulate(const Tile& t) {
 
 // 3x3, stride 1, padding 1, tile as wide as the map: taps that fall on the border are left out at compile time
 // (100 of 144 remain on a 4x4 map, 16 of 36 on a 2x2 map).
-template <int rows, int columns, int V, bool top, bool bottom>
-static void accumulate_bordered(const Tile& t) {
+template <typename T, int rows, int columns, int V, bool top, bool bottom>
+static void accumulate_bordered(const Tile<T>& t) {
   Vec sum[rows * columns][V];
   load_sums(t, sum);
   for (int64_t k = t.begin; k < t.end; ++k) {
     const float* plane = t.input + k * t.plane;
-    const float* weights = t.weights + t.channels[k] * t.weight_plane;
+    const T* weights = t.weights + t.channels[k] * t.weight_plane;
     prefetch_weights(t, k);
     ISW_UNROLL
     for (int tap = 0; tap < 9; ++tap) {
@@ -118,50 +121,61 @@ static void accumulate_bordered(const Tile& t) {
   store_sums(t.sums, sum);
 }
 
-using Accumulate = void (*)(const Tile&);
+template <typename T>
+using Accumulate = void (*)(const Tile<T>&);
 
 // Shape of one tile; the kernel for V = 1 and V = 2.
+template <typename T>
 struct TileKernel {
   int64_t rows, columns;
-  Accumulate run[2];
+  Accumulate<T> run[2];
 };
 
-template <int rows, int columns>
-constexpr TileKernel plain() {
-  return {rows, columns, {accumulate<rows, columns, 1>, accumulate<rows, columns, 2>}};
+template <typename T, int rows, int columns>
+constexpr TileKernel<T> plain() {
+  return {rows, columns, {accumulate<T, rows, columns, 1>, accumulate<T, rows, columns, 2>}};
 }
 
-template <int rows, int columns, bool top, bool bottom>
-constexpr TileKernel bordered() {
-  return {rows, columns,
-          {accumulate_bordered<rows, columns, 1, top, bottom>, accumulate_bordered<rows, columns, 2, top, bottom>}};
+template <typename T, int rows, int columns, bool top, bool bottom>
+constexpr TileKernel<T> bordered() {
+  return {
+      rows,
+      columns,
+      {accumulate_bordered<T, rows, columns, 1, top, bottom>, accumulate_bordered<T, rows, columns, 2, top, bottom>}};
 }
 
 #if defined(__AVX512F__)
-constexpr TileKernel row_tiles[] = {plain<1, 1>(), plain<1, 2>(),  plain<1, 3>(),  plain<1, 4>(),  plain<1, 5>(),
-                                    plain<1, 6>(), plain<1, 7>(),  plain<1, 8>(),  plain<1, 9>(),  plain<1, 10>(),
-                                    plain<1, 11>(), plain<1, 12>(), plain<1, 13>(), plain<1, 14>()};
+template <typename T>
+constexpr TileKernel<T> row_tiles[] = {
+    plain<T, 1, 1>(), plain<T, 1, 2>(), plain<T, 1, 3>(),  plain<T, 1, 4>(),  plain<T, 1, 5>(),
+    plain<T, 1, 6>(), plain<T, 1, 7>(), plain<T, 1, 8>(),  plain<T, 1, 9>(),  plain<T, 1, 10>(),
+    plain<T, 1, 11>(), plain<T, 1, 12>(), plain<T, 1, 13>(), plain<T, 1, 14>()};
 // By map width, for maps narrower than half a tile.
-constexpr TileKernel narrow_tiles[] = {plain<8, 1>(), plain<4, 2>(), plain<4, 3>(), plain<3, 4>(),
-                                       plain<2, 5>(), plain<2, 6>(), plain<2, 7>()};
+template <typename T>
+constexpr TileKernel<T> narrow_tiles[] = {plain<T, 8, 1>(), plain<T, 4, 2>(), plain<T, 4, 3>(), plain<T, 3, 4>(),
+                                          plain<T, 2, 5>(), plain<T, 2, 6>(), plain<T, 2, 7>()};
 #else
-constexpr TileKernel row_tiles[] = {plain<1, 1>(), plain<1, 2>(), plain<1, 3>(),
-                                    plain<1, 4>(), plain<1, 5>(), plain<1, 6>()};
-constexpr TileKernel narrow_tiles[] = {plain<6, 1>(), plain<3, 2>(), plain<2, 3>()};
+template <typename T>
+constexpr TileKernel<T> row_tiles[] = {plain<T, 1, 1>(), plain<T, 1, 2>(), plain<T, 1, 3>(),
+                                       plain<T, 1, 4>(), plain<T, 1, 5>(), plain<T, 1, 6>()};
+template <typename T>
+constexpr TileKernel<T> narrow_tiles[] = {plain<T, 6, 1>(), plain<T, 3, 2>(), plain<T, 2, 3>()};
 #endif
-constexpr int64_t narrow_widths = sizeof(narrow_tiles) / sizeof(TileKernel);
+constexpr int64_t narrow_widths = sizeof(narrow_tiles<float>) / sizeof(TileKernel<float>);
 
 inline bool is_same_3x3(const Window& w) {
   return w.kh == 3 && w.kw == 3 && w.sh == 1 && w.sw == 1 && w.ph == 1 && w.pw == 1;
 }
 
 // A tile that leaves border taps out at compile time, or null.
-inline const TileKernel* bordered_tile(const Window& w, [[maybe_unused]] int64_t row, int64_t rows) {
-  static constexpr TileKernel map_2x2 = bordered<2, 2, true, true>();
+template <typename T>
+const TileKernel<T>* bordered_tile(const Window& w, [[maybe_unused]] int64_t row, int64_t rows) {
+  static constexpr TileKernel<T> map_2x2 = bordered<T, 2, 2, true, true>();
 #if defined(__AVX512F__)
-  static constexpr TileKernel top_2x4 = bordered<2, 4, true, false>(), bottom_2x4 = bordered<2, 4, false, true>();
-  static constexpr TileKernel row_8 = bordered<1, 8, false, false>(), two_7 = bordered<2, 7, false, false>();
-  static constexpr TileKernel top_8 = bordered<1, 8, true, false>(), bottom_8 = bordered<1, 8, false, true>();
+  static constexpr TileKernel<T> top_2x4 = bordered<T, 2, 4, true, false>();
+  static constexpr TileKernel<T> bottom_2x4 = bordered<T, 2, 4, false, true>();
+  static constexpr TileKernel<T> row_8 = bordered<T, 1, 8, false, false>(), two_7 = bordered<T, 2, 7, false, false>();
+  static constexpr TileKernel<T> top_8 = bordered<T, 1, 8, true, false>(), bottom_8 = bordered<T, 1, 8, false, true>();
 #endif
   if (!is_same_3x3(w)) return nullptr;
   if (w.ow == 2 && w.oh == 2 && rows == 2) return &map_2x2;
@@ -175,11 +189,12 @@ inline const TileKernel* bordered_tile(const Window& w, [[maybe_unused]] int64_t
 }
 
 // The tile for the outputs at (row, column) when `rows` rows are left.
-inline const TileKernel& tile_for(const Window& w, int64_t row, int64_t rows, int64_t column) {
-  if (const TileKernel* tile = bordered_tile(w, row, rows)) return *tile;
-  if (w.ow <= narrow_widths && narrow_tiles[w.ow - 1].rows <= rows) return narrow_tiles[w.ow - 1];
+template <typename T>
+const TileKernel<T>& tile_for(const Window& w, int64_t row, int64_t rows, int64_t column) {
+  if (const TileKernel<T>* tile = bordered_tile<T>(w, row, rows)) return *tile;
+  if (w.ow <= narrow_widths && narrow_tiles<T>[w.ow - 1].rows <= rows) return narrow_tiles<T>[w.ow - 1];
   const int64_t left = w.ow - column;
-  return row_tiles[ceil_div(left, ceil_div(left, max_pixels)) - 1];
+  return row_tiles<T>[ceil_div(left, ceil_div(left, max_pixels)) - 1];
 }
 
 }  // namespace
