@@ -34,7 +34,8 @@ def test_results_hold_every_row_with_its_provenance(finished: Path) -> None:
     assert [row["stage"] for row in rows[:3]] == ["dense", "slimmed", "finetuned"]
     assert [(row["alpha"], row["beta"]) for row in rows[3:5]] == [(0.5, 1.0), (0.7, 0.7)]
     assert {row["lambda"] for row in rows[2:]} == {0, 1e-6}
-    assert [row["execution"] for row in rows[:5]] == ["dense"] * 3 + ["masked"] * 2
+    assert [row["execution"] for row in rows[:3]] == ["dense"] * 3
+    assert {row["execution"] for row in rows[3:]} <= {"dense", "accelerated"}  # the clock chooses
     assert rows[1]["macs"] < rows[0]["macs"]
     for row in rows:
         assert row.keys() >= {"accuracy", "prune_ratio", "macs", "macs_saved", "ms_per_image"}
