@@ -1,0 +1,125 @@
+"""Both ways to run a layer against the layer itself."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from engine_nets import assert_close
+from torch import Tensor
+
+from isw_plugin.engine import cpu
+from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
+from isw_plugin.engine.layers import Layer, conv
+
+LAYERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {  # weight, window
+    "3x3": ((9, 5, 3, 3), {"padding": (1, 1)}),
+    "1x1": ((37, 5, 1, 1), {}),
+    "stride 2": ((9, 5, 3, 3), {"stride": (2, 2), "padding": (1, 1)}),
+    "1x5": ((9, 5, 1, 5), {"padding": (0, 2), "stride": (2, 1)}),
+    "depthwise": ((5, 1, 3, 3), {"padding": (1, 1), "groups": 5}),
+    "depthwise stride 2": ((5, 1, 5, 5), {"padding": (2, 2), "stride": (2, 2), "groups": 5}),
+    "dilated": ((9, 5, 3, 3), {"padding": (2, 2), "dilation": (2, 2)}),
+    "grouped": ((10, 1, 3, 3), {"groups": 5}),
+}
+SKIPPED = ("3x3", "1x1", "stride 2", "1x5", "depthwise", "depthwise stride 2")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(kind: str, act: str = "relu") -> Layer:
+    shape, window = LAYERS[kind]
+    settings = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | window
+    return Layer(normal(*shape, seed=1), normal(shape[0], seed=2), **settings, act=act)
+
+
+def reference(layer: Layer, x: Tensor, residual: Tensor | None, keep: Any, residual_keep: Any) -> Tensor:
+    window = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.act)
+    return conv(x, layer.weight, layer.bias, residual, keep, residual_keep, *window)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_dense_form(kind: str, act: str) -> None:
+    layer, x, keep = layer_of(kind, act), 3 * normal(3, 5, 8, 9), normal(3, 5, seed=3) > 0
+    dense = DenseConv(layer, x)
+    assert dense.reordered is not None
+    wanted = reference(layer, x, None, keep, None)
+    assert_close(dense(x, keep, None, None), wanted)
+    assert_close(dense(x, None, None, None), reference(layer, x, None, None, None))
+    residual, residual_keep = 3 * normal(*wanted.shape, seed=4), normal(*wanted.shape[:2], seed=5) > 0
+    for masked in (None, residual_keep):
+        assert_close(dense(x, keep, residual, masked), reference(layer, x, residual, keep, masked))
+    other = normal(2, 5, 11, 7)  # than the one that oneDNN ordered the weights for
+    assert_close(dense(other, None, None, None), reference(layer, other, None, None, None))
+    assert dense(x[:0], None, None, None).shape == (0, *wanted.shape[1:])
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_the_gated_form(kind: str, act: str) -> None:
+    layer, x, keep = layer_of(kind, act), 3 * normal(3, 5, 8, 9), normal(3, 5, seed=3) > 0
+    assert can_skip(layer)
+    gated = GatedConv(layer)
+    y, squares = gated(x, keep, 0.0, 0.0, None, None, 0.0, 0.0)
+    assert_close(y, reference(layer, x, None, keep, None))
+    assert_close(squares.sum(1), y.square().sum((2, 3)))
+    statistics = torch.ops.isw.sum_squares(x)
+    decided = torch.ops.isw.keep_mask(statistics, 0.0, 1.0)
+    assert not decided.all()
+    y, _ = gated(x, statistics, 0.0, 1.0, None, None, 0.0, 0.0)
+    assert_close(y, reference(layer, x, None, decided, None))
+
+
+@pytest.mark.parametrize("kind", ["3x3", "1x1", "stride 2", "1x5"])
+def test_the_gated_form_takes_a_residual_with_a_gate_of_its_own(kind: str) -> None:
+    layer, x, keep = layer_of(kind), normal(3, 5, 8, 9), normal(3, 5, seed=3) > 0
+    gated = GatedConv(layer)
+    residual = normal(*layer.dense(x).shape, seed=4)
+    residual_keep = normal(*residual.shape[:2], seed=5) > 0
+    for masked in (None, residual_keep):
+        y, _ = gated(x, keep, 0.0, 0.0, residual, masked, 0.0, 0.0)
+        assert_close(y, reference(layer, x, residual, keep, masked))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_has_a_kernel(kind: str) -> None:
+    assert can_skip(layer_of(kind)) == (kind in SKIPPED)
+
+
+def test_what_has_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of("3x3")
+    double = Layer(layer.weight.double(), layer.bias.double(), (1, 1), (1, 1), (1, 1), 1, "relu")
+    assert not can_skip(double)
+    x = normal(2, 5, 6, 6).double()
+    dense = DenseConv(double, x)
+    assert dense.reordered is None
+    assert_close(dense(x, None, None, None), double.dense(x))
+    monkeypatch.setattr(cpu, "load", lambda: False)
+    assert not can_skip(layer)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_of_the_dense_form_are_ordered_again(copied: Any) -> None:
+    x = normal(3, 5, 8, 9)
+    dense = DenseConv(layer_of("3x3"), x)
+    other = copied(dense)
+    assert other.reordered is not None
+    assert torch.equal(other(x, None, None, None), dense(x, None, None, None))
+    assert other.layer.weight.data_ptr() != dense.layer.weight.data_ptr()
+
+
+def test_an_empty_example_is_no_reason_to_fail() -> None:
+    layer, x = layer_of("3x3"), normal(3, 5, 8, 9)
+    dense = DenseConv(layer, x[:0])
+    assert dense.reordered is None
+    assert_close(dense(x, None, None, None), layer.dense(x))
+
+
+def test_weights_are_kept_once() -> None:
+    layer = layer_of("1x1")
+    assert sum(buffer.numel() for buffer in GatedConv(layer).buffers()) == 64 * 5 + 37  # whole blocks of 32
+    assert sum(buffer.numel() for buffer in GatedConv(layer_of("depthwise")).buffers()) == 5 * 9 + 5
