@@ -98,7 +98,7 @@ class DenseConv(nn.Module):
         if residual is None:
             y = run(x, self.reordered, layer.bias, *window, act, bounds, "")
         else:
-            after = ("relu", [], "") if act == "relu" else (None, [], "")  # it takes no other behind a sum
+            after: tuple[Any, ...] = ("relu", [], "") if act == "relu" else (None, [], "")  # it takes no other behind a sum
             y = run.binary(x, residual, self.reordered, layer.bias, *window, "add", 1.0, *after)
             y = y if act == "relu" else ACTS[layer.act](y)
         result: Tensor = y
