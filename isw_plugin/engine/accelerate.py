@@ -128,7 +128,7 @@ class Accelerated(nn.Module):
                 return self._masked(args, kwargs)
         with torch.no_grad():  # the engine's layers have no gradient, others' alone would be a wrong one
             given = plan.graph(*flat)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():  # is_compiling() is true while another thread exports
             record = self._record()
             if record is not None:
                 record.add(*plan.decided(given[plan.count :]))

@@ -89,7 +89,7 @@ class DenseConv(nn.Module):
         x = x if keep is None else mask(x, keep, 1)
         if residual is not None and residual_keep is not None:
             residual = mask(residual, residual_keep, 1)
-        if self.reordered is None or torch.compiler.is_compiling():  # a compiler fuses and reorders by itself
+        if self.reordered is None or _traced(x):  # a compiler fuses and reorders by itself
             return self.layer.dense(x, residual)
         layer = self.layer
         window = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
@@ -98,11 +98,17 @@ class DenseConv(nn.Module):
         if residual is None:
             y = run(x, self.reordered, layer.bias, *window, act, bounds, "")
         else:
-            after: tuple[Any, ...] = ("relu", [], "") if act == "relu" else (None, [], "")  # it takes no other behind a sum
+            # oneDNN takes no other activation behind a sum.
+            after: tuple[Any, ...] = ("relu", [], "") if act == "relu" else (None, [], "")
             y = run.binary(x, residual, self.reordered, layer.bias, *window, "add", 1.0, *after)
             y = y if act == "relu" else ACTS[layer.act](y)
         result: Tensor = y
         return result
+
+
+def _traced(x: Tensor) -> bool:
+    # is_compiling() is true in every thread while one exports; an export runs on a subclass of Tensor.
+    return torch.compiler.is_dynamo_compiling() or type(x) is not Tensor
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
