@@ -93,6 +93,17 @@ def test_conv_on_every_tile(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("size", [(9, 13), (28, 28), (4, 4), (2, 90)])
+def test_pooling_on_the_way_is_pooling_afterwards(size: tuple[int, int], keep: str) -> None:
+    x, weight, bias = half(3, 40, *size), pack_weight(half(53, 40, 3, 3, seed=1) / 20), normal(53)
+    arguments: Any = dict(padding=1, act="relu", gating=gating_of(keep, x))
+    y, squares = ops.pooled_conv2d(x, weight, bias, **arguments)
+    whole_map, whole_squares = ops.conv2d(x, weight, bias, **arguments)
+    assert torch.equal(y, ops.max_pool2d(whole_map, 2))  # the same sums in the same order
+    torch.testing.assert_close(squares.sum(1), whole_squares.sum(1))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("conv", ["3x3", "1x1"])
 def test_residual(conv: str, keep: str) -> None:
     residual = half(2, 21, 6, 7, seed=5)
@@ -256,6 +267,7 @@ def conv_sample(gate: Tensor | None) -> tuple[Any, ...]:
 
 SAMPLES: dict[str, Callable[[Tensor | None], tuple[Any, ...]]] = {
     "conv2d": conv_sample,
+    "pooled_conv2d": lambda gate: (*conv_sample(gate)[:9],),
     "depthwise_conv2d": lambda gate: (half(2, 5, 6, 6), half(5, 1, 3, 3), normal(5), *WINDOW, gate, 0.0, 1.0),
     "max_pool2d": lambda gate: (half(2, 5, 6, 6), [2, 2], [2, 2], [0, 0]),
     "sum_squares": lambda gate: (half(2, 5, 6, 6),),

@@ -109,9 +109,9 @@ def test_the_dense_graph_has_no_gates(channels_last: bool) -> None:
 
 
 class Pooled(nn.Module):
-    def __init__(self, pool: nn.Module) -> None:
+    def __init__(self, pool: nn.Module, kernel: int = 1) -> None:
         super().__init__()
-        self.c1, self.act, self.pool, self.c2 = nn.Conv2d(3, 8, 3), nn.ReLU(), pool, nn.Conv2d(8, 5, 1)
+        self.c1, self.act, self.pool, self.c2 = nn.Conv2d(3, 8, kernel), nn.ReLU(), pool, nn.Conv2d(8, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c2(self.pool(self.act(self.c1(x)))).mean((2, 3))
@@ -133,6 +133,55 @@ def test_max_pools_that_the_engine_has_are_its_own(pool: nn.Module, ours: bool) 
     graph, _ = simplified(net, images)
     lowered, _ = lower(graph, executions(graph, images), 1, ["c1"])
     assert (isw.max_pool2d.default in targets(lowered)) is ours
+    with torch.no_grad():
+        assert_close(lowered(images)[0], net(images))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dense", "pool", "within"),
+    [
+        (3, (), nn.MaxPool2d(2), True),
+        (3, (), nn.MaxPool2d((2, 2), 2), True),
+        (3, ("c1",), nn.MaxPool2d(2), False),
+        (1, (), nn.MaxPool2d(2), False),
+        (3, (), nn.MaxPool2d(2, 1), False),
+        (3, (), nn.MaxPool2d(3, 2), False),
+    ],
+)
+def test_a_layer_pools_what_nothing_else_reads(
+    kernel: int, dense: tuple[str, ...], pool: nn.Module, within: bool
+) -> None:
+    net = seeded(lambda: Pooled(pool, kernel))
+    images = images_for(net, side=9)
+    graph, pruner = simplified(net, images)
+    modules = executions(graph, images, dense)
+    lowered, _ = lower(graph, modules, 1, ["c1"])
+    assert (isw.max_pool2d.default not in targets(lowered)) is within
+    assert [module.pooled for module in lowered.modules() if isinstance(module, GatedConv)].count(True) == within
+    assert not any(module.pooled for module in modules.values() if isinstance(module, GatedConv))
+    with torch.no_grad():
+        wanted = net(images)
+        output, squares = lowered(images)
+    assert_close(output, wanted)
+    assert_close(squares.sum(1).sqrt(), pruner.norms["c1"])
+
+
+class ReadTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.act, self.c2, self.c3 = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.c1(x))
+        return self.c2(F.max_pool2d(x, 2)).mean((2, 3)) + self.c3(x).mean((2, 3))
+
+
+def test_a_map_that_others_read_is_not_pooled_within() -> None:
+    net = seeded(ReadTwice)
+    images = images_for(net, side=9)
+    graph, _ = simplified(net, images)
+    lowered, _ = lower(graph, executions(graph, images), 1, ["c1"])
+    assert targets(lowered).count(isw.max_pool2d.default) == 1
     with torch.no_grad():
         assert_close(lowered(images)[0], net(images))
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isw_plugin.engine import cpu, ops, reference
 from isw_plugin.engine.reference import Statistics, pack_weight
+from isw_plugin.errors import EngineInputError
 
 ACTS = ("none", "relu", "relu6")
 KEEPS = ("dense", "none", "one", "all", "random", "statistics")
@@ -99,6 +100,43 @@ def test_residual_carries_its_own_decision(conv: str, keep: str, act: str) -> No
     residual = normal(2, 21, 6, 6, seed=5) * normal(1, 21, 1, 1, seed=6)
     gating = gating_of(keep, residual)
     check_conv(2, 40, 21, (6, 6), CONVS[conv], "random", act=act, residual=residual, residual_gating=gating)
+
+
+POOLED = {  # map, conv
+    "3x3": ((9, 13), "3x3"),
+    "3x3 even": ((32, 32), "3x3"),
+    "3x3 in odd slots": ((28, 28), "3x3"),
+    "3x3 in many passes": ((57, 61), "3x3"),
+    "3x3 of one tile": ((2, 2), "3x3"),
+    "3x3 of some instances": ((4, 4), "3x3"),
+    "5x5": ((7, 40), "5x5"),
+    "7x7 stride 2": ((31, 33), "7x7 stride 2"),
+    "1x1": ((2, 90), "1x1"),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("case", POOLED)
+def test_pooling_on_the_way_is_pooling_afterwards(case: str, keep: str, act: str) -> None:
+    size, conv = POOLED[case]
+    kernel, stride, padding = CONVS[conv]
+    x = normal(3, 40, *size) * (0.2 + normal(1, 40, 1, 1, seed=3).abs())
+    weight, bias = pack_weight(normal(53, 40, kernel, kernel, seed=1) / (40 * kernel * kernel) ** 0.5), normal(53)
+    arguments: Any = dict(stride=stride, padding=padding, act=act, gating=gating_of(keep, x))
+    found = ops.pooled_conv2d(x, weight, bias, **arguments)
+    assert_close(found, reference.pooled_conv2d(x, weight, bias, **arguments))
+    y, squares = ops.conv2d(x, weight, bias, **arguments)
+    assert_close((found[0], found[1].sum(1)), (ops.max_pool2d(y, 2), squares.sum(1)))
+
+
+def test_a_map_too_small_to_pool() -> None:
+    with pytest.raises(EngineInputError, match="too small to pool"):
+        ops.pooled_conv2d(normal(1, 3, 1, 8), pack_weight(normal(4, 3, 3, 3)), normal(4), padding=1)
+    with pytest.raises(ValueError, match="too small to pool"):
+        torch.ops.isw.pooled_conv2d(
+            normal(1, 3, 1, 8), pack_weight(normal(4, 3, 3, 3)), normal(4), [1, 1], [1, 1], "none", None, 0.0, 0.0
+        )
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 40])
@@ -251,6 +289,8 @@ def test_nan_passes_through_every_activation(act: str) -> None:
         found, _ = ops.conv2d(x, weight, bias, padding=padding, act=act)
         wanted, _ = reference.conv2d(x, weight, bias, padding=padding, act=act)
         assert torch.equal(found.isnan(), wanted.isnan())
+        pooled, _ = ops.pooled_conv2d(x, weight, bias, padding=padding, act=act)
+        assert torch.equal(pooled.isnan(), reference.max_pool2d(wanted, 2).isnan())
 
 
 def test_layouts_other_than_contiguous_are_right() -> None:
@@ -269,6 +309,10 @@ SAMPLES = {
     "conv2d": lambda gate: (
         *(normal(2, 5, 6, 6), pack_weight(normal(7, 5, 3, 3)), normal(7), *WINDOW),
         *(gate, 0.0, 1.0, normal(2, 7, 6, 6), None, 0.0, 0.0),
+    ),
+    "pooled_conv2d": lambda gate: (
+        *(normal(2, 5, 7, 6), pack_weight(normal(7, 5, 3, 3)), normal(7), *WINDOW),
+        *(gate, 0.0, 1.0),
     ),
     "depthwise_conv2d": lambda gate: (normal(2, 5, 6, 6), normal(5, 1, 3, 3), normal(5), *WINDOW, gate, 0.0, 1.0),
     "max_pool2d": lambda gate: (normal(2, 5, 6, 6), [2, 2], [2, 2], [0, 0]),
@@ -293,7 +337,8 @@ def test_flops_are_two_per_multiply_add() -> None:
     with FlopCounterMode(display=False) as counter:
         ops.conv2d(normal(2, 5, 6, 6), pack_weight(normal(7, 5, 3, 3)), normal(7))
         ops.depthwise_conv2d(normal(2, 5, 6, 6), normal(5, 1, 3, 3), normal(5))
-    assert counter.get_total_flops() == 2 * (2 * 7 * 16 * 45) + 2 * (2 * 5 * 16 * 9)
+        ops.pooled_conv2d(normal(2, 5, 6, 7), pack_weight(normal(7, 5, 3, 3)), normal(7))
+    assert counter.get_total_flops() == 2 * (2 * 7 * 16 * 45) + 2 * (2 * 5 * 16 * 9) + 2 * (2 * 7 * 20 * 45)
 
 
 def test_compiles_into_one_graph() -> None:

@@ -31,6 +31,16 @@ def test_slots_depend_on_the_map_alone(height: int, width: int, slots: int) -> N
     assert row_slots(height, width) == slots
 
 
+def test_pooling_comes_after_the_statistics() -> None:
+    x, weight, bias = normal(2, 5, 28, 27), pack_weight(normal(6, 5, 3, 3)), normal(6)
+    y, squares = reference.conv2d(x, weight, bias, padding=1, act="relu")
+    pooled, sums = reference.pooled_conv2d(x, weight, bias, padding=1, act="relu")
+    assert torch.equal(pooled, F.max_pool2d(y, 2))
+    assert sums.shape == squares.shape == (2, 2, 6)
+    torch.testing.assert_close(sums.sum(1), y.square().sum((2, 3)))
+    torch.testing.assert_close(sums[:, 0], y[:, :, :14].square().sum((2, 3)))
+
+
 def test_conv_is_the_convolution_of_the_masked_map() -> None:
     x, weight, bias, residual = normal(2, 5, 7, 7), normal(9, 5, 3, 3), normal(9), normal(2, 9, 7, 7)
     keep, residual_keep = normal(2, 5) > 0, normal(2, 9) > 0

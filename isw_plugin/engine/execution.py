@@ -1,5 +1,6 @@
 """Ways to run one ``layers.conv``: the engine's kernel, which skips dropped channels, or oneDNN on all of them."""
 
+import copy
 from typing import Any
 
 import torch
@@ -44,6 +45,18 @@ class GatedConv(nn.Module):
         self.register_buffer("weight", layer.weight.contiguous() if self.depthwise else pack_weight(layer.weight))
         self.register_buffer("bias", layer.bias.float().contiguous())
         self.stride, self.padding, self.act = list(layer.stride), list(layer.padding), layer.act
+        self.pooled = False
+
+    @property
+    def can_pool(self) -> bool:
+        """Whether the kernel can pool what it makes: 1x1 and depthwise ones cannot."""
+        return not self.depthwise and tuple(self.weight.shape[2:4]) != (1, 1)
+
+    def with_pool(self) -> "GatedConv":
+        """The same layer, of the same weights, with 2x2 max-pooling behind it; takes no residual."""
+        pooled = copy.copy(self)
+        pooled.pooled = True
+        return pooled
 
     def forward(
         self,
@@ -56,9 +69,11 @@ class GatedConv(nn.Module):
         residual_alpha: float,
         residual_beta: float,
     ) -> tuple[Tensor, Tensor]:
-        """y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out)."""
+        """y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out), those from before a pool."""
         settings = (self.weight, self.bias, self.stride, self.padding, self.act, gate, alpha, beta)
-        if self.depthwise:
+        if self.pooled:
+            outputs = torch.ops.isw.pooled_conv2d.default(x, *settings)
+        elif self.depthwise:
             outputs = torch.ops.isw.depthwise_conv2d.default(x, *settings)
         else:
             others = (residual, residual_gate, residual_alpha, residual_beta)

@@ -78,14 +78,19 @@ class _Lowering:
         self.keeps: dict[fx.Node, fx.Node] = {}  # by decision
 
     def finish(self) -> fx.GraphModule:
-        for node in reversed(self.graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
-                self.graph.erase_node(node)  # nothing in it has a side effect
-            elif node.op == "get_attr":
+        self.sweep()
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
                 tensor = _attribute(self.source, node.target)
                 node.target = f"constant_{len(self.root._buffers)}"
                 self.root.register_buffer(node.target, tensor)
         return fx.GraphModule(self.root, self.graph)
+
+    def sweep(self) -> None:
+        """Erase what nothing reads; no node has a side effect."""
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
 
     def _calls(self, target: object) -> list[Any]:  # of fx nodes, whose arguments have no narrower type
         return [node for node in self.graph.nodes if node.op == "call_function" and node.target is target]
@@ -120,18 +125,32 @@ class _Lowering:
         self.graph.erase_node(node)
 
     def replace_pools(self) -> None:
-        """Max-pooling by the engine's, which is the faster one on maps in NCHW order."""
+        """Max-pooling into the layer before it, or by the engine's, which is the faster one on maps in NCHW order."""
+        self.sweep()  # decisions that statistics replaced read the map no longer
         defaults: list[Any] = [[], [0, 0], [1, 1], False]
         for node in self._calls(_aten.max_pool2d.default):
             x, kernel, *window = list(node.args) + defaults[len(node.args) - 2 :]
             stride, padding, dilation, ceil = window
             if not _is_map(x) or list(dilation) != [1, 1] or ceil:
                 continue
-            with self.graph.inserting_before(node):
-                pool = self.graph.call_function(_isw.max_pool2d.default, (x, kernel, stride or kernel, padding))
-            pool.meta = dict(node.meta)
-            node.replace_all_uses_with(pool)
+            halves = list(kernel) == list(stride or kernel) == [2, 2] and list(padding) == [0, 0]
+            if halves and self._pool_within(x):
+                node.replace_all_uses_with(x)
+            else:
+                with self.graph.inserting_before(node):
+                    pool = self.graph.call_function(_isw.max_pool2d.default, (x, kernel, stride or kernel, padding))
+                pool.meta = dict(node.meta)
+                node.replace_all_uses_with(pool)
             self.graph.erase_node(node)
+
+    def _pool_within(self, y: Any) -> bool:
+        """Whether the layer that makes the map now pools it: one of the engine's whose map nothing else reads."""
+        call = y.args[0] if y.target is operator.getitem else None
+        module = getattr(self.root, str(call.target), None) if call is not None else None
+        if not isinstance(module, GatedConv) or not module.can_pool or len(y.users) > 1 or call.args[4] is not None:
+            return False
+        self.root.add_module(call.target, module.with_pool())
+        return True
 
     # -- gates -------------------------------------------------------------------------------------
 

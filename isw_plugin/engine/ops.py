@@ -28,6 +28,7 @@ __all__ = [
     "linear",
     "max_pool2d",
     "pack_weight",
+    "pooled_conv2d",
     "sum_squares",
     "unpack_weight",
 ]
@@ -109,6 +110,28 @@ def _fake_conv2d(
     return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
 
 
+def _plain_pooled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    act: str,
+    gate: Tensor | None,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    gating = _gating(gate, alpha, beta)
+    return reference.pooled_conv2d(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
+
+
+def _fake_pooled(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
+) -> tuple[Tensor, Tensor]:
+    y, squares = _fake_conv2d(x, weight, bias, stride, padding, act)
+    return torch.max_pool2d(y, 2), squares
+
+
 def _plain_depthwise(
     x: Tensor,
     weight: Tensor,
@@ -157,6 +180,12 @@ _define(
     _fake_conv2d,
 )
 _define(
+    "pooled_conv2d",
+    f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
+    _plain_pooled,
+    _fake_pooled,
+)
+_define(
     "depthwise_conv2d",
     f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
     _plain_depthwise,
@@ -176,6 +205,14 @@ _define("keep_mask", "(Tensor squares, float alpha, float beta) -> Tensor", refe
 def _conv_flops(x: Sequence[int], weight: Sequence[int], *args: object, out_shape: Any, **kwargs: object) -> int:
     """Two per multiply-add of the dense layer: which channels survive is not known from shapes."""
     positions: int = math.prod(out_shape[0])
+    return 2 * positions * math.prod(weight[1:4])
+
+
+@register_flop_formula(torch.ops.isw.pooled_conv2d)
+def _pooled_flops(
+    x: Sequence[int], weight: Sequence[int], bias: Sequence[int], stride: Any, padding: Any, *args: object, **rest: object
+) -> int:
+    positions = x[0] * bias[0] * math.prod(output_size(x[2:], weight[2:4], stride, padding))
     return 2 * positions * math.prod(weight[1:4])
 
 
@@ -207,6 +244,29 @@ def conv2d(
     y, squares = torch.ops.isw.conv2d(
         x, weight, bias, strides, paddings, act, *_flat(gating), residual, *_flat(residual_gating)
     )
+    return y, squares
+
+
+def pooled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """reference.pooled_conv2d."""
+    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_packed(weight, bias, x.shape[1], x)
+    check_window(x, weight.shape[2:4], strides, paddings)
+    check_act(act)
+    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
+    if min(output_size(x.shape[2:], weight.shape[2:4], strides, paddings)) < 2:
+        raise EngineInputError(f"x: the output of a map of {x.shape[2]}x{x.shape[3]} is too small to pool")
+    y, squares = torch.ops.isw.pooled_conv2d(x, weight, bias, strides, paddings, act, *_flat(gating))
     return y, squares
 
 

@@ -11,6 +11,7 @@ rounded map, so they are those that `sum_squares` finds in it.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "linear",
     "max_pool2d",
     "pack_weight",
+    "pooled_conv2d",
     "row_slots",
     "sum_squares",
     "unpack_weight",
@@ -88,11 +90,12 @@ def row_slots(height: int, width: int) -> int:
     return slots
 
 
-def _sum_rows(y: Tensor) -> Tensor:
-    """Sums of squares of (N, C, H, W) over row_slots(H, W) groups of rows: (N, S, C)."""
+def _sum_rows(y: Tensor, unit: int = 1) -> Tensor:
+    """Sums of squares of (N, C, H, W) over row_slots(H, W) groups of rows, of ``unit`` rows and more: (N, S, C)."""
     height, slots = y.shape[2], row_slots(y.shape[2], y.shape[3])
     rows = y.float().square().sum(3)  # squares overflow float16
-    return torch.stack([rows[:, :, height * s // slots : height * (s + 1) // slots].sum(2) for s in range(slots)], 1)
+    bounds = [height // unit * s // slots * unit for s in range(slots)] + [height]
+    return torch.stack([rows[:, :, a:b].sum(2) for a, b in pairwise(bounds)], 1)
 
 
 def as_pixels(x: Tensor) -> Tensor:
@@ -147,6 +150,25 @@ def conv2d(
         y = y + _drop(residual, residual_gating)
     y = ACTS[act](y).to(x.dtype)
     return y, _sum_rows(y)
+
+
+def pooled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """conv2d without a residual, then 2x2 max-pooling: the map between the two is never written.
+
+    Returns:
+        The pooled y (N, C_out, OH // 2, OW // 2) and the partial sums of squares (N, S, C_out) of the map between.
+    """
+    y, _ = conv2d(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
+    return max_pool2d(y, 2), _sum_rows(y, 2)
 
 
 def linear(

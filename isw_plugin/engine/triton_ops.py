@@ -16,7 +16,7 @@ from isw_plugin.engine.reference import BLOCK
 from isw_plugin.engine.tiles import output_size, padded_channels, pixel_slots
 from isw_plugin.errors import EngineInputError
 
-__all__ = ["conv2d", "depthwise_conv2d", "keep_mask", "sum_squares"]
+__all__ = ["conv2d", "depthwise_conv2d", "keep_mask", "pooled_conv2d", "sum_squares"]
 
 
 def _outputs(x: Tensor, channels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -99,6 +99,22 @@ def conv2d(
         x, weight.contiguous(), bias.contiguous(), stride, padding, act, survivors, residual, keep, y, squares
     ).run()
     return y, squares
+
+
+def pooled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str,
+    gate: Tensor | None,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """reference.pooled_conv2d, the map between written: no kernel pools on the way yet."""
+    y, squares = conv2d(x, weight, bias, stride, padding, act, gate, alpha, beta, None, None, 0.0, 0.0)
+    return torch.max_pool2d(y, 2), squares
 
 
 def depthwise_conv2d(

@@ -30,6 +30,7 @@ struct Window {
 
 struct ConvShape {
   int64_t n, c_in, c_out, slots;
+  bool pooled;  // y is the 2x2 max-pooled map; squares are of the map before
   Window window;
   Act act;
   Gate gate, residual_gate;

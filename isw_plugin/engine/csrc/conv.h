@@ -64,9 +64,19 @@ class DirectConv {
   };
   struct Pass {
     int64_t row, rows, pixels;
+    int64_t first, stored;  // part of an output plane
   };
 
   int64_t pixels() const { return a_.window.oh * a_.window.ow; }
+  int64_t unit() const { return a_.pooled ? 2 : 1; }  // rows and columns that make one of the output
+  int64_t plane() const { return a_.window.oh / unit() * (a_.window.ow / unit()); }
+  int64_t slot_row(int64_t slot) const {
+    return slot == a_.slots ? a_.window.oh : a_.window.oh / unit() * slot / a_.slots * unit();
+  }
+  Pass pass_of(int64_t row, int64_t rows) const {
+    const int64_t width = a_.window.ow / unit();
+    return {row, rows, rows * a_.window.ow, row / unit() * width, rows / unit() * width};
+  }
 
   int64_t instances_per_task() const {
     if (pixels() > small_map) return 1;
@@ -76,7 +86,7 @@ class DirectConv {
   int64_t rows_per_pass() const {
     if (pixels() <= small_map) return a_.window.oh;
     const int64_t target = a_.c_in <= step_ ? row_pixels : task_pixels;
-    return smaller(a_.window.oh, larger(1, target / a_.window.ow));
+    return smaller(a_.window.oh, larger(1, target / a_.window.ow / unit()) * unit());
   }
   int64_t sums_size() const { return batch_ * rows_ * a_.window.ow * block; }
   int64_t squares_size() const { return batch_ * 2 * lanes * lanes; }
@@ -124,16 +134,19 @@ class DirectConv {
   }
 
   void compute_task(const Task& task) {
-    const int64_t oh = a_.window.oh, last = oh * (task.slot + 1) / a_.slots;
+    const int64_t first = slot_row(task.slot), last = slot_row(task.slot + 1);
     float* squares = squares_.get() + task.worker * squares_size();
     std::fill(squares, squares + squares_size(), 0.0f);
-    for (int64_t row = oh * task.slot / a_.slots, begin = row; row < last; row += rows_) {
-      const int64_t rows = smaller(rows_, last - row);
-      compute_pass(task, {row, rows, rows * a_.window.ow}, row == begin);
-    }
+    for (int64_t row = first; row < last; row += rows_)
+      compute_pass(task, pass_of(row, smaller(rows_, last - row)), row == first);
     for (int64_t i = 0; i < task.count; ++i)
-      for (int64_t c = 0; c < task.channels; c += lanes)
-        reduce_squares(squares_of(task, i) + c * lanes, smaller(lanes, task.channels - c), slot_of(task, i) + c);
+      for (int64_t c = 0; c < task.channels; c += lanes) finish_squares(task, i, c);
+  }
+  void finish_squares(const Task& task, int64_t i, int64_t c) const {
+    const float* squares = squares_of(task, i) + c * lanes;
+    const int64_t channels = smaller(lanes, task.channels - c);
+    if (a_.pooled) return store_first(slot_of(task, i) + c, load(squares), channels);
+    reduce_squares(squares, channels, slot_of(task, i) + c);
   }
   float* squares_of(const Task& task, int64_t i) const {
     return squares_.get() + task.worker * squares_size() + i * 2 * lanes * lanes;
@@ -169,9 +182,9 @@ class DirectConv {
   // Stores that miss the cache would stall the epilogue.
   void prefetch_output(const Task& task, const Pass& pass) const {
     if (pass.pixels < 8 || task.count > 1) return;
-    const T* y = a_.y + (task.first * a_.c_out + task.channel) * pixels() + pass.row * a_.window.ow;
+    const T* y = a_.y + (task.first * a_.c_out + task.channel) * plane() + pass.first;
     for (int64_t c = 0; c < task.channels; ++c)
-      for (int64_t p = 0; p < pass.pixels; p += line_size<T>) __builtin_prefetch(y + c * pixels() + p, 1, 3);
+      for (int64_t p = 0; p < pass.stored; p += line_size<T>) __builtin_prefetch(y + c * plane() + p, 1, 3);
   }
 
   void add_step(const Task& task, const Pass& pass, int64_t i, int64_t begin, int64_t end, bool cold) {
@@ -212,17 +225,21 @@ class DirectConv {
   }
 
   void finish_pass(const Task& task, const Pass& pass, int64_t i) {
-    const int64_t n = task.first + i, offset = pass.row * a_.window.ow;
+    const int64_t n = task.first + i;
     for (int64_t c = 0; c < task.channels; c += lanes) {
       const int64_t channel = n * a_.c_out + task.channel + c;
       Output<T> out;
-      out.y = a_.y + channel * pixels() + offset;
-      out.plane = pixels();
+      out.y = a_.y + channel * plane() + pass.first;
+      out.plane = plane();
       out.channels = smaller(lanes, task.channels - c);
-      out.residual = a_.residual ? a_.residual + channel * pixels() + offset : nullptr;
+      out.residual = a_.residual ? a_.residual + channel * plane() + pass.first : nullptr;
       out.residual_keep = residual_kept_.keep() + channel;
       out.squares = squares_of(task, i) + c * lanes;
-      finish(a_.act, out, sums_of(task, pass, i) + c, task.width, pass.pixels);
+      const float* sums = sums_of(task, pass, i) + c;
+      if (a_.pooled)
+        finish_pooled(a_.act, out, sums, task.width, pass.rows, a_.window.ow);
+      else
+        finish(a_.act, out, sums, task.width, pass.pixels);
     }
   }
 

@@ -54,6 +54,61 @@ static void finish(Act act, const Output<T>& out, const float* sums, int64_t str
   finish_with<Act::none>(out, sums, stride, pixels);
 }
 
+// NaN wins, as in torch.
+ISW_INLINE Vec larger_or_nan(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+
+// The value of one pixel, channels on the lanes; its square is added to the total.
+template <Act act, typename T>
+ISW_INLINE Vec finished(const float* sums, Vec& total) {
+  const Vec value = rounded<T>(activate<act>(load(sums)));
+  total += value * value;
+  return value;
+}
+
+template <Act act, typename T>
+ISW_INLINE void pool_row(const Output<T>& out, const float* top, const float* bottom, int64_t stride, int64_t pairs,
+                         T* y, Vec (&total)[4]) {
+  Vec rows[lanes];
+  ISW_UNROLL
+  for (int i = 0; i < lanes; ++i) {
+    rows[i] = Vec{};
+    if (i >= pairs) continue;
+    const float *a = top + 2 * i * stride, *b = bottom + 2 * i * stride;
+    const Vec above = larger_or_nan(finished<act, T>(a, total[0]), finished<act, T>(a + stride, total[1]));
+    const Vec below = larger_or_nan(finished<act, T>(b, total[2]), finished<act, T>(b + stride, total[3]));
+    rows[i] = larger_or_nan(above, below);
+  }
+  transpose(rows);
+  ISW_UNROLL
+  for (int c = 0; c < lanes; ++c)
+    if (c < out.channels) store_first(y + c * out.plane, rows[c], pairs);
+}
+
+// Rows of a map -> 2x2 maxima, before the transpose; out.squares is [lanes], channels on the lanes. What a last odd
+// row or column holds counts for the squares alone.
+template <Act act, typename T>
+static void finish_pooled_with(const Output<T>& out, const float* sums, int64_t stride, int64_t rows, int64_t width) {
+  Vec total[4] = {};
+  const int64_t pitch = width * stride, pairs = width / 2;
+  T* y = out.y;
+  for (int64_t row = 0; row + 2 <= rows; row += 2, sums += 2 * pitch, y += pairs) {
+    for (int64_t x = 0; x < pairs; x += lanes)
+      pool_row<act>(out, sums + 2 * x * stride, sums + pitch + 2 * x * stride, stride, smaller(lanes, pairs - x),
+                    y + x, total);
+    for (int64_t i = 0; i < 2 && width % 2; ++i) finished<act, T>(sums + (i + 1) * pitch - stride, total[i]);
+  }
+  for (int64_t x = 0; x < width && rows % 2; ++x) finished<act, T>(sums + x * stride, total[x % 4]);
+  store(out.squares, load(out.squares) + ((total[0] + total[1]) + (total[2] + total[3])));
+}
+
+template <typename T>
+static void finish_pooled(Act act, const Output<T>& out, const float* sums, int64_t stride, int64_t rows,
+                          int64_t width) {
+  if (act == Act::relu) return finish_pooled_with<Act::relu>(out, sums, stride, rows, width);
+  if (act == Act::relu6) return finish_pooled_with<Act::relu6>(out, sums, stride, rows, width);
+  finish_pooled_with<Act::none>(out, sums, stride, rows, width);
+}
+
 // [lanes][lanes] partial squares -> one sum per channel.
 static void reduce_squares(const float* squares, int64_t channels, float* out) {
   Vec rows[lanes];

@@ -15,7 +15,7 @@ bool is_pointwise(const isw::Window& w) {
 
 template <typename T>
 void conv(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
-  if (is_pointwise(args.window)) return isw::Pointwise<T>(args, runner).run();
+  if (is_pointwise(args.window) && !args.pooled) return isw::Pointwise<T>(args, runner).run();
   isw::DirectConv<T>(args, runner).run();
 }
 

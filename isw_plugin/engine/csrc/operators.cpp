@@ -127,30 +127,38 @@ isw::Window window_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, I
   return w;
 }
 
-std::tuple<Tensor, Tensor> conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
-                                  IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
-                                  double beta, const MaybeTensor& residual_, const MaybeTensor& residual_gate_,
-                                  double residual_alpha, double residual_beta) {
+// The residual of a layer and its gate, or nothing.
+struct Residual {
+  MaybeTensor x, gate;
+  double alpha = 0, beta = 0;
+};
+
+std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
+                                    IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
+                                    double beta, const Residual& residual_, bool pooled) {
   const Tensor x = checked_map(x_), weight = checked(weight_, 5, "weight", x.scalar_type());
   const Tensor bias = checked_bias(bias_, x);
-  const Tensor gate = checked_gate(gate_), residual_gate = checked_gate(residual_gate_);
+  const Tensor gate = checked_gate(gate_), residual_gate = checked_gate(residual_.gate);
   isw::ConvShape args{};
   args.window = window_of(x, weight.sizes().slice(2, 2), stride, padding);
   args.n = x.size(0);
   args.c_in = x.size(1);
   args.c_out = bias.size(0);
+  args.pooled = pooled;
   TORCH_CHECK_VALUE(weight.size(0) == (args.c_out + isw::block - 1) / isw::block && weight.size(1) == args.c_in &&
                         weight.size(4) == isw::block,
                     "weight: packed shape ", weight.sizes(), " does not fit ", args.c_in, " input and ", args.c_out,
                     " output channels; pack it with pack_weight");
   args.slots = isw::slots_of(args.window.oh, args.window.ow);
-  Tensor y = at::empty({args.n, args.c_out, args.window.oh, args.window.ow}, x.options());
+  const int64_t unit = pooled ? 2 : 1, height = args.window.oh / unit, width = args.window.ow / unit;
+  TORCH_CHECK_VALUE(height > 0 && width > 0, "a map of ", args.window.oh, "x", args.window.ow, " is too small to pool");
+  Tensor y = at::empty({args.n, args.c_out, height, width}, x.options());
   Tensor squares = at::empty({args.n, args.slots, args.c_out}, x.options().dtype(at::kFloat));
-  const Tensor residual = residual_ ? checked(*residual_, 4, "residual", x.scalar_type()) : Tensor();
+  const Tensor residual = residual_.x ? checked(*residual_.x, 4, "residual", x.scalar_type()) : Tensor();
   TORCH_CHECK_VALUE(!residual.defined() || residual.sizes() == y.sizes(), "residual: expected shape ", y.sizes(),
-                    ", got ", residual_->sizes());
+                    ", got ", residual.sizes());
   args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
-  args.residual_gate = gate_of(residual_gate, residual_alpha, residual_beta, args.n, args.c_out);
+  args.residual_gate = gate_of(residual_gate, residual_.alpha, residual_.beta, args.n, args.c_out);
   args.act = act_of(act);
   if (y.numel() == 0) return {y, squares};
   with_type_of(x, [&](auto zero) {
@@ -158,6 +166,20 @@ std::tuple<Tensor, Tensor> conv2d(const Tensor& x_, const Tensor& weight_, const
     kernels_for<T>().conv(args_of<T>(args, x, weight, bias, residual, y, squares), runner());
   });
   return {y, squares};
+}
+
+std::tuple<Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
+                                  IntArrayRef padding, std::string_view act, const MaybeTensor& gate, double alpha,
+                                  double beta, const MaybeTensor& residual, const MaybeTensor& residual_gate,
+                                  double residual_alpha, double residual_beta) {
+  const Residual added{residual, residual_gate, residual_alpha, residual_beta};
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, added, false);
+}
+
+std::tuple<Tensor, Tensor> pooled_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
+                                         IntArrayRef padding, std::string_view act, const MaybeTensor& gate,
+                                         double alpha, double beta) {
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, {}, true);
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
@@ -225,6 +247,7 @@ extern "C" __attribute__((visibility("default"))) void isw_use(const isw::Kernel
   if (kernels.exchange(table)) return;
   static torch::Library library(torch::Library::IMPL, "isw", c10::DispatchKey::CPU, __FILE__, __LINE__);
   library.impl("conv2d", conv2d);
+  library.impl("pooled_conv2d", pooled_conv2d);
   library.impl("depthwise_conv2d", depthwise_conv2d);
   library.impl("max_pool2d", max_pool2d);
   library.impl("sum_squares", sum_squares);
