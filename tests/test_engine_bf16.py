@@ -96,7 +96,7 @@ def test_conv_on_every_tile(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(9, 13), (28, 28), (4, 4), (2, 90)])
 def test_pooling_on_the_way_is_pooling_afterwards(size: tuple[int, int], keep: str) -> None:
     x, weight, bias = half(3, 40, *size), pack_weight(half(53, 40, 3, 3, seed=1) / 20), normal(53)
-    arguments: Any = dict(padding=1, act="relu", gating=gating_of(keep, x))
+    arguments: Any = {"padding": 1, "act": "relu", "gating": gating_of(keep, x)}
     y, squares = ops.pooled_conv2d(x, weight, bias, **arguments)
     whole_map, whole_squares = ops.conv2d(x, weight, bias, **arguments)
     assert torch.equal(y, ops.max_pool2d(whole_map, 2))  # the same sums in the same order

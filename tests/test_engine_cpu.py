@@ -153,6 +153,27 @@ def test_sixteen_threads_at_once(isa: str) -> None:
             assert all(map(torch.equal, results, wanted))
 
 
+def test_memory_of_large_maps_is_used_again_but_never_twice_at_once() -> None:
+    cpu.use()
+    x, weight, bias = torch.randn(1, 3, 128, 128), pack_weight(torch.randn(32, 3, 1, 1)), torch.randn(32)
+    first, _ = ops.conv2d(x, weight, bias)
+    values, place = first.clone(), first.data_ptr()
+    second, _ = ops.conv2d(2 * x, weight, bias)
+    assert second.data_ptr() != place
+    assert torch.equal(first, values)
+    del first
+    third, _ = ops.conv2d(x, weight, bias)
+    assert third.data_ptr() == place
+    assert torch.equal(third, values)
+    del third
+    cpu.release_memory()
+    view = second[:, 3:]
+    del second
+    fourth, _ = ops.conv2d(x, weight, bias)
+    assert fourth.data_ptr() != view.untyped_storage().data_ptr()  # a view holds it
+    assert torch.equal(fourth, values)
+
+
 def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISW_PLUGIN_CACHE", "/somewhere")
     assert cache_folder() == Path("/somewhere")

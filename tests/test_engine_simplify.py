@@ -138,6 +138,14 @@ PARTS: dict[str, tuple[Callable[[One, Tensor], Tensor], dict[str, int]]] = {  # 
     "clamp to 6": (lambda net, x: net.c(x).clamp(0, 6), {"conv": 2}),
     "clamp below 6": (lambda net, x: net.c(x).clamp(max=6.0), {"conv": 2, "clamp.default": 1}),
     "clamp above 0": (lambda net, x: net.c(x).clamp(min=0.0), {"conv": 2, "clamp.default": 1}),
+    "silu": (lambda net, x: F.silu(net.c(x)), {"conv": 2, "silu.default": 0}),
+    "hardswish": (lambda net, x: F.hardswish(net.c(x)), {"conv": 2, "hardswish.default": 0}),
+    "gelu": (lambda net, x: F.gelu(net.c(x)), {"conv": 2, "gelu.default": 0}),
+    "gelu by tanh": (lambda net, x: F.gelu(net.c(x), approximate="tanh"), {"conv": 2, "gelu.default": 1}),
+    "scaled": (
+        lambda net, x: net.c(F.silu(x) * torch.sigmoid(x.mean((2, 3), True))),
+        {"conv": 2, "silu.default": 1, "mul.Tensor": 1},
+    ),
     "activated and not": (both, {"conv": 3, "relu.default": 1, "add.Tensor": 1}),
     "activated twice": (lambda net, x: F.relu6(F.relu(net.c(x))), {"conv": 2, "relu6.default": 1}),
     "residual": (lambda net, x: F.relu(net.c(x) + x), {"conv": 2}),
@@ -179,14 +187,15 @@ def test_what_is_left_of_a_part(name: str) -> None:
     assert all(found[name] == number for name, number in left.items())
 
 
-@pytest.mark.parametrize("pool", ["max pool", "average pool", "pools"])
+@pytest.mark.parametrize("pool", ["max pool", "average pool", "pools", "scaled"])
 def test_a_gate_moves_past_pools_to_the_layer(pool: str) -> None:
     graph = rewritten(PARTS[pool][0])
     layer = calls(graph, conv)[1]
     assert isinstance(layer.args[KEEP], fx.Node)
     assert layer.args[KEEP].target is torch.ops.isw.decide.default
     assert layer.args[X].target is not mask  # type: ignore[union-attr]  # a node
-    assert all(user.target is aten.linear.default for node in calls(graph, mask) for user in node.users)
+    read = (aten.linear.default, aten.sigmoid.default)
+    assert all(user.target in read for node in calls(graph, mask) for user in node.users)
 
 
 def test_a_residual_behind_a_pool_has_its_gate_too() -> None:

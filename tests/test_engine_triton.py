@@ -21,7 +21,7 @@ from isw_plugin.engine.reference import Statistics, pack_weight
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 
-ACTS = ("none", "relu", "relu6")
+ACTS = tuple(reference.ACTS)
 KEEPS = ("dense", "none", "one", "all", "random", "statistics")
 DTYPES = ("float32", "float16", "bfloat16")
 CONVS = {  # kernel, stride, padding

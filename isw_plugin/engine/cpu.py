@@ -9,7 +9,7 @@ import torch
 from isw_plugin.engine.build import ISAS, Build, BuildError, build
 from isw_plugin.errors import UnsupportedError
 
-__all__ = ["active", "available", "load", "use"]
+__all__ = ["active", "available", "load", "release_memory", "use"]
 
 _ADVICE = (
     "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
@@ -102,3 +102,10 @@ def use(isa: str | None = None) -> str:
     with _loader.lock:
         _loader.switch(isa)
     return isa
+
+
+def release_memory() -> None:
+    """Gives back to the system what the engine keeps for the next large maps, 256 MB at most."""
+    with _loader.lock:
+        if _loader.isa is not None:
+            _loader.libraries["operators"].isw_release()

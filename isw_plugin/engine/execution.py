@@ -12,10 +12,13 @@ from isw_plugin.engine.reference import ACTS, DTYPES, pack_weight
 
 __all__ = ["DenseConv", "GatedConv", "can_skip"]
 
-_ONEDNN_ACTS: dict[str, tuple[str, list[float]]] = {
-    "none": ("none", []),
-    "relu": ("relu", []),
-    "relu6": ("hardtanh", [0.0, 6.0]),
+_ONEDNN_ACTS: dict[str, tuple[str, list[float], str]] = {  # name, bounds, algorithm
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "silu": ("swish", [], ""),
+    "hardswish": ("hardswish", [], ""),
+    "gelu": ("gelu", [], "none"),
 }
 
 
@@ -108,15 +111,15 @@ class DenseConv(nn.Module):
             return self.layer.dense(x, residual)
         layer = self.layer
         window = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-        act, bounds = _ONEDNN_ACTS[layer.act]
+        act = _ONEDNN_ACTS[layer.act]
         run = torch.ops.mkldnn._convolution_pointwise
         if residual is None:
-            y = run(x, self.reordered, layer.bias, *window, act, bounds, "")
+            y = run(x, self.reordered, layer.bias, *window, *act)
         else:
             # oneDNN takes no other activation behind a sum.
-            after: tuple[Any, ...] = ("relu", [], "") if act == "relu" else (None, [], "")
+            after: tuple[Any, ...] = act if layer.act == "relu" else (None, [], "")
             y = run.binary(x, residual, self.reordered, layer.bias, *window, "add", 1.0, *after)
-            y = y if act == "relu" else ACTS[layer.act](y)
+            y = y if layer.act == "relu" else ACTS[layer.act](y)
         result: Tensor = y
         return result
 

@@ -145,9 +145,11 @@ class _Lowering:
 
     def _pool_within(self, y: Any) -> bool:
         """Whether the layer that makes the map now pools it: one of the engine's whose map nothing else reads."""
-        call = y.args[0] if y.target is operator.getitem else None
-        module = getattr(self.root, str(call.target), None) if call is not None else None
-        if not isinstance(module, GatedConv) or not module.can_pool or len(y.users) > 1 or call.args[4] is not None:
+        if y.target is not operator.getitem or len(y.users) > 1:
+            return False
+        call = y.args[0]
+        module = getattr(self.root, str(call.target), None)
+        if not isinstance(module, GatedConv) or not module.can_pool or call.args[4] is not None:
             return False
         self.root.add_module(call.target, module.with_pool())
         return True

@@ -210,7 +210,13 @@ def _conv_flops(x: Sequence[int], weight: Sequence[int], *args: object, out_shap
 
 @register_flop_formula(torch.ops.isw.pooled_conv2d)
 def _pooled_flops(
-    x: Sequence[int], weight: Sequence[int], bias: Sequence[int], stride: Any, padding: Any, *args: object, **rest: object
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int],
+    stride: Any,
+    padding: Any,
+    *args: object,
+    **rest: object,
 ) -> int:
     positions = x[0] * bias[0] * math.prod(output_size(x[2:], weight[2:4], stride, padding))
     return 2 * positions * math.prod(weight[1:4])

@@ -41,7 +41,14 @@ __all__ = [
 
 BLOCK = 32  # output channels of a packed block
 DTYPES = (torch.float32, torch.bfloat16)  # of maps and weights
-ACTS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}
+ACTS = {  # each leaves zero what is zero
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def conv2d(
         bias: (C_out,).
         stride: One number or (vertical, horizontal).
         padding: One number or (vertical, horizontal).
-        act: "none", "relu" or "relu6".
+        act: One of ACTS.
         gating: Which input channels survive.
         residual: Added before the activation, (N, C_out, OH, OW).
         residual_gating: Which of its channels survive.
@@ -180,7 +187,7 @@ def linear(
         x: Input, (N, ..., C_in); axes between hold tokens or pixels, which share the instance's decision.
         weight: From pack_weight, (ceil(C_out / 32), C_in, 1, 1, 32).
         bias: (C_out,).
-        act: "none", "relu" or "relu6".
+        act: One of ACTS.
         gating: Which input features survive.
 
     Returns:
@@ -210,7 +217,7 @@ def depthwise_conv2d(
         bias: (C,).
         stride: One number or (vertical, horizontal).
         padding: One number or (vertical, horizontal).
-        act: "none", "relu" or "relu6".
+        act: One of ACTS.
         gating: Which channels survive.
 
     Returns:

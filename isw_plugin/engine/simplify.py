@@ -25,7 +25,18 @@ _THROUGH = {  # keep channels apart and zeros zero
     _aten.avg_pool2d.default,
     _aten.adaptive_avg_pool2d.default,
     _aten.relu.default,
+    _aten.silu.default,
+    _aten.hardswish.default,
+    _aten.gelu.default,
     _aten.mean.dim,
+    _aten.mul.Tensor,
+}
+_ACTIVATIONS = {
+    _aten.relu.default: "relu",
+    _aten.relu6.default: "relu6",
+    _aten.silu.default: "silu",
+    _aten.hardswish.default: "hardswish",
+    _aten.gelu.default: "gelu",
 }
 
 
@@ -214,7 +225,7 @@ def _is_open(layer: Any) -> bool:
 
 
 def _fuse_activations(graph: fx.Graph) -> None:
-    for node in _calls(graph, _aten.relu.default, _aten.hardtanh.default, _aten.relu6.default, _aten.clamp.default):
+    for node in _calls(graph, *_ACTIVATIONS, _aten.hardtanh.default, _aten.clamp.default):
         layer = node.args[0]
         act = _activation(node)
         if act and layer.target is conv and _only_user(layer) is node and _is_open(layer):
@@ -224,11 +235,9 @@ def _fuse_activations(graph: fx.Graph) -> None:
 
 
 def _activation(node: Any) -> str | None:
-    if node.target is _aten.relu.default:
-        return "relu"
-    if node.target is _aten.relu6.default or node.args[1:3] == (0, 6):
-        return "relu6"
-    return None
+    if node.kwargs:
+        return None  # an approximation of gelu
+    return _ACTIVATIONS.get(node.target) or ("relu6" if node.args[1:3] == (0, 6) else None)
 
 
 # -- gates -----------------------------------------------------------------------------------------
@@ -268,6 +277,8 @@ def _gate_layer(layer: Any, masked: Any) -> None:
 
 
 def _keeps_channels(user: Any, masked: Any) -> bool:
+    if user.target is _aten.mul.Tensor:
+        return masked.args[2] == 1 and _size(user) == _size(masked) is not None  # scaled, by squeeze-excite for one
     if masked.args[2] != 1 or user.args[0] is not masked:
         return False
     if user.target is _aten.mean.dim:

@@ -88,10 +88,17 @@ def compact(
 @triton.jit
 def _activate(v, ACT: tl.constexpr):
     """NaN passes, as in PyTorch."""
-    if ACT != "none":
+    if ACT == "silu":
+        v = v * tl.sigmoid(v)
+    elif ACT == "gelu":
+        v = 0.5 * v * (1.0 + tl.erf(0.7071067811865476 * v))
+    elif ACT == "hardswish":
+        gate = tl.where(v < -3.0, 0.0, v + 3.0)
+        v = v * tl.where(gate > 6.0, 6.0, gate) / 6.0
+    elif ACT != "none":
         v = tl.where(v < 0.0, 0.0, v)
-    if ACT == "relu6":
-        v = tl.where(v > 6.0, 6.0, v)
+        if ACT == "relu6":
+            v = tl.where(v > 6.0, 6.0, v)
     return v
 
 

@@ -152,7 +152,7 @@ def conv(
         bias: (C_out,).
         stride: (vertical, horizontal).
         padding: (vertical, horizontal).
-        act: "none", "relu" or "relu6".
+        act: One of reference.ACTS.
         survivors: Index list and count.
         residual: (N, C_out, OH, OW).
         residual_keep: Its mask, bool (N, C_out).

@@ -7,7 +7,7 @@ namespace isw {
 // Output channels of one weight block; weights are packed [ceil(C_out / block)][C_in][kh][kw][block].
 constexpr int64_t block = 32;
 
-enum class Act { none, relu, relu6 };
+enum class Act { none, relu, relu6, silu, hardswish, gelu };
 
 // How bfloat16 numbers are kept; arithmetic is always float.
 struct BFloat16 {

@@ -235,11 +235,12 @@ class DirectConv {
       out.residual = a_.residual ? a_.residual + channel * plane() + pass.first : nullptr;
       out.residual_keep = residual_kept_.keep() + channel;
       out.squares = squares_of(task, i) + c * lanes;
+      out.act = a_.act;
       const float* sums = sums_of(task, pass, i) + c;
       if (a_.pooled)
-        finish_pooled(a_.act, out, sums, task.width, pass.rows, a_.window.ow);
+        finish_pooled(out, sums, task.width, pass.rows, a_.window.ow);
       else
-        finish(a_.act, out, sums, task.width, pass.pixels);
+        finish(out, sums, task.width, pass.pixels);
     }
   }
 

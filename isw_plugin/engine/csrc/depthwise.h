@@ -3,6 +3,7 @@
 // Where the output is as large as the input, a plane is read in place as one line of pixels, tap by tap through masks
 // that leave out what lies beyond a border. Other planes are packed first, bfloat16 ones at least widened.
 #pragma once
+#include "activate.h"
 #include "api.h"
 #include "decide.h"
 #include "element.h"
@@ -17,8 +18,8 @@ constexpr int span_vectors = 4;
 constexpr int64_t plane_pixels = 16384;  // of a task, or its turn would cost more than its work
 
 template <Act act, int vectors, typename T>
-ISW_INLINE void run_span_part(const float* in, const int64_t* taps, const float* weights, int64_t count, float bias,
-                              int64_t pixels, T* y, Vec& squares) {
+ISW_INLINE void run_span_part(Act actual, const float* in, const int64_t* taps, const float* weights, int64_t count,
+                              float bias, int64_t pixels, T* y, Vec& squares) {
   Vec sum[vectors];
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) sum[v] = broadcast(bias);
@@ -30,7 +31,7 @@ ISW_INLINE void run_span_part(const float* in, const int64_t* taps, const float*
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) {
     const int64_t left = larger(0, smaller(lanes, pixels - v * lanes));
-    const Vec value = rounded<T>(activate<act>(only_first(sum[v], left)));
+    const Vec value = rounded<T>(activate<act>(actual, only_first(sum[v], left)));
     store_first(y + v * lanes, value, left);
     squares += value * value;
   }
@@ -38,7 +39,7 @@ ISW_INLINE void run_span_part(const float* in, const int64_t* taps, const float*
 
 // Rows that a vector holds, several at once.
 template <Act act, int rows, typename T>
-ISW_INLINE void run_narrow_rows(const float* in, int64_t pitch, const int64_t* taps, const float* weights,
+ISW_INLINE void run_narrow_rows(Act actual, const float* in, int64_t pitch, const int64_t* taps, const float* weights,
                                 int64_t count, float bias, int64_t width, T* y, Vec& squares) {
   Vec sum[rows];
   ISW_UNROLL
@@ -50,7 +51,7 @@ ISW_INLINE void run_narrow_rows(const float* in, int64_t pitch, const int64_t* t
   }
   ISW_UNROLL
   for (int r = 0; r < rows; ++r) {
-    const Vec value = rounded<T>(activate<act>(only_first(sum[r], width)));
+    const Vec value = rounded<T>(activate<act>(actual, only_first(sum[r], width)));
     store_first(y + r * width, value, width);
     squares += value * value;
   }
@@ -98,8 +99,8 @@ class TapMasks {
 };
 
 template <Act act, int vectors, typename T>
-ISW_INLINE void run_masked_part(const float* in, const Mask* masks, const int64_t* taps, const float* weights,
-                                int64_t count, float bias, int64_t pixels, T* y, Vec& squares) {
+ISW_INLINE void run_masked_part(Act actual, const float* in, const Mask* masks, const int64_t* taps,
+                                const float* weights, int64_t count, float bias, int64_t pixels, T* y, Vec& squares) {
   Vec sum[vectors];
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) sum[v] = broadcast(bias);
@@ -111,7 +112,7 @@ ISW_INLINE void run_masked_part(const float* in, const Mask* masks, const int64_
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) {
     const int64_t left = v < vectors - 1 ? lanes : smaller(lanes, pixels - v * lanes);
-    const Vec value = rounded<T>(activate<act>(only_first(sum[v], left)));
+    const Vec value = rounded<T>(activate<act>(actual, only_first(sum[v], left)));
     store_first(y + v * lanes, value, left);
     squares += value * value;
   }
@@ -170,9 +171,7 @@ class Depthwise {
 
   float compute_plane(int64_t plane, int64_t worker) {
     if (!kept_.keep()[plane]) return fill(plane);
-    if (a_.act == Act::relu) return compute_plane<Act::relu>(plane, worker);
-    if (a_.act == Act::relu6) return compute_plane<Act::relu6>(plane, worker);
-    return compute_plane<Act::none>(plane, worker);
+    return with_act(a_.act, [&](auto act) { return compute_plane<act.value>(plane, worker); });
   }
 
   template <Act act>
@@ -198,20 +197,18 @@ class Depthwise {
     Vec squares = {};
     int64_t p = 0;
     for (; pixels - p > (span_vectors - 1) * lanes; p += span_vectors * lanes)
-      run_masked_part<act, span_vectors>(x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c], pixels - p,
-                                         y + p, squares);
+      run_masked_part<act, span_vectors>(a_.act, x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c],
+                                         pixels - p, y + p, squares);
     for (; p < pixels; p += lanes)
-      run_masked_part<act, 1>(x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c], pixels - p, y + p,
-                              squares);
+      run_masked_part<act, 1>(a_.act, x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c], pixels - p,
+                              y + p, squares);
     return reduce_add(squares);
   }
 
   float fill(int64_t plane) const {
     const int64_t pixels = a_.window.oh * a_.window.ow;
-    Vec value = broadcast(a_.bias[plane % a_.c_in]);
-    if (a_.act == Act::relu) value = activate<Act::relu>(value);
-    if (a_.act == Act::relu6) value = activate<Act::relu6>(value);
-    value = rounded<T>(value);
+    const Vec bias = broadcast(a_.bias[plane % a_.c_in]);
+    const Vec value = rounded<T>(with_act(a_.act, [&](auto act) { return activate<act.value>(a_.act, bias); }));
     T* y = a_.y + plane * pixels;
     int64_t p = 0;
     for (; p + lanes <= pixels; p += lanes) store(y + p, value);
@@ -228,8 +225,8 @@ class Depthwise {
     Vec squares = {};
     int64_t row = 0;
     for (; w.ow <= lanes && row + span_vectors <= w.oh; row += span_vectors)
-      run_narrow_rows<act, span_vectors>(packed + row * packing_.pitch, packing_.pitch, offsets_.get(), weights, taps_,
-                                         a_.bias[c], w.ow, y + row * w.ow, squares);
+      run_narrow_rows<act, span_vectors>(a_.act, packed + row * packing_.pitch, packing_.pitch, offsets_.get(), weights,
+                                         taps_, a_.bias[c], w.ow, y + row * w.ow, squares);
     for (; row < w.oh; ++row) run_span<act>(c, packed + row * packing_.pitch, w.ow, y + row * w.ow, squares);
     return reduce_add(squares);
   }
@@ -239,9 +236,10 @@ class Depthwise {
     const float* weights = weights_.get() + c * taps_;
     int64_t p = 0;
     for (; pixels - p > 2 * lanes; p += span_vectors * lanes)
-      run_span_part<act, span_vectors>(in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p, squares);
+      run_span_part<act, span_vectors>(a_.act, in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p,
+                                       squares);
     for (; p < pixels; p += lanes)
-      run_span_part<act, 1>(in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p, squares);
+      run_span_part<act, 1>(a_.act, in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p, squares);
   }
 
   const ConvArgs<T>& a_;

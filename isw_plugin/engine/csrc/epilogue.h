@@ -1,5 +1,6 @@
 // Sums of a tile row -> planes: residual, activation, store, statistics.
 #pragma once
+#include "activate.h"
 #include "api.h"
 #include "element.h"
 #include "vec.h"
@@ -15,13 +16,14 @@ struct Output {
   const T* residual;  // like y, or null
   const bool* residual_keep;
   float* squares;  // [channels][lanes], added to
+  Act act;
 };
 
 template <Act act, typename T>
 ISW_INLINE void finish_channel(const Output<T>& out, int64_t c, Vec value, int64_t pixels) {
   T* y = out.y + c * out.plane;
   if (out.residual && out.residual_keep[c]) value += load_first(out.residual + c * out.plane, pixels);
-  value = rounded<T>(activate<act>(value));
+  value = rounded<T>(activate<act>(out.act, value));
   store_first(y, value, pixels);
   float* squares = out.squares + c * lanes;
   store(squares, load(squares) + value * value);
@@ -48,10 +50,8 @@ static void finish_with(Output<T> out, const float* sums, int64_t stride, int64_
 }
 
 template <typename T>
-static void finish(Act act, const Output<T>& out, const float* sums, int64_t stride, int64_t pixels) {
-  if (act == Act::relu) return finish_with<Act::relu>(out, sums, stride, pixels);
-  if (act == Act::relu6) return finish_with<Act::relu6>(out, sums, stride, pixels);
-  finish_with<Act::none>(out, sums, stride, pixels);
+static void finish(const Output<T>& out, const float* sums, int64_t stride, int64_t pixels) {
+  with_act(out.act, [&](auto act) { finish_with<act.value>(out, sums, stride, pixels); });
 }
 
 // NaN wins, as in torch.
@@ -59,8 +59,8 @@ ISW_INLINE Vec larger_or_nan(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; 
 
 // The value of one pixel, channels on the lanes; its square is added to the total.
 template <Act act, typename T>
-ISW_INLINE Vec finished(const float* sums, Vec& total) {
-  const Vec value = rounded<T>(activate<act>(load(sums)));
+ISW_INLINE Vec finished(Act actual, const float* sums, Vec& total) {
+  const Vec value = rounded<T>(activate<act>(actual, load(sums)));
   total += value * value;
   return value;
 }
@@ -74,9 +74,9 @@ ISW_INLINE void pool_row(const Output<T>& out, const float* top, const float* bo
     rows[i] = Vec{};
     if (i >= pairs) continue;
     const float *a = top + 2 * i * stride, *b = bottom + 2 * i * stride;
-    const Vec above = larger_or_nan(finished<act, T>(a, total[0]), finished<act, T>(a + stride, total[1]));
-    const Vec below = larger_or_nan(finished<act, T>(b, total[2]), finished<act, T>(b + stride, total[3]));
-    rows[i] = larger_or_nan(above, below);
+    const auto value = [&](const float* sums, int k) { return finished<act, T>(out.act, sums, total[k]); };
+    const Vec above = larger_or_nan(value(a, 0), value(a + stride, 1));
+    rows[i] = larger_or_nan(above, larger_or_nan(value(b, 2), value(b + stride, 3)));
   }
   transpose(rows);
   ISW_UNROLL
@@ -95,18 +95,15 @@ static void finish_pooled_with(const Output<T>& out, const float* sums, int64_t 
     for (int64_t x = 0; x < pairs; x += lanes)
       pool_row<act>(out, sums + 2 * x * stride, sums + pitch + 2 * x * stride, stride, smaller(lanes, pairs - x),
                     y + x, total);
-    for (int64_t i = 0; i < 2 && width % 2; ++i) finished<act, T>(sums + (i + 1) * pitch - stride, total[i]);
+    for (int64_t i = 0; i < 2 && width % 2; ++i) finished<act, T>(out.act, sums + (i + 1) * pitch - stride, total[i]);
   }
-  for (int64_t x = 0; x < width && rows % 2; ++x) finished<act, T>(sums + x * stride, total[x % 4]);
+  for (int64_t x = 0; x < width && rows % 2; ++x) finished<act, T>(out.act, sums + x * stride, total[x % 4]);
   store(out.squares, load(out.squares) + ((total[0] + total[1]) + (total[2] + total[3])));
 }
 
 template <typename T>
-static void finish_pooled(Act act, const Output<T>& out, const float* sums, int64_t stride, int64_t rows,
-                          int64_t width) {
-  if (act == Act::relu) return finish_pooled_with<Act::relu>(out, sums, stride, rows, width);
-  if (act == Act::relu6) return finish_pooled_with<Act::relu6>(out, sums, stride, rows, width);
-  finish_pooled_with<Act::none>(out, sums, stride, rows, width);
+static void finish_pooled(const Output<T>& out, const float* sums, int64_t stride, int64_t rows, int64_t width) {
+  with_act(out.act, [&](auto act) { finish_pooled_with<act.value>(out, sums, stride, rows, width); });
 }
 
 // [lanes][lanes] partial squares -> one sum per channel.

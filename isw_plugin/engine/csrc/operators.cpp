@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "api.h"
+#include "maps.h"
 
 namespace {
 
@@ -80,10 +81,10 @@ isw::ConvArgs<T> args_of(const isw::ConvShape& shape, const Tensor& x, const Ten
 }
 
 isw::Act act_of(std::string_view name) {
-  if (name == "none") return isw::Act::none;
-  if (name == "relu") return isw::Act::relu;
-  TORCH_CHECK_VALUE(name == "relu6", "act: expected none, relu or relu6, got ", name);
-  return isw::Act::relu6;
+  static constexpr std::string_view names[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu"};
+  const auto* found = std::find(std::begin(names), std::end(names), name);
+  TORCH_CHECK_VALUE(found != std::end(names), "act: expected none, relu, relu6, silu, hardswish or gelu, got ", name);
+  return static_cast<isw::Act>(found - names);
 }
 
 // A gate's tensor is a keep mask (bool) or statistics; it must outlive the kernel, so the caller holds it.
@@ -133,6 +134,8 @@ struct Residual {
   double alpha = 0, beta = 0;
 };
 
+Tensor new_map(IntArrayRef sizes, const Tensor& like) { return isw::MapMemory::instance().empty(sizes, like); }
+
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
                                     IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
                                     double beta, const Residual& residual_, bool pooled) {
@@ -152,7 +155,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   args.slots = isw::slots_of(args.window.oh, args.window.ow);
   const int64_t unit = pooled ? 2 : 1, height = args.window.oh / unit, width = args.window.ow / unit;
   TORCH_CHECK_VALUE(height > 0 && width > 0, "a map of ", args.window.oh, "x", args.window.ow, " is too small to pool");
-  Tensor y = at::empty({args.n, args.c_out, height, width}, x.options());
+  Tensor y = new_map({args.n, args.c_out, height, width}, x);
   Tensor squares = at::empty({args.n, args.slots, args.c_out}, x.options().dtype(at::kFloat));
   const Tensor residual = residual_.x ? checked(*residual_.x, 4, "residual", x.scalar_type()) : Tensor();
   TORCH_CHECK_VALUE(!residual.defined() || residual.sizes() == y.sizes(), "residual: expected shape ", y.sizes(),
@@ -196,7 +199,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
                     weight.sizes(), " and bias ", bias.sizes(), " do not fit ", args.c_in, " channels");
   args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
   args.act = act_of(act);
-  Tensor y = at::empty({args.n, args.c_out, args.window.oh, args.window.ow}, x.options());
+  Tensor y = new_map({args.n, args.c_out, args.window.oh, args.window.ow}, x);
   Tensor squares = at::empty({args.n, 1, args.c_out}, x.options().dtype(at::kFloat));
   if (y.numel() == 0) return {y, squares};
   with_type_of(x, [&](auto zero) {
@@ -210,7 +213,7 @@ Tensor max_pool2d(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride, IntA
   const Tensor x = checked_map(x_);
   const isw::Window w = window_of(x, kernel, stride, padding);
   TORCH_CHECK_VALUE(2 * w.ph <= w.kh && 2 * w.pw <= w.kw, "padding ", padding, " is more than half the kernel ", kernel);
-  Tensor y = at::empty({x.size(0), x.size(1), w.oh, w.ow}, x.options());
+  Tensor y = new_map({x.size(0), x.size(1), w.oh, w.ow}, x);
   if (y.numel() == 0) return y;
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
@@ -241,6 +244,8 @@ Tensor keep_mask(const Tensor& squares_, double alpha, double beta) {
 }
 
 }  // namespace
+
+extern "C" __attribute__((visibility("default"))) void isw_release() { isw::MapMemory::instance().release(); }
 
 // Registers the operators on the first call; later calls change the kernels they run.
 extern "C" __attribute__((visibility("default"))) void isw_use(const isw::Kernels* table) {

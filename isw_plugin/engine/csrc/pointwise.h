@@ -90,7 +90,7 @@ ISW_INLINE void finish_strip(const Strip<T>& s, int c, Vec (&sum)[vectors]) {
     const int64_t pixels = v < vectors - 1 ? lanes : s.pixels - v * lanes;
     Vec value = only_first(sum[v], pixels);
     if (residual) value += load_first(residual + v * lanes, pixels);
-    value = rounded<T>(activate<act>(value));
+    value = rounded<T>(activate<act>(out.act, value));
     store_first(out.y + c * out.plane + v * lanes, value, pixels);
     total += value * value;
   }
@@ -120,12 +120,6 @@ static void run_strip(const Strip<T>& s, int64_t vectors) {
   run_strip<act, 1>(s);
 }
 
-template <typename T>
-static void run_strip(Act act, const Strip<T>& s, int64_t vectors) {
-  if (act == Act::relu) return run_strip<Act::relu>(s, vectors);
-  if (act == Act::relu6) return run_strip<Act::relu6>(s, vectors);
-  run_strip<Act::none>(s, vectors);
-}
 
 template <int vectors, typename T>
 static void pack_pixels(const T* x, int64_t plane, const int32_t* channels, int64_t count, int64_t pixels,
@@ -255,7 +249,7 @@ class Pointwise {
         strip.last = panel.end == kept_.count(task.n);
         strip.outputs = smaller(strip_channels, task.channels - c);
         strip.pixels = panel.pixel[i + 1] - panel.pixel[i];
-        run_strip(a_.act, strip, ceil_div(strip.pixels, lanes));
+        with_act(a_.act, [&](auto act) { run_strip<act.value>(strip, ceil_div(strip.pixels, lanes)); });
       }
     }
   }
@@ -293,6 +287,7 @@ class Pointwise {
     strip.out.residual = a_.residual ? a_.residual + plane * pixels() + pixel : nullptr;
     strip.out.residual_keep = residual_kept_.keep() + plane;
     strip.out.squares = squares_.get() + task.worker * squares_size() + (channel - task.channel) * lanes;
+    strip.out.act = a_.act;
     return strip;
   }
 

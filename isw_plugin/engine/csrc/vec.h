@@ -92,17 +92,6 @@ ISW_INLINE float reduce_add(Vec v) {
   return sum[0];
 }
 
-// NaN passes through, as in torch.
-template <Act act>
-ISW_INLINE Vec activate(Vec v) {
-  if (act == Act::none) return v;
-  const Vec zero = {};
-  v = v < zero ? zero : v;
-  if (act == Act::relu) return v;
-  const Vec six = broadcast(6);
-  return v > six ? six : v;
-}
-
 // One step of a transpose: swaps the off-diagonal step x step blocks of rows a (upper) and b (lower).
 template <int step, int... lane>
 ISW_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
