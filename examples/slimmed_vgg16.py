@@ -34,7 +34,7 @@ from isw_plugin.calibrate import Candidate
 from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.errors import AttachError, BudgetError, SettingError
 from isw_plugin.measure import GateReport, Latency, compare, hardware
-from isw_plugin.report import channel_heatmap, frontier
+from isw_plugin.report import channel_heatmap, frontier, write
 from isw_plugin.settings import check_lambda
 from isw_plugin.toolkits.torch_pruning import SlimmingImportance
 
@@ -190,6 +190,15 @@ def measure_stage(job: Job, widths: tuple[int, ...], calibrations: dict[float, C
         if report.records is not None:
             caption = f"{job.splits.name}, lambda {variant[1]:g}, alpha {variant[2]:g}, beta {variant[3]:g}"
             channel_heatmap(report.records, job.splits.classes, job.run.path / "heatmap.png", caption)
+            write(
+                report,
+                job.run.path / "report",
+                classes=job.splits.classes,
+                calibration=calibrations[drawn[1]],
+                images=job.splits.test.pixels,
+                title="Slimmed VGG16, gated per image",
+                caption=caption,
+            )
         rows.append(_row(*variant, report))
     for row, (execution, latency) in zip(rows, _times(job, models), strict=True):
         row |= {"execution": execution, "ms_per_image": latency.ms_per_image}

@@ -4,11 +4,13 @@ from isw_plugin.measure.evaluate import ClassReport, GateReport, Records, SiteRe
 from isw_plugin.measure.latency import Latency, compare, hardware
 from isw_plugin.measure.macs import MacReport, count_macs
 from isw_plugin.measure.modes import measuring
+from isw_plugin.measure.sweep import LatencyPoint, latency_by_keep
 
 __all__ = [
     "ClassReport",
     "GateReport",
     "Latency",
+    "LatencyPoint",
     "MacReport",
     "Records",
     "SiteReport",
@@ -16,5 +18,6 @@ __all__ = [
     "count_macs",
     "evaluate",
     "hardware",
+    "latency_by_keep",
     "measuring",
 ]

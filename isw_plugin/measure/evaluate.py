@@ -13,7 +13,7 @@ from isw_plugin.functional import coefficient_of_variation
 from isw_plugin.measure.latency import Latency, summarize, timed
 from isw_plugin.measure.macs import DenseMacs, count_dense, decisions, gated_pruner, saved_by_site
 from isw_plugin.measure.modes import measuring
-from isw_plugin.measure.ranks import of_all_ranks
+from isw_plugin.ranks import of_all_ranks
 from isw_plugin.wrappers import unwrapped
 
 __all__ = ["ClassReport", "GateReport", "Records", "SiteReport", "evaluate"]

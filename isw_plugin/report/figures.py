@@ -1,18 +1,19 @@
-"""The paper's figures, drawn from a calibration and from the records of ``evaluate``."""
+"""What gates cost and gain: accuracy against MACs, time against channels."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from isw_plugin.calibrate import Calibration, Candidate
-from isw_plugin.measure import Records
+from isw_plugin.errors import SettingError
+from isw_plugin.measure import LatencyPoint
+from isw_plugin.report.canvas import Figure, blank, plain, save
 
-__all__ = ["channel_heatmap", "frontier"]
+__all__ = ["frontier", "latency_curve"]
+
+_STYLES = {"accelerated": ("C0", "o-"), "masked": ("C1", "s"), "dense": ("C2", "D")}
 
 
-def frontier(calibrations: Mapping[str, Calibration], path: Path, caption: str = "") -> None:
+def frontier(calibrations: Mapping[str, Calibration], path: Path, caption: str = "") -> Figure:
     """Draw accuracy against MACs saved: every candidate, the frontier as a line, the winner as a star.
 
     Args:
@@ -20,12 +21,11 @@ def frontier(calibrations: Mapping[str, Calibration], path: Path, caption: str =
         path: Image file to write; its ending chooses the format.
         caption: What was measured, where: data, model, hardware.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = blank(7, 4.5)
     for index, (label, calibration) in enumerate(calibrations.items()):
         color = f"C{index}"
         axes.scatter(*_points(calibration.candidates), s=12, color=color, alpha=0.3)
-        axes.plot(*_points(calibration.frontier), color=color, label=label)
+        axes.plot(*_points(calibration.frontier), color=color, label=plain(label))
         axes.scatter(*_points([calibration.best]), s=140, marker="*", color=color, edgecolors="black", zorder=3)
         axes.axhline(100 * calibration.accuracy, color=color, linestyle=":", linewidth=1)
     worst = min(calibration.best.accuracy for calibration in calibrations.values())
@@ -37,43 +37,42 @@ def frontier(calibrations: Mapping[str, Calibration], path: Path, caption: str =
     axes.set_title("Dotted: gates off. Star: chosen thresholds.", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.supxlabel(caption, fontsize=7)
-    figure.savefig(path, dpi=150)
+    return save(figure, path, caption)
 
 
-def channel_heatmap(records: Records, classes: Sequence[str], path: Path, caption: str = "") -> None:
-    """Draw which channels each class drops (Figure 3): a band a site, a row a class, a column a channel.
+def latency_curve(points: Sequence[LatencyPoint], path: Path, caption: str = "") -> Figure:
+    """Draw measured time against the share of channels kept, with quartiles; a dense form also as a line across.
 
     Args:
-        records: Of ``evaluate(..., records=True)`` with gates on.
-        classes: Names, by label.
+        points: Of ``latency_by_keep``, or made of times taken elsewhere.
         path: Image file to write.
-        caption: What was measured, where.
+        caption: What was measured; batch, hardware and threads are in the title.
+
+    Raises:
+        SettingError: There is no point.
     """
-    bands = [_dropped_by_class(records, name, len(classes)) for name in records.keep]
-    width = max(band.shape[1] for band in bands)
-    rows = np.concatenate(
-        [np.pad(band, ((0, 1), (0, width - band.shape[1])), constant_values=np.nan) for band in bands]
-    )
-    figure = Figure(figsize=(9, 1.5 + 0.035 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(rows, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap="viridis")
-    axes.set_yticks([index * (len(classes) + 1) + len(classes) / 2 for index in range(len(bands))], list(records.keep))
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("channel")
-    axes.set_title(f"Share of images that drop the channel; rows of a site: {', '.join(classes)}", fontsize=8)
-    figure.colorbar(image, ax=axes)
-    figure.supxlabel(caption, fontsize=7)
-    figure.savefig(path, dpi=150)
+    if not points:
+        raise SettingError("no latency was given: a curve needs at least one point")
+    figure, axes = blank(7, 4.5)
+    for execution in dict.fromkeys(point.execution for point in points):
+        color, style = _STYLES.get(execution, ("C3", "x"))
+        same = sorted((p for p in points if p.execution == execution), key=lambda point: point.keep_ratio)
+        ratios, times = [100 * p.keep_ratio for p in same], [p.latency.ms_per_image for p in same]
+        below = [p.latency.ms_per_image - p.latency.low for p in same]
+        above = [p.latency.high - p.latency.ms_per_image for p in same]
+        axes.errorbar(ratios, times, (below, above), fmt=style, color=color, capsize=3, label=plain(execution))
+        if execution == "dense":
+            axes.axhline(min(times), color=color, linestyle=":", linewidth=1)
+    machines = dict.fromkeys(f"{p.latency.hardware}, CPU threads: {p.latency.threads}" for p in points)
+    sizes = dict.fromkeys(f"{p.latency.batches} batches of {p.latency.batch}" for p in points)
+    axes.set_title(f"Median and quartiles of {', '.join(sizes)}; {'; '.join(machines)}", fontsize=8)
+    axes.set_xlabel("channels kept (%)")
+    axes.set_ylabel("time of an image (ms)")
+    axes.set(xlim=(0, 105), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save(figure, path, caption)
 
 
 def _points(candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
     return [100 * c.macs_saved for c in candidates], [100 * c.accuracy for c in candidates]
-
-
-def _dropped_by_class(records: Records, site: str, classes: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
-    dropped = (~records.keep[site]).double().numpy()
-    labels = records.labels.numpy()
-    nothing = np.full(dropped.shape[1], np.nan)
-    rows = [dropped[labels == label].mean(0) if (labels == label).any() else nothing for label in range(classes)]
-    return np.stack(rows)

@@ -1,0 +1,69 @@
+"""Time against the share of channels kept, by gate parameters."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isw_plugin.engine.accelerate import Accelerated
+from isw_plugin.errors import SettingError
+from isw_plugin.measure.latency import Latency, compare
+from isw_plugin.pruner import InstanceWisePruner
+
+__all__ = ["LatencyPoint", "latency_by_keep"]
+
+
+@dataclass(frozen=True)
+class LatencyPoint:
+    """The time of a model at one share of channels kept (all sites and images together).
+
+    Attributes:
+        execution: "accelerated": dropped channels were skipped; "dense": the best dense form; "masked".
+    """
+
+    keep_ratio: float
+    execution: str
+    latency: Latency
+
+
+def latency_by_keep(
+    pruner: InstanceWisePruner, images: Tensor, settings: Sequence[Mapping[str, Any]], *, rounds: int = 9
+) -> list[LatencyPoint]:
+    """Accelerate a model at several gate parameters and time all in turn, beside its best dense form.
+
+    Args:
+        pruner: Its parameters are as before afterwards.
+        images: A batch of real images: what the gates keep of them is the keep ratio.
+        settings: Gate parameters of each point, as ``pruner.gating`` takes them; a gated model is timed at each
+            whether it gains or not.
+        rounds: Timed batches of each.
+
+    Returns:
+        The best dense form first (keep ratio 1), then a point for each of ``settings``.
+
+    Raises:
+        SettingError: ``settings`` is empty, or ``rounds`` under 1.
+    """
+    if not settings or rounds < 1:
+        raise SettingError(f"{len(settings)} settings, rounds={rounds}: at least one of each is needed")
+    models = [pruner.accelerate(images, backend="dense")]
+    for parameters in settings:
+        with pruner.gating(**parameters):
+            models.append(pruner.accelerate(images, backend="gated"))
+    with torch.inference_mode():
+        ratios = [_kept(model, images) for model in models]
+        runs = {str(index): partial(model, images) for index, model in enumerate(models)}
+        times = compare(runs, len(images), rounds, images.device)
+    return [
+        LatencyPoint(ratio, model.execution, latency)
+        for ratio, model, latency in zip(ratios, models, times.values(), strict=True)
+    ]
+
+
+def _kept(model: Accelerated, images: Tensor) -> float:
+    with model.recording() as record:
+        model(images)
+    return record.keep_ratio
