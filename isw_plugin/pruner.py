@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from isw_plugin.decay import decay
 from isw_plugin.engine.accelerate import BACKENDS, Accelerated, accelerate
 from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
-from isw_plugin.functional import instance_penalty
-from isw_plugin.gates import Gate, with_parameters
+from isw_plugin.gates import Gate
 from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of
 from isw_plugin.saving import encoded_inputs, write
 from isw_plugin.settings import Settings, check_lambda, choose_gate
@@ -47,7 +46,8 @@ class InstanceWisePruner:
         scope: "all": dropped channels are zero for every user of the map, the literal reading of
             section 3.3. "consumers": only for the convolutions and linear layers; shortcuts and
             squeeze-excite see the whole map.
-        reduction: "sum" over the batch as in Eq. 5, or "mean".
+        reduction: "sum" over the batch as in Eq. 5; "mean"; or "relative": norms as shares of each site's mean
+            norm in the first batch, averaged over instances, channels and sites, so that one lambda suits all.
         per_site: Patterns and what differs there, such as ``{"blocks.0.*": {"beta": 0.0}}``.
         min_keep: Channels that every instance keeps at every site, the largest.
 
@@ -71,7 +71,7 @@ class InstanceWisePruner:
         beta: float | None = None,
         gate: Gate | Literal["cv"] = "cv",
         scope: Literal["all", "consumers"] = "all",
-        reduction: Literal["sum", "mean"] = "sum",
+        reduction: Literal["sum", "mean", "relative"] = "sum",
         per_site: Mapping[str, Mapping[str, Any]] | None = None,
         min_keep: int = 0,
     ) -> None:
@@ -165,16 +165,17 @@ class InstanceWisePruner:
         """Take the penalty of the training forwards since it was last taken (second term of Eq. 5).
 
         Returns:
-            lambda times the sum (or mean) over instances of Eq. 4, a scalar in the graph.
+            lambda times the sum (or as ``reduction`` says) over instances of Eq. 4, a scalar in the graph.
 
         Raises:
             NothingRecordedError: No training forward was recorded and lambda is not 0.
         """
-        tape = self._memory.take()
-        weights = {name: self._settings.lambda_and_gate(o)[0] for name, o in self._settings.overrides.items()}
+        tape, settings = self._memory.take(), self._settings
         if tape:
-            return torch.stack([self._decay(norms, weights) for norms in tape]).sum()
-        if any(weights.values()) or (not weights and self.lambda_):
+            settings.measure(tape[0])
+            weights = settings.norm_weights()
+            return torch.stack([decay(norms, weights, settings.reduction) for norms in tape]).sum()
+        if any((settings.lambdas() or {"unknown yet": self.lambda_}).values()):
             raise NothingRecordedError(
                 "no training forward of the attached model was recorded since the penalty was last taken: it ran in "
                 "eval mode, under no_grad, through a submodule, or was compiled before the pruner was attached"
@@ -212,10 +213,6 @@ class InstanceWisePruner:
             penalty = penalty * (ranks * accumulation_steps)
         return loss + penalty
 
-    def _decay(self, norms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-        instances = instance_penalty(weights[name] * norm for name, norm in norms.items())
-        return instances.sum() if self._settings.reduction == "sum" else instances.mean()
-
     # -- inference: Eq. 6-7 ------------------------------------------------------------------------
 
     @property
@@ -238,10 +235,28 @@ class InstanceWisePruner:
         """Channel norms (Eq. 3) of the last gated forward, by site: (N, C), detached."""
         return {site.name: self._memory.norms[site.name] for site in self.sites if site.name in self._memory.norms}
 
-    def enable(self, **parameters: Any) -> None:
-        """Switch gates on, with new gate parameters where given (``alpha=``, ``beta=``, ...)."""
+    @property
+    def per_site(self) -> dict[str, dict[str, Any]]:
+        """What differs at single sites, by site name."""
+        return {site: dict(override) for site, override in self._settings.overrides.items() if override}
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """Record of the last ``calibrate`` (``Calibration.of``), saved with the rest; None before."""
+        return self._settings.calibration
+
+    @calibration.setter
+    def calibration(self, record: Mapping[str, Any]) -> None:
+        self._settings.calibration = dict(record)
+
+    def enable(self, *, per_site: Mapping[str, Mapping[str, Any]] | None = None, **parameters: Any) -> None:
+        """Switch gates on, with new gate parameters where given (``alpha=``, ``beta=``, ...).
+
+        Args:
+            per_site: Patterns and what differs there, instead of all that differs now; None: no change.
+        """
         self._require_attached()
-        self._settings.gate = with_parameters(self.gate, **parameters)
+        self._settings.set_thresholds(self.model, parameters, per_site)
         self._configure()
         self._memory.enabled = True
 
@@ -254,14 +269,16 @@ class InstanceWisePruner:
         self._memory.enabled = False
 
     @contextmanager
-    def gating(self, **parameters: Any) -> Iterator[None]:
-        """Gates on inside the block; thresholds and on / off are as before after it."""
-        gate, enabled = self.gate, self.enabled
-        self.enable(**parameters)
+    def gating(self, *, per_site: Mapping[str, Mapping[str, Any]] | None = None, **parameters: Any) -> Iterator[None]:
+        """Gates on inside the block, as ``enable`` does; thresholds and on / off are as before after it."""
+        gate, differed, enabled = self.gate, self._settings.per_site, self.enabled
+        self.enable(per_site=per_site, **parameters)
         try:
             yield
         finally:
             self._settings.gate = gate
+            if per_site is not None:
+                self._settings.set_thresholds(self.model, {}, differed)
             self._configure()
             self._memory.enabled = enabled
 
@@ -333,13 +350,7 @@ class InstanceWisePruner:
         instances = next((len(keep) for keep in self.keep.values()), 0)
         if not instances:
             raise SettingError("accelerate needs example_inputs, or a gated forward before it, to know the batch")
-        weight = next(self.model.parameters(), torch.empty(0))
-        noise: Inputs = tree_map_only(
-            Tensor,
-            lambda t: _noise_like(t, instances, weight),
-            self._settings.inputs,
-        )
-        return noise
+        return self._settings.noise(instances, next(self.model.parameters(), torch.empty(0)))
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -405,12 +416,6 @@ class InstanceWisePruner:
         held = {name: settings.lambda_and_gate(override) for name, override in settings.overrides.items()}
         self._memory.recording = {name: lambda_ > 0 for name, (lambda_, _) in held.items()}
         self._memory.gates = {name: gate for name, (_, gate) in held.items()}
-
-
-def _noise_like(tensor: Tensor, instances: int, weight: Tensor) -> Tensor:
-    if tensor.is_floating_point():
-        return torch.randn(instances, *tensor.shape[1:], dtype=weight.dtype, device=weight.device)
-    return torch.zeros(instances, *tensor.shape[1:], dtype=tensor.dtype, device=weight.device)
 
 
 def _resolve_and_attach(model: nn.Module, inputs: Inputs) -> None:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from isw_plugin.decay import REDUCTIONS, first_norms, relative_weights
 from isw_plugin.errors import AttachError, SettingError, StateMismatchError
 from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate, named_gate, stored_gate, with_parameters
 from isw_plugin.sites import Found, Inputs, Patterns, find_sites
@@ -17,6 +19,7 @@ from isw_plugin.sites.patterns import select
 __all__ = ["Settings", "check_lambda", "choose_gate"]
 
 _VERSION = 1
+_ADDED = {"calibration", "references"}  # to a state of this version, after some were saved without
 _BUILT_IN = {gate.__name__: gate for gate in (CVGate, MinNorm, RandomGate)}
 
 
@@ -34,11 +37,13 @@ class Settings:
     inputs: Any = None
     found: Found | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # per_site, by site name
+    references: dict[str, float] = field(default_factory=dict)  # mean norm at the start of training, by site
+    calibration: dict[str, Any] | None = None  # of the last ``calibrate``, plain values
 
     def __post_init__(self) -> None:
         check_lambda(self.lambda_)
         _check_choice("scope", self.scope, ("all", "consumers"))
-        _check_choice("reduction", self.reduction, ("sum", "mean"))
+        _check_choice("reduction", self.reduction, REDUCTIONS)
         for override in self.per_site.values():
             self.lambda_and_gate(override)
 
@@ -57,6 +62,27 @@ class Settings:
         check_lambda(lambda_)
         return lambda_, with_parameters(self.gate, **parameters)
 
+    def lambdas(self) -> dict[str, float]:
+        """The weight of every site's penalty."""
+        return {name: self.lambda_and_gate(override)[0] for name, override in self.overrides.items()}
+
+    def norm_weights(self) -> dict[str, float]:
+        """What one norm weighs at every site, under the reduction."""
+        lambdas = self.lambdas()
+        if self.reduction != "relative":
+            return lambdas
+        return relative_weights(lambdas, {s.name: s.channels for s in self.known().sites}, self.references)
+
+    def measure(self, norms: Mapping[str, Tensor]) -> None:
+        """Under reduction="relative", take the first norms of sites as their references."""
+        if self.reduction == "relative":
+            missing = [name for name, lambda_ in self.lambdas().items() if lambda_ and name not in self.references]
+            if missing:
+                first: Callable[..., dict[str, float]] = first_norms
+                if torch.compiler.is_dynamo_compiling():  # ranks and numbers are no graph's matter
+                    first = torch.compiler.disable(first)  # type: ignore[no-untyped-call]  # of torch
+                self.references |= first(norms, missing)
+
     def known(self) -> Found:
         """The sites, once they are known."""
         if self.found is None:
@@ -70,13 +96,32 @@ class Settings:
         """Find the sites, and which of them ``per_site`` means."""
         found = find_sites(model, inputs, self.layers, self.exclude, self.scope)
         self.overrides = _by_site(model, found, self.per_site)
+        before = {site.name: site.channels for site in self.found.sites} if self.found else {}
+        same = {site.name for site in found.sites if before.get(site.name) == site.channels}
+        self.references = {name: norm for name, norm in self.references.items() if name in same}
         self.found = found
         self.inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
+
+    def set_thresholds(
+        self, model: nn.Module, parameters: Mapping[str, Any], per_site: Mapping[str, Mapping[str, Any]] | None
+    ) -> None:
+        """Change parameters of the gate and, unless None, all that differs at single sites."""
+        gate = with_parameters(self.gate, **parameters)
+        changed = dataclasses.replace(self, gate=gate)
+        if per_site is not None:
+            changed = dataclasses.replace(changed, per_site={pattern: dict(o) for pattern, o in per_site.items()})
+            changed.overrides = _by_site(model, self.found, changed.per_site) if self.found else {}
+        self.gate, self.per_site, self.overrides = gate, changed.per_site, changed.overrides
 
     def override(self, site: str, parameters: Mapping[str, Any]) -> None:
         """Set gate parameters of one site, whatever patterns say of it; its overrides are found at ``resolve``."""
         if parameters:
             self.per_site[site] = self.per_site.pop(site, {}) | dict(parameters)
+
+    def noise(self, instances: int, weight: Tensor) -> Inputs:
+        """Noise in the shape of the inputs that the sites were found on, of a weight's type and device."""
+        noise: Inputs = tree_map_only(Tensor, lambda tensor: _noise(tensor, instances, weight), self.inputs)
+        return noise
 
     def attach_arguments(self) -> dict[str, Any]:
         """Which layers were chosen, as plain JSON values; functions become the names that they chose."""
@@ -99,6 +144,8 @@ class Settings:
             "reduction": self.reduction,
             "per_site": {pattern: dict(override) for pattern, override in self.per_site.items()},
             "sites": {site.name: site.channels for site in self.known().sites},
+            "references": dict(self.references),
+            "calibration": self.calibration,
         }
 
     def restored(self, state: Mapping[str, Any], model: nn.Module) -> "Settings":
@@ -115,6 +162,8 @@ class Settings:
             gate=self._stored_gate(state["gate"]),
             reduction=state["reduction"],
             per_site={pattern: dict(override) for pattern, override in state["per_site"].items()},
+            references=dict(state.get("references", {})),
+            calibration=state.get("calibration"),
         )
         settings.overrides = _by_site(model, settings.known(), settings.per_site)
         return settings
@@ -151,6 +200,12 @@ def choose_gate(gate: Gate | str, alpha: float | None, beta: float | None) -> Ga
     return gate
 
 
+def _noise(tensor: Tensor, instances: int, weight: Tensor) -> Tensor:
+    if tensor.is_floating_point():
+        return torch.randn(instances, *tensor.shape[1:], dtype=weight.dtype, device=weight.device)
+    return torch.zeros(instances, *tensor.shape[1:], dtype=tensor.dtype, device=weight.device)
+
+
 def _listed(patterns: Patterns) -> str | list[str]:
     return patterns if isinstance(patterns, str) else list(patterns)  # type: ignore[arg-type]  # no functions here
 
@@ -182,7 +237,7 @@ def _by_site(model: nn.Module, found: Found, per_site: Mapping[str, Mapping[str,
 
 
 def _require_same_model(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    missing = sorted(here.keys() - state.keys())
+    missing = sorted(here.keys() - state.keys() - _ADDED)
     if missing or state["version"] != _VERSION:
         raise StateMismatchError(f"no state_dict of version {_VERSION}: version {state.get('version')!r}, no {missing}")
     if state["scope"] != here["scope"]:

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, object]] = {
     # name: parts that a step is accumulated from, batch norm synchronized or in eval mode, settings
     "sum": {},
     "mean": {"reduction": "mean"},
+    "relative": {"reduction": "relative"},  # references are those of both ranks' first batches
     "consumers": {"scope": "consumers"},
     "accumulated": {"parts": 2},
     "accumulated mean": {"parts": 2, "reduction": "mean"},
@@ -92,7 +93,7 @@ def test_two_ranks_equal_one_process(ranks: list[dict[str, dict[str, Tensor]]], 
             torch.testing.assert_close(rank[case][name], gradient, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("reduction", "factor"), [("sum", 6), ("mean", 1)])
+@pytest.mark.parametrize(("reduction", "factor"), [("sum", 6), ("mean", 1), ("relative", 1)])
 def test_the_factors_can_be_given(residual: Net, reduction: str, factor: int) -> None:
     residual.train()
     pruner = InstanceWisePruner(residual, residual.images(1), lambda_=LAMBDA, reduction=reduction)

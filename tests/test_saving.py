@@ -260,9 +260,23 @@ def test_another_architecture_is_refused_unchanged(saved: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        load_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("", r"has no pruner\.json; one was saved in its deep$"),
+        ("absent", "does not exist$"),
+        ("deep/pruner.json", "is a file$"),
+    ],
+)
+def test_a_folder_in_which_nothing_was_saved(tmp_path: Path, plain: Net, place: str, why: str) -> None:
+    InstanceWisePruner(plain, plain.images(1)).save_pretrained(tmp_path / "deep")
+    with pytest.raises(FileNotFoundError, match=f"nothing was saved by save_pretrained in .*{why}"):
+        load_pretrained(tmp_path / place)
+
+
+def test_a_name_is_no_model(saved: Path) -> None:
+    with pytest.raises(StateMismatchError, match="model='resnet18' is no module: pass the architecture, or None"):
+        load_pretrained(saved, "resnet18")
 
 
 def test_a_model_that_has_a_pruner(saved: Path) -> None:

@@ -1,0 +1,97 @@
+"""Beyond the paper: one pair of thresholds for a network against thresholds of single sites, on trained VGG16s.
+
+    PYTHONPATH=examples python -m benchmarks.beyond_sites RUN/dense.safetensors RUN/finetuned-1e-07.safetensors \\
+        --data DIR --out docs/results/beyond
+
+The models are those of examples/slimmed_vgg16.py, trained on --data with its seed 0. Thresholds are chosen on held-out
+training images and reported on test images, in float32.
+"""
+
+import argparse
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import slimmed_vgg16 as example
+import torch
+from images import Batches, ImageSplits, load
+from safetensors.torch import load_file
+from torch import nn
+
+from isw_plugin import InstanceWisePruner, calibrate, evaluate
+from isw_plugin.calibrate.choice import Choice
+from isw_plugin.measure import hardware
+
+CPU = torch.device("cpu")
+
+
+def stored_vgg16(path: Path) -> nn.Module:
+    """A VGG16 of any widths, as the example saves it."""
+    state = load_file(path)
+    widths = tuple(len(weight) for weight in state.values() if weight.dim() == 4)
+    model = example.vgg16(widths, len(state["head.fc.weight"]))
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def site_rows(args: argparse.Namespace, splits: ImageSplits) -> Iterator[dict[str, Any]]:
+    """One pair and thresholds of single sites, for every model and budget."""
+    held_out = Batches(splits.held_out, splits, 250, CPU)
+    test = list(Batches(splits.test.at(torch.arange(0, len(splits.test), args.thin)), splits, 250, CPU))
+    for path, drop in itertools.product(args.models, args.max_drops):
+        pruner = InstanceWisePruner(stored_vgg16(path), torch.zeros(1, 3, 32, 32))
+        dense = evaluate(pruner.model, test)
+        found = calibrate(pruner, held_out, max_drop=drop, max_instances=args.images, per_site=True)
+        pair = Choice(found.accuracy, drop, None).best([c for c in found.candidates if not c.per_site])
+        for candidate in (pair, found.best):
+            with pruner.gating(per_site=candidate.per_site, **candidate.parameters):
+                report = evaluate(pruner.model, test)
+            yield {
+                "model": path.stem,
+                "max_drop": drop,
+                "dense": {"held_out": found.accuracy, "test": dense.accuracy, "macs": dense.macs},
+                "held_out": {"images": found.instances, "accuracy": candidate.accuracy, "saved": candidate.macs_saved},
+                "test": {"images": report.instances, "accuracy": report.accuracy, "saved": report.macs_saved},
+                "prune_ratio": report.prune_ratio,
+                "parameters": candidate.parameters,
+                "per_site": candidate.per_site,
+                "candidates": len(found.candidates),
+            }
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", help="weights of examples/slimmed_vgg16.py")
+    parser.add_argument("--data", required=True, help="what they were trained on, as the example takes it")
+    parser.add_argument("--max-drops", type=float, nargs="+", default=[0.005, 0.01], help="budgets of accuracy")
+    parser.add_argument("--images", type=int, default=1000, help="held-out images to calibrate on")
+    parser.add_argument("--thin", type=int, default=5, help="take every n-th test image")
+    parser.add_argument("--out", type=Path, default=Path("runs/beyond"), help="folder for sites.json")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run, and write ``sites.json`` after every row."""
+    results: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.beyond_sites", *sys.argv[1:]]),
+        "data": Path(args.data).name,
+        "hardware": f"{hardware(CPU)}, {torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "rows": [],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for row in site_rows(args, load(args.data, 32, 0)):
+        results["rows"].append(row)
+        print(row, flush=True)
+        (args.out / "sites.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main(arguments())
