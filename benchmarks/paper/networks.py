@@ -1,0 +1,56 @@
+"""The paper's networks for 32x32 images, at any share of their width."""
+
+from collections.abc import Callable
+
+import timm
+import torch
+from slimmed_vgg16 import MIN_CHANNELS, WIDTHS, vgg16
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+
+__all__ = ["build", "vgg_widths"]
+
+
+def vgg_widths(width: float) -> tuple[int, ...]:
+    return tuple(max(MIN_CHANNELS, int(channels * width)) for channels in WIDTHS)
+
+
+def _resnet18(classes: int, width: float, *, pooled: bool) -> nn.Module:
+    channels = tuple(int(count * width) for count in (64, 128, 256, 512))
+    model = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=classes, channels=channels)
+    # timm's stem has 64 channels at any width.
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    if not pooled:
+        model.maxpool = nn.Identity()
+    return model
+
+
+def _imagenet(classes: int, width: float) -> nn.Module:
+    return timm.create_model("mobilenetv2_100" if width == 1 else "mobilenetv2_035", num_classes=classes)
+
+
+def _mobilenetv2(classes: int, width: float) -> nn.Module:
+    model = _imagenet(classes, width)
+    model.conv_stem.stride = (1, 1)
+    model.blocks[1][0].conv_dw.stride = (1, 1)
+    return model
+
+
+_BUILD: dict[str, Callable[[int, float], nn.Module]] = {
+    "vgg16": lambda classes, width: vgg16(vgg_widths(width), classes),
+    "resnet18": lambda classes, width: _resnet18(classes, width, pooled=False),
+    "resnet18-pooled": lambda classes, width: _resnet18(classes, width, pooled=True),
+    "mobilenetv2": _mobilenetv2,
+    "mobilenetv2-imagenet": _imagenet,
+}
+
+
+def build(name: str, classes: int, width: float, seed: int) -> nn.Module:
+    """A network by name with random weights, channels_last.
+
+    vgg16: global average pooling and one linear layer. resnet18: 3x3 stem of stride 1 without max-pool;
+    resnet18-pooled: with it. mobilenetv2: stem and second stage at stride 1; narrower than 1, width 0.35.
+    mobilenetv2-imagenet: all strides as published.
+    """
+    torch.manual_seed(seed)
+    return _BUILD[name](classes, width).to(memory_format=torch.channels_last)
