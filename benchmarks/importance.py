@@ -8,8 +8,12 @@ globally, to the same MACs; accuracy on the test images is given right after tha
 
 import argparse
 import copy
+import datetime
 import json
+import shlex
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +55,31 @@ IMPORTANCES: dict[str, Importance] = {
 }
 
 
-def pruned(job: example.Job, trained: nn.Module, importance: Importance, target: float) -> nn.Module:
+def copied(model: nn.Module, ranking: Any) -> tuple[nn.Module, Any]:
+    """Both, which know each other, with gradients."""
+    other, same = copy.deepcopy((model, ranking))
+    for old, new in zip(model.parameters(), other.parameters(), strict=True):
+        new.grad = None if old.grad is None else old.grad.clone()
+    return other, same
+
+
+def pruned(job: example.Job, ranked: nn.Module, ranking: Any, target: float) -> nn.Module:
     """A copy with at most this share of the MACs: the lowest pruning ratio that reaches it, to 1/250."""
-    whole = count_macs(trained, job.example).dense
+    whole = count_macs(ranked, job.example).dense
     low, high = 0.0, 1.0
-    best = trained
+    best = ranked
     while high - low > 4e-3:
         torch.manual_seed(job.args.seed)
-        ratio, model = (low + high) / 2, copy.deepcopy(trained)
-        ranking = importance(job, model)
+        ratio = (low + high) / 2
+        model, same = copied(ranked, ranking)
         tp.pruner.BasePruner(
-            model, job.example, ranking, pruning_ratio=ratio, global_pruning=True, ignored_layers=[model.head.fc]
+            model, job.example, same, pruning_ratio=ratio, global_pruning=True, ignored_layers=[model.head.fc]
         ).step()
         if count_macs(model, job.example).dense <= target * whole:
             high, best = ratio, model
         else:
             low = ratio
+    best.zero_grad()
     return best
 
 
@@ -81,18 +94,25 @@ def finetuned(job: example.Job, model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def row(job: example.Job, trained: nn.Module, name: str, target: float) -> dict[str, Any]:
-    model = pruned(job, trained, IMPORTANCES[name], target)
-    model.zero_grad()
-    channels = sum(module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d))
-    return {
+def rows(job: example.Job, trained: nn.Module, name: str, targets: list[float]) -> list[dict[str, Any]]:
+    ranked = copy.deepcopy(trained)
+    ranking = IMPORTANCES[name](job, ranked)
+    return [row(job, pruned(job, ranked, ranking, target), name, target) for target in targets]
+
+
+def row(job: example.Job, model: nn.Module, name: str, target: float) -> dict[str, Any]:
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    found = {
         "importance": name,
         "target": target,
         "macs": count_macs(model, job.example).dense,
-        "channels": channels,
+        "channels": sum(norm.num_features for norm in norms),
+        "widths": [norm.num_features for norm in norms],
         "accuracy": evaluate(model, job.batches("test")).accuracy,
         "accuracy_finetuned": evaluate(finetuned(job, model), job.batches("test")).accuracy,
     }
+    print(found, flush=True)
+    return found
 
 
 def trained_network(job: example.Job) -> nn.Module:
@@ -105,6 +125,10 @@ def trained_network(job: example.Job) -> nn.Module:
         regularize = lambda loss: pruner.regularize(model, loss)  # noqa: E731
         job.train(model, name, job.args.epochs_finetune, 0.05, regularize=regularize)
     return job.stored(name, job.dense_widths())
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "torch-pruning"))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -122,6 +146,20 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def about(job: example.Job, trained: nn.Module, own: argparse.Namespace) -> str:
+    """What was run, on what."""
+    accuracy = evaluate(trained, job.batches("test")).accuracy
+    macs = count_macs(trained, job.example).dense / 1e6
+    return (
+        f"VGG16, width {job.args.width}, digits at {job.args.size}x{job.args.size}, {own.epochs} epochs with BN-L1 and "
+        f"{own.epochs} with lambda {job.args.lambdas[0]:g} ({own.precision}), seed {own.seed}: accuracy {accuracy:.4f} "
+        f"on {len(job.splits.test)} test images, {macs:.2f} MMACs. Importances see the training images; gate alpha "
+        f"{job.args.alpha}, beta {job.args.beta}; fine-tuned for {own.epochs_after} epochs. {hardware()}, "
+        f"{torch.get_num_threads()} threads, {versions()}, {datetime.date.today()}: "
+        f"{shlex.join(['python', *sys.orig_argv[1:]])}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/importance"))
@@ -129,27 +167,19 @@ def main() -> None:
     parser.add_argument("--epochs-after", type=int, default=1)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training")
     own = parser.parse_args()
     args = example.arguments(
-        f"--epochs-dense {own.epochs} --epochs-finetune {own.epochs} --seed {own.seed} --out {own.out}".split()
+        f"--epochs-dense {own.epochs} --epochs-finetune {own.epochs} --seed {own.seed} --precision {own.precision} "
+        f"--out {own.out}".split()
     )
     args.epochs_after, args.alpha, args.beta = own.epochs_after, 0.5, 1.0
-    job = example.Job(
-        args,
-        load("digits", args.size, args.seed),
-        RunFolder(own.out, {"epochs": own.epochs, "seed": own.seed}),
-        torch.device("cpu"),
-    )
+    settings = {"epochs": own.epochs, "seed": own.seed, "precision": own.precision}
+    job = example.Job(args, load("digits", args.size, args.seed), RunFolder(own.out, settings), torch.device("cpu"))
     trained = trained_network(job)
-    accuracy = evaluate(trained, job.batches("test")).accuracy
-    about = (
-        f"VGG16, width 0.5, digits at {args.size}x{args.size}, {own.epochs} epochs with BN-L1 and {own.epochs} with "
-        f"lambda {args.lambdas[0]:g}, seed {own.seed}: accuracy {accuracy:.4f} on {len(job.splits.test)} test images, "
-        f"{count_macs(trained, job.example).dense / 1e6:.2f} MMACs. Importances see the training images; gate alpha "
-        f"{args.alpha}, beta {args.beta}; fine-tuned for {own.epochs_after} epochs. {hardware()}, "
-        f"torch {torch.__version__}."
-    )
-    results = {"about": about, "rows": [row(job, trained, name, t) for t in own.targets for name in IMPORTANCES]}
+    found = [line for name in IMPORTANCES for line in rows(job, trained, name, own.targets)]
+    found.sort(key=lambda line: -line["target"])
+    results = {"about": about(job, trained, own), "rows": found}
     job.run.write("importance.json", json.dumps(results, indent=2))
     job.run.write("importance.md", table(results))
     print(table(results))

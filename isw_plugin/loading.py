@@ -1,6 +1,7 @@
 """Bring back what ``save_pretrained`` wrote."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,14 @@ def load_pretrained(
             weights then, and no pruner. Says what does not fit.
         AttachError, UnsupportedError: No pruner can be attached to the model.
     """
-    facts = read(folder)
+    if model is not None and not isinstance(model, nn.Module):
+        raise StateMismatchError(
+            f"model={model!r} is no module: pass the architecture, or None for an unedited timm model"
+        )
+    try:
+        facts = read(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(_what_is_there(Path(folder), Path(error.filename).name)) from error
     stored = facts["model"]
     if model is None:
         model = _remade(stored)
@@ -49,6 +57,13 @@ def load_pretrained(
     resize(model, stored["modules"], tensors)
     model.load_state_dict(tensors)
     return _attached(model.eval(), facts["pruner"], gate)
+
+
+def _what_is_there(folder: Path, file: str) -> str:
+    found = f"has no {file}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+    below = sorted(path.parent.name for path in folder.glob(f"*/{file}")) if folder.is_dir() else []
+    nearest = f"; one was saved in its {', '.join(below[:5])}" if below else ""
+    return f"nothing was saved by save_pretrained in {folder}, which {found}{nearest}"
 
 
 def _remade(stored: dict[str, Any]) -> nn.Module:

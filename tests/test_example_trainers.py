@@ -17,7 +17,7 @@ from torch import nn
 from isw_plugin import InstanceWisePruner
 
 ROOT = Path(__file__).parent.parent
-NEEDS = {"train_timm": "timm", "train_lightning": "lightning", "train_accelerate": "accelerate"}
+NEEDS = {"train_timm": "isw_plugin.toolkits.timm", "train_lightning": "lightning", "train_accelerate": "accelerate"}
 FEW = [
     "--images=64",
     "--batch=16",
@@ -31,8 +31,12 @@ FEW = [
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers, about loaders and devices
 
 
+def require(example: str) -> None:
+    pytest.importorskip(NEEDS[example], reason="needs isw_plugin[trainers], or timm 1.0.27", exc_type=ImportError)
+
+
 def run(example: str, out: Path, *more: str) -> nn.Module:
-    pytest.importorskip(NEEDS[example], reason="needs isw_plugin[trainers]")
+    require(example)
     trained: nn.Module = importlib.import_module(example).main(arguments(None, [*FEW, "--out", str(out), *more]))
     return trained
 
@@ -69,7 +73,7 @@ def test_it_trains_gates_and_goes_on(example: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", NEEDS)
 def test_torchrun_on_two_processes_goes_on(example: str, tmp_path: Path) -> None:
-    pytest.importorskip(NEEDS[example], reason="needs isw_plugin[trainers]")
+    require(example)
     places = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]), "OMP_NUM_THREADS": "1"}
     for epochs in ("1", "2"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -2,8 +2,10 @@
 
 import importlib
 import sys
+import types
 
 import pytest
+import torch
 
 from isw_plugin.errors import ISWError, MissingExtraError
 
@@ -24,3 +26,12 @@ def test_the_error_names_what_to_install(package: str, monkeypatch: pytest.Monke
         importlib.import_module(f"isw_plugin.toolkits.{package}")
     assert isinstance(caught.value, ISWError)
     assert isinstance(caught.value, ImportError)
+
+
+def test_tasks_that_do_not_tell_their_model_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = types.ModuleType("timm.task")
+    old.ClassificationTask = old.TrainingTask = type("TrainingTask", (torch.nn.Module,), {})
+    monkeypatch.setitem(sys.modules, "timm.task", old)
+    monkeypatch.delitem(sys.modules, "isw_plugin.toolkits.timm", raising=False)
+    with pytest.raises(MissingExtraError, match=r"needs timm 1\.0\.27.*pip install --upgrade timm"):
+        importlib.import_module("isw_plugin.toolkits.timm")

@@ -267,6 +267,11 @@ def test_no_images(plain: Net) -> None:
         InstanceWisePruner(plain, plain.images(1)).to_static([])
 
 
+def test_images_are_no_batches(plain: Net) -> None:
+    with pytest.raises(SettingError, match=r"a list such as \[images\]"):
+        InstanceWisePruner(plain, plain.images(1)).to_static(plain.images())
+
+
 def test_a_removed_pruner(plain: Net) -> None:
     pruner = InstanceWisePruner(plain, plain.images(1))
     pruner.remove()

@@ -184,6 +184,32 @@ def test_only_a_wrapped_model_records(plain: Net) -> None:
     assert before > 0
 
 
+def test_what_is_set_after_construction_holds(plain: Net) -> None:
+    """Thresholds that calibration chose survive unwrapping, and a changed lambda the next compress."""
+    losses: list[Tensor] = []
+    pruner = InstanceWisePruner(plain, ALL, evaluator(plain, losses), lambda_=5.0)
+    pruner.gates.lambda_ = LAMBDA
+    pruner.compress(max_steps=1)
+    images = plain.images()
+    torch.testing.assert_close(losses[0], task_loss(plain(images)) + plain.penalty_by_hand(images, LAMBDA))
+    pruner.gates.load_state_dict(pruner.gates.state_dict() | {"per_site": {"c2": {"alpha": 0.0, "beta": 0.25}}})
+    pruner.unwrap_model()
+    pruner.gates.step()
+    plain(images)
+    assert pruner.gates.keep["c2"].equal(keep_mask(pruner.gates.norms["c2"], 0.0, 0.25))
+    pruner.wrap_model()
+    plain.train()(images)
+    assert pruner.gates.lambda_ == LAMBDA
+    assert pruner.gates.penalty() > 0
+
+
+def test_gates_may_be_removed_before_unwrapping(plain: Net) -> None:
+    pruner = InstanceWisePruner(plain, ALL, evaluator(plain, []))
+    pruner.gates.remove()
+    pruner.unwrap_model()
+    assert hooks_of(plain) == hooks_of(made(Plain))
+
+
 # -- beside NNI's pruners -------------------------------------------------------------------------------
 
 SLIM = [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]
@@ -336,9 +362,13 @@ MISTAKES = {
     "sparse_ratio": ([{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], SettingError, "decided for every image"),
     "nothing": ([{"lambda_": 0.1}], SettingError, "chooses no layers"),
     "name": ([{"op_names": ["c3"]}], PatternError, "Close names: .*c1"),
-    "type": ([{"op_types": ["Conv3d"]}], PatternError, "selects no module"),
+    "type": ([{"op_types": ["Conv2D"]}], PatternError, "selects no module of Plain, which has .*, Conv2d, "),
     "norms": ([{"op_types": ["BatchNorm2d"]}], PatternError, "none of which makes a map"),
     "beta": ([{"op_types": ["Conv2d"], "beta": 3.0}], SettingError, r"\[0, 2\)"),
+    "no list": ({"op_types": ["Conv2d"]}, SettingError, "a list of dicts"),
+    "no config": ([], SettingError, "a list of dicts"),
+    "no dict": (["Conv2d"], SettingError, "a list of dicts"),
+    "a word": ([{"op_types": "Conv2d"}], SettingError, r"op_types='Conv2d': a list, \['Conv2d'\]"),
 }
 
 
@@ -347,6 +377,12 @@ def test_a_wrong_config_changes_nothing(case: str, plain: Net) -> None:
     configs, error, message = MISTAKES[case]
     with pytest.raises(error, match=message):
         InstanceWisePruner(plain, configs, example_inputs=plain.images(1))
+    assert hooks_of(plain) == hooks_of(made(Plain))
+
+
+def test_an_evaluator_is_one_of_nnis(plain: Net) -> None:
+    with pytest.raises(SettingError, match=r"one of NNI's, such as TorchEvaluator"):
+        InstanceWisePruner(plain, ALL, lambda *_: None, example_inputs=plain.images(1))
     assert hooks_of(plain) == hooks_of(made(Plain))
 
 

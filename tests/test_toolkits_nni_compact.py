@@ -271,6 +271,12 @@ def test_masks_of_another_model_change_nothing(case: str) -> None:
     assert all(before[name].equal(value) for name, value in model.state_dict().items())
 
 
+def test_what_compress_gives_is_two_things() -> None:
+    model = chain(-0.5)
+    with pytest.raises(SettingError, match="masks is a tuple, not a dict by module name: compress"):
+        compact(model, (model, {}), IMAGES)
+
+
 def test_a_wrapped_model_is_refused() -> None:
     model = chain(-0.5)
     model[0]._nni_wrapper = nn.Identity()

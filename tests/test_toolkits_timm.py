@@ -1,17 +1,21 @@
 """Feature decay in timm's training tasks, and in a script that makes its task as timm's does."""
 
 import pickle
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Net, Plain, made
-from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner
-from isw_plugin.errors import AttachError, SettingError
+from isw_plugin.errors import AttachError, MissingExtraError, SettingError
+
+pytest.importorskip("isw_plugin.toolkits.timm", reason="needs timm 1.0.27", exc_type=MissingExtraError)
+from timm.task import ClassificationTask, LogitDistillationTask
+
 from isw_plugin.toolkits.timm import add_feature_decay, main
 
 LAMBDA = 1e-2
@@ -74,17 +78,29 @@ def test_what_cannot_be_is_said(plain: Net) -> None:
 
 SCRIPT = """
 import argparse, json, torch, timm
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, MultiLabelClassificationTask
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out")
 parser.add_argument("-c", "--config")
 parser.add_argument("--grad-accum-steps", type=int, default=1)
+parser.add_argument("--task", default="ClassificationTask")
 args = parser.parse_args()
+
+
+class OwnTask(ClassificationTask):
+    def __init__(self, model, verbose):
+        super().__init__(model, verbose=verbose)
+        self.own = True
+
+
 torch.manual_seed(0)
-task = ClassificationTask(model=timm.create_model("test_resnet", num_classes=5), verbose=False)
+model = timm.create_model("test_resnet", num_classes=5)
+teacher = [timm.create_model("test_resnet", num_classes=5)] if "Distillation" in args.task else []
+task = globals()[args.task](model, *teacher, verbose=False)
 torch.manual_seed(1)
-result = task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+labels = torch.eye(5)[:2] if "Multi" in args.task else torch.tensor([0, 1])
+result = task(torch.randn(2, 3, 32, 32), labels)
 values = {name: float(value.detach()) for name, value in result.items() if name != "output"}
 assert __name__ == "__main__"
 with open(args.out, "w") as file:
@@ -113,6 +129,33 @@ def test_a_script_gets_feature_decay_by_one_file(tmp_path: Path) -> None:
     assert sys.argv == argv
 
 
-def test_a_file_that_holds_no_settings(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="expected lines such as"):
-        run(tmp_path, settings="1.0e-3")
+@pytest.mark.parametrize(
+    "task", ["MultiLabelClassificationTask", "LogitDistillationTask", "FeatureDistillationTask", "OwnTask"]
+)
+def test_every_task_that_a_script_makes_gets_it_once(tmp_path: Path, task: str) -> None:
+    inits = {cls: cls.__init__ for cls in (ClassificationTask, LogitDistillationTask)}
+    pattern = "student.layer*" if task == "FeatureDistillationTask" else "layer*"
+    found = run(tmp_path, "--task", task, settings=f"lambda_: 1.0e-3\nlayers: '{pattern}'\n")
+    assert found["feature_decay"] == pytest.approx(run(tmp_path)["feature_decay"], rel=1e-5)
+    assert all(cls.__init__ is init for cls, init in inits.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("1.0e-3", "expected lines such as"),
+        ("lamda_: 1.0e-3", "takes no 'lamda_'; did you mean lambda_?"),
+        ("lambda_: 1e-3", "lambda_: 1e-3 is text to YAML; a number has a point, such as 1.0e-6"),
+    ],
+)
+def test_a_file_that_holds_no_settings(tmp_path: Path, settings: str, said: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(said)):
+        run(tmp_path, settings=settings)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_script_without_tasks_is_refused_before_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise AssertionError('it ran')\n")
+    (tmp_path / "decay.yaml").write_text("lambda_: 1.0e-3\n")
+    with pytest.raises(SettingError, match=r"train\.py does not use timm\.task, so it would train without"):
+        main(["--isw", str(tmp_path / "decay.yaml"), str(tmp_path / "train.py")])

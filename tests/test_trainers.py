@@ -1,6 +1,6 @@
 """One optimizer step under each trainer is the step of Eq. 5 by hand, however the batch is divided."""
 
-import importlib.util
+import importlib
 import os
 import socket
 from collections.abc import Callable
@@ -12,17 +12,25 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import Net, Residual, made
-from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
-from isw_plugin.toolkits.timm import add_feature_decay
 
 LAMBDA = 1e-2
 RATE = 0.1
-EXTRAS = {"accelerate": "accelerate", "lightning": "lightning", "timm": "timm"}
-INSTALLED = [name for name, package in EXTRAS.items() if importlib.util.find_spec(package)]
+EXTRAS = {"accelerate": "accelerate", "lightning": "lightning", "timm": "isw_plugin.toolkits.timm"}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers, about loaders and devices
+
+
+def installed(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+INSTALLED = [name for name, package in EXTRAS.items() if installed(package)]
 
 
 def task_loss(output: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -50,6 +58,10 @@ def by_hand(images: Tensor) -> dict[str, Tensor]:
 
 
 def step_of_timm(parts: list[Tensor]) -> Net:
+    from timm.task import ClassificationTask
+
+    from isw_plugin.toolkits.timm import add_feature_decay
+
     net, pruner = network()
     task = ClassificationTask(net, task_loss, verbose=False)
     add_feature_decay(task, pruner, accumulation_steps=len(parts))
@@ -127,7 +139,7 @@ STEPS: dict[str, Callable[[list[Tensor]], Net]] = {
 
 def require(trainer: str) -> None:
     if trainer not in INSTALLED:
-        pytest.skip("needs isw_plugin[trainers]")
+        pytest.skip("needs isw_plugin[trainers], or timm 1.0.27")
 
 
 @pytest.mark.parametrize("parts", [1, 2])

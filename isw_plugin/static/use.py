@@ -67,8 +67,10 @@ def observe(model: nn.Module, memory: Memory | None, batches: Batches) -> Observ
         batches: Images, or (images, ...) as a loader gives them, or a dict of what forward takes.
 
     Raises:
-        SettingError: There are no images.
+        SettingError: There are no images, or one batch is passed instead of a list of batches.
     """
+    if isinstance(batches, Tensor):
+        raise SettingError("these are images, not batches of them: pass a loader, or a list such as [images]")
     observation = Observation()
     device = next(model.parameters(), torch.empty(0)).device
     with _evaluating(model), _watched(model, observation.columns):

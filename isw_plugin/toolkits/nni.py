@@ -3,7 +3,6 @@
 Needs ``isw_plugin[nni]``.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,14 +11,15 @@ from torch import Tensor, nn
 
 from isw_plugin.errors import AttachError, MissingExtraError, PatternError, SettingError, UnsupportedError
 from isw_plugin.gates import CVGate
+from isw_plugin.hooks import memory_of
 from isw_plugin.pruner import InstanceWisePruner as Gates
 from isw_plugin.sites import Found, Inputs, default_inputs, find_sites
 from isw_plugin.toolkits.nni_compact import compact
+from isw_plugin.toolkits.nni_configs import Config, chosen_layers
 from isw_plugin.wrappers import unwrapped
 
 try:
     from nni.compression.base.compressor import Compressor, Pruner
-    from nni.compression.base.config import select_modules_by_config
     from nni.compression.utils import Evaluator, LightningEvaluator, TransformersEvaluator
 except ImportError as error:
     raise MissingExtraError(
@@ -28,11 +28,7 @@ except ImportError as error:
 
 __all__ = ["InstanceWisePruner", "compact"]
 
-_SELECTION = ("op_names", "op_names_re", "op_types")
-_EXCLUSION = ("exclude_op_names", "exclude_op_names_re", "exclude_op_types", "exclude")
-_PARAMETERS = ("lambda_", "alpha", "beta")
-
-Config = Mapping[str, Any]
+Lambdas = tuple[float, dict[str, float]]  # a pruner's, and those of its per_site
 
 
 class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
@@ -77,14 +73,14 @@ class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
         example_inputs: Inputs | None = None,
         accumulation_steps: int = 1,
         scope: Literal["all", "consumers"] = "all",
-        reduction: Literal["sum", "mean"] = "sum",
+        reduction: Literal["sum", "mean", "relative"] = "sum",
         min_keep: int = 0,
     ) -> None:
         bare = unwrapped(model)
         if any(hasattr(module, "_nni_wrapper") for module in bare.modules()):
             raise AttachError("the model is wrapped by another compressor: use InstanceWisePruner.from_compressor")
         _require_running(evaluator)
-        chosen = _chosen_layers(bare, config_list)
+        chosen = chosen_layers(bare, config_list)
         inputs = _inputs(bare, example_inputs, evaluator)
         found = _sites(bare, inputs, chosen, scope)
         per_site = {f"re:{re.escape(name)}": chosen[name] for name in _names(found) if chosen.get(name)}
@@ -99,7 +95,7 @@ class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
             per_site=per_site,
             min_keep=min_keep,
         )
-        self._decay: dict[str, Any] = {"lambda_": lambda_, "per_site": per_site}
+        self._silenced: Lambdas | None = None  # while nothing is recorded
         self._accumulation_steps = accumulation_steps
         try:
             super().__init__(model, [], evaluator, existed_wrappers)  # no targets of NNI's: it would mask weights
@@ -197,61 +193,45 @@ class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
         return self.gates.regularize(self.gates.model, loss, accumulation_steps=parts)
 
     def _validate_config(self) -> None:
-        """Nothing: NNI's schema is for static masks, and _chosen_layers has looked at ours."""
+        """Nothing: NNI's schema is for static masks, and chosen_layers has looked at ours."""
 
     def _record(self, on: bool) -> None:
         """Feature decay on or off; a training loop that takes no penalty must not record."""
-        silent = {pattern: _without(override, "lambda_") for pattern, override in self._decay["per_site"].items()}
-        decay = self._decay if on else {"lambda_": 0.0, "per_site": silent}
-        self.gates.load_state_dict(self.gates.state_dict() | decay)
+        if on == (self._silenced is None) or memory_of(self.gates.model) is None:
+            return
+        state = self.gates.state_dict()
+        if on:
+            state, self._silenced = _decaying(state, self._silenced or (0.0, {})), None
+        else:
+            state, self._silenced = _silent(state)
+        self.gates.load_state_dict(state)
 
 
-def _without(values: Config, key: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != key}
+def _silent(state: dict[str, Any]) -> tuple[dict[str, Any], Lambdas]:
+    """A pruner's state without feature decay, and what its lambdas were."""
+    per_site = {pattern: dict(own) for pattern, own in state["per_site"].items()}
+    lambdas = {pattern: own.pop("lambda_") for pattern, own in per_site.items() if "lambda_" in own}
+    return state | {"lambda_": 0.0, "per_site": per_site}, (state["lambda_"], lambdas)
+
+
+def _decaying(state: dict[str, Any], lambdas: Lambdas) -> dict[str, Any]:
+    """The state with these lambdas, where none was set meanwhile."""
+    per_site = {pattern: dict(own) for pattern, own in state["per_site"].items()}
+    for pattern, lambda_ in lambdas[1].items():
+        per_site[pattern] = {"lambda_": lambda_} | per_site.get(pattern, {})
+    return state | {"lambda_": state["lambda_"] or lambdas[0], "per_site": per_site}
 
 
 def _require_running(evaluator: Evaluator | None) -> None:
+    if evaluator is not None and not isinstance(evaluator, Evaluator):
+        raise SettingError(
+            f"evaluator={evaluator!r}: one of NNI's, such as TorchEvaluator(train, optimizer, training_step), or None"
+        )
     if isinstance(evaluator, TransformersEvaluator):
         raise UnsupportedError(
             "NNI 3.0's TransformersEvaluator overrides methods whose arguments have changed since (compute_loss, "
             "get_optimizer_cls_and_kwargs): use TorchEvaluator, or the Trainer's own loop with gates.regularize"
         )
-
-
-def _chosen_layers(model: nn.Module, config_list: Sequence[Config]) -> dict[str, dict[str, float]]:
-    """Every module that the configs mean, with what they set there."""
-    modules = dict(model.named_modules())
-    chosen: dict[str, dict[str, float]] = {}
-    excluded: set[str] = set()
-    for config in config_list:
-        _check(config, modules)
-        # NNI gives a dict in the order of a set, which differs from process to process.
-        names = set(
-            select_modules_by_config(model, {k: v for k, v in config.items() if k not in ("exclude", *_PARAMETERS)})[0]
-        )
-        if not names:
-            raise PatternError(f"{dict(config)} selects no module of {type(model).__name__}")
-        if config.get("exclude"):
-            excluded |= names
-            continue
-        for name in names:
-            chosen[name] = chosen.get(name, {}) | {key: config[key] for key in _PARAMETERS if key in config}
-    return {name: chosen[name] for name in modules if name in chosen and name not in excluded}
-
-
-def _check(config: Config, modules: Mapping[str, nn.Module]) -> None:
-    unknown = sorted(config.keys() - {*_SELECTION, *_EXCLUSION, *_PARAMETERS})
-    if unknown:
-        raise SettingError(
-            f"{', '.join(unknown)} in {dict(config)}: a config of InstanceWisePruner has {', '.join(_SELECTION)}, "
-            f"{', '.join(_EXCLUSION)}, {', '.join(_PARAMETERS)}; how many channels go is decided for every image"
-        )
-    if not any(config.get(key) for key in _SELECTION):
-        raise SettingError(f"{dict(config)} chooses no layers: give one of {', '.join(_SELECTION)}")
-    for name in config.get("op_names", ()):
-        if name not in modules:
-            close = difflib.get_close_matches(name, modules, n=3, cutoff=0.3)
-            raise PatternError(f"op_names has {name!r}, and there is no such module. Close names: {', '.join(close)}")
 
 
 def _inputs(model: nn.Module, given: Inputs | None, evaluator: Evaluator | None) -> Inputs:

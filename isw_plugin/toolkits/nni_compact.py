@@ -80,6 +80,10 @@ def compact(
 def _checked(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
     if unwrapped(model) is not model:
         raise UnsupportedError(f"{type(model).__name__} keeps the old parameters: compact what is inside, then wrap it")
+    if not isinstance(masks, Mapping):
+        raise SettingError(
+            f"masks is a {type(masks).__name__}, not a dict by module name: compress() gives model, masks"
+        )
     modules = dict(model.named_modules())
     if any(hasattr(module, "_nni_wrapper") for module in modules.values()):
         raise UnsupportedError("the model is still wrapped by NNI: call unwrap_model() of its pruner first")

@@ -7,11 +7,16 @@
 """
 
 import argparse
+import difflib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import yaml
 from torch import Tensor, nn
@@ -21,11 +26,19 @@ from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.wrappers import unwrapped
 
 try:
-    from timm.task import ClassificationTask, TrainingTask
+    from timm.task import TrainingTask
 except ImportError as error:
     raise MissingExtraError(
-        f"isw_plugin.toolkits.timm needs a timm that has training tasks ({error}): pip install --upgrade timm"
+        f"isw_plugin.toolkits.timm needs timm 1.0.27 or newer, for its training tasks ({error}): "
+        "pip install --upgrade timm",
+        name=error.name,
     ) from error
+if not hasattr(TrainingTask, "get_trainable_module"):  # timm 1.0.23 to 1.0.26
+    raise MissingExtraError(
+        "isw_plugin.toolkits.timm needs timm 1.0.27 or newer, and the training tasks of this one do not tell their "
+        "model: pip install --upgrade timm",
+        name="timm.task",
+    )
 
 __all__ = ["add_feature_decay", "main"]
 
@@ -65,36 +78,79 @@ class _AddPenalty:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run timm's training script with feature decay in every classification task that it makes.
+    """Run timm's training script with feature decay in every task that it makes.
 
     Raises:
-        SettingError: The argument file holds something else than settings.
+        SettingError: The argument file holds something else than settings, or the script makes no tasks.
     """
     parser = argparse.ArgumentParser(prog="python -m isw_plugin.toolkits.timm", description=__doc__)
     parser.add_argument("--isw", type=Path, required=True, help="YAML file of InstanceWisePruner's arguments")
     parser.add_argument("script", help="timm's train.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
     options = parser.parse_args(argv)
-    settings = yaml.safe_load(options.isw.read_text())
-    if not isinstance(settings, dict):
-        raise SettingError(f"{options.isw}: expected lines such as 'lambda_: 1.0e-6'")
+    settings = _settings(options.isw)
+    if "timm.task" not in Path(options.script).read_text():
+        raise SettingError(
+            f"{options.script} does not use timm.task, so it would train without feature decay: take the train.py of "
+            f"timm's source of this release ({version('timm')})"
+        )
     parts = _accumulation_steps(options.arguments)
-    task_class: Any = ClassificationTask
-    made = task_class.__init__
 
-    def init(task: Any, *args: Any, **kwargs: Any) -> None:
-        made(task, *args, **kwargs)
+    def attach(task: Any) -> None:
         pruner = InstanceWisePruner(task.get_trainable_module(), **settings)
         add_feature_decay(task, pruner, accumulation_steps=parts)
 
     argv_before = sys.argv
-    task_class.__init__ = init
     sys.argv = [options.script, *options.arguments]
     try:
-        runpy.run_path(options.script, run_name="__main__")
+        with _on_new_tasks(attach):
+            runpy.run_path(options.script, run_name="__main__")
     finally:
-        task_class.__init__ = made
         sys.argv = argv_before
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a file sets, checked before hours of training."""
+    settings = yaml.safe_load(file.read_text())
+    if not isinstance(settings, dict):
+        raise SettingError(f"{file}: expected lines such as 'lambda_: 1.0e-6'")
+    known = [name for name in signature(InstanceWisePruner).parameters if name not in ("model", "example_inputs")]
+    for name, value in settings.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1) or known
+            raise SettingError(f"{file}: InstanceWisePruner takes no {name!r}; did you mean {', '.join(close)}?")
+        if name in ("lambda_", "alpha", "beta") and isinstance(value, str):
+            raise SettingError(f"{file}: {name}: {value} is text to YAML; a number has a point, such as 1.0e-6")
+    return settings
+
+
+@contextmanager
+def _on_new_tasks(attach: Callable[[Any], None]) -> Iterator[None]:
+    """Inside the block, every task that timm makes is handed to ``attach``, once it has its model."""
+    # Not the base of all: when that is done, a task has no model yet.
+    made = {cls: cls.__init__ for cls in _below(TrainingTask) if "__init__" in vars(cls)}
+    seen: WeakSet[Any] = WeakSet()
+
+    def watched(cls: Any) -> Callable[..., None]:
+        def init(task: Any, *args: Any, **kwargs: Any) -> None:
+            made[cls](task, *args, **kwargs)
+            if task not in seen:  # a class above it may have been first
+                seen.add(task)
+                attach(task)
+
+        return init
+
+    for cls in made:
+        cls.__init__ = watched(cls)
+    try:
+        yield
+    finally:
+        for cls, init in made.items():
+            cls.__init__ = init
+
+
+def _below(cls: Any) -> list[Any]:
+    return [found for direct in cls.__subclasses__() for found in (direct, *_below(direct))]
 
 
 def _accumulation_steps(arguments: Sequence[str]) -> int:
