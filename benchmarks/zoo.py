@@ -5,7 +5,7 @@
     python -m benchmarks.zoo engine --out FOLDER         #     accelerated
     python -m benchmarks.zoo graphs --out FOLDER         #     exported and compiled
     python -m benchmarks.zoo pruned --out FOLDER         # (c) after torch-pruning took half of the channels
-    python -m benchmarks.zoo report --out FOLDER         # docs/zoo.md from what is there
+    python -m benchmarks.zoo report --out FOLDER         # docs/zoo.md and docs/results/zoo from what is there
     python -m benchmarks.zoo gates --only "resnet*" --out FOLDER
 
 A line of JSON a model is written as soon as it is known; a second run goes on where the first stopped.
@@ -23,15 +23,16 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo_checks import check, described
+from benchmarks.zoo_checks import check
 from benchmarks.zoo_graphs import check_engine, check_graphs
 from benchmarks.zoo_models import build, smallest
 from benchmarks.zoo_pruned import pruned
-from benchmarks.zoo_report import page
+from benchmarks.zoo_report import page, summary
 from benchmarks.zoo_sites import module_of, site_record
+from benchmarks.zoo_subject import described
 from isw_plugin.measure import hardware
 
-__all__ = ["main", "resume"]
+__all__ = ["main", "report", "resume"]
 
 Record = dict[str, Any]
 
@@ -95,15 +96,23 @@ PARTS: dict[str, Callable[[str], Record]] = {
 }
 
 
+def report(records: dict[str, list[Record]], docs: Path) -> None:
+    """Write the page and its numbers."""
+    told = summary(records)
+    numbers = docs / "results" / "zoo" / "summary.json"
+    numbers.parent.mkdir(parents=True, exist_ok=True)
+    numbers.write_text(json.dumps(told, indent=1) + "\n")
+    (docs / "zoo.md").write_text(page(told, f"{hardware()}, {torch.get_num_threads()} threads"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "report"])
     parser.add_argument("--only", default="*", help="a glob over entry points")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/zoo"))
+    parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="a folder for the records")
     args = parser.parse_args()
     if args.part == "report":
-        records = {part: read(args.out / f"{part}.jsonl") for part in PARTS}
-        Path("docs/zoo.md").write_text(page(records, f"{hardware()}, {torch.get_num_threads()} threads"))
+        report({part: read(args.out / f"{part}.jsonl") for part in PARTS}, Path("docs"))
         return
     names = timm.list_models() if args.part == "sites" else smallest(read(args.out / "sites.jsonl"))
     chosen = [name for name in names if fnmatchcase(name, args.only)]

@@ -6,8 +6,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.zoo_checks import flat
 from benchmarks.zoo_models import randomise
+from benchmarks.zoo_subject import flat
 
 __all__ = ["pruned"]
 

@@ -1,4 +1,4 @@
-"""docs/zoo.md from the records of the zoo."""
+"""docs/zoo.md, and the same as JSON, from the records of the zoo."""
 
 import statistics
 from collections import Counter
@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-__all__ = ["page", "verdict"]
+import timm
+
+from benchmarks.zoo_models import smallest
+
+__all__ = ["page", "summary", "verdict"]
 
 Record = Mapping[str, Any]
 _LEGEND = """\
@@ -18,46 +22,32 @@ of every reader, a batch equal to its images alone, the same under `scope="consu
 exported and compiled (aot_eager). "pruned first": torch-pruning takes half of the channels, then all of "gated".
 "skipped" is not counted as passed."""
 _PARTS = {"gates": "gated", "engine": "engine", "graphs": "graphs", "pruned": "pruned first"}
+_WORDS = ("ok", "skipped", "no", "not run")
 
 
-def page(records: Mapping[str, Sequence[Record]], hardware: str = "") -> str:
-    """The page as Markdown.
+def summary(records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    """All that the page says, as plain values.
 
     Args:
         records: Part ("sites", "gates", "engine", "graphs", "pruned") -> its records; a part may be missing.
-        hardware: What the seconds were taken on.
     """
-    sites = records.get("sites", [])
-    by_part = {part: {record["model"]: record for record in records.get(part, [])} for part in ("sites", *_PARTS)}
-    names = [record["model"] for record in records.get("gates", [])]
-    names.sort(key=lambda name: (name.startswith("test_"), by_part["gates"][name]["module"], name))
-    return "\n".join(
-        [
-            "# The zoo",
-            "",
-            f"timm {version('timm')}, torch {version('torch')}, torch-pruning {version('torch-pruning')}. Written by",
-            "`python -m benchmarks.zoo report`; the other parts of the same command make the records.",
-            "",
-            "## Sites of every entry point",
-            "",
-            *_sites(sites, hardware),
-            "",
-            "## Gated for real",
-            "",
-            *_intro(by_part),
-            "",
-            "| module | model | layers | sites | " + " | ".join(_PARTS.values()) + " | note |",
-            "|---|---|---|---|" + "---|" * len(_PARTS) + "---|",
-            *(_row(name, by_part) for name in names),
-            "",
-        ]
-    )
+    sites = {record["model"]: record for record in records.get("sites", [])}
+    by_part = {part: {record["model"]: record for record in records.get(part, [])} for part in _PARTS}
+    names = {*smallest(records.get("sites", [])), *(name for part in by_part.values() for name in part)}
+    models = [_model(name, sites.get(name, {}), by_part) for name in names]
+    return {
+        "versions": {name: version(name) for name in ("timm", "torch", "torch-pruning")},
+        "sites": _sites(list(sites.values())),
+        "models": sorted(
+            models, key=lambda model: (model["model"].startswith("test_"), model["module"], model["model"])
+        ),
+    }
 
 
 def verdict(record: Record | None) -> tuple[str, str]:
-    """What a record says in a word ("ok", "skipped", "no", or "" where there is none), and why."""
+    """What a record says in a word ("ok", "skipped", "no", or "not run" where there is none), and why."""
     if record is None:
-        return "", ""
+        return "not run", ""
     steps = {step: result for step, result in record["steps"].items() if step != "execution"}
     failed = {step: result for step, result in steps.items() if result != "ok" and not result.startswith("skipped: ")}
     skipped = [result for result in steps.values() if result.startswith("skipped: ")]
@@ -66,49 +56,103 @@ def verdict(record: Record | None) -> tuple[str, str]:
     return ("skipped", skipped[0].removeprefix("skipped: ")) if skipped else ("ok", "")
 
 
-def _sites(records: Sequence[Record], hardware: str) -> list[str]:
+def _model(name: str, sites: Record, by_part: Mapping[str, Mapping[str, Record]]) -> dict[str, Any]:
+    held = [part[name] for part in by_part.values() if name in part]
+    module = sites.get("module") or held[0]["module"]
+    verdicts = {part: verdict(records.get(name)) for part, records in by_part.items()}
+    notes = [f"{_PARTS[part]}: {why}" for part, (_, why) in verdicts.items() if why]
+    execution = by_part["engine"].get(name, {"steps": {}})["steps"].get("execution", "")
+    notes += [f"runs {execution}"] if execution and not execution.startswith("accelerated") else []
+    counts = {"layers": sites.get("layers"), "sites": sites.get("sites")}
+    words = {part: word for part, (word, _) in verdicts.items()}
+    return {"module": module, "model": name, **counts, **words, "note": "; ".join(notes)}
+
+
+def _sites(records: Sequence[Record]) -> dict[str, Any]:
+    """Counts over entry points; empty where none was found to have sites."""
     built = [record for record in records if record["built"]]
     good = [record for record in built if not record["error"]]
     if not good:
-        return ["Not run."]
-    layers = sum(record["layers"] for record in good)
-    missed = sum(len(record["unaccounted"]) for record in good)
-    seconds = statistics.median(record["seconds"] for record in good)
+        return {}
     reasons = Counter[str]()
     for record in good:
         reasons.update(record["reasons"])
+    return {
+        "entry_points": len(timm.list_models()),
+        "run": len(records),
+        "built": len(built),
+        "found": len(good),
+        "layers": sum(record["layers"] for record in good),
+        "unaccounted": sum(len(record["unaccounted"]) for record in good),
+        "in_sites": sum(record["in_sites"] for record in good),
+        "models_with_columns_filled_twice": sum(bool(record["filled_twice"]) for record in good),
+        "median_seconds": statistics.median(record["seconds"] for record in good),
+        "median_cpu_seconds": statistics.median(record["cpu_seconds"] for record in good),
+        "errors": {record["model"]: record["error"] for record in records if record["error"]},
+        "reasons": dict(reasons.most_common(15)),
+    }
+
+
+def page(told: Mapping[str, Any], hardware: str = "") -> str:
+    """The page as Markdown.
+
+    Args:
+        told: What ``summary`` gives.
+        hardware: What the seconds were taken on.
+    """
+    versions = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
+    return "\n".join(
+        [
+            "# The zoo",
+            "",
+            f"{versions}. Written by",
+            "`python -m benchmarks.zoo report`; the other parts of the same command make the records.",
+            "",
+            "## Sites of every entry point",
+            "",
+            *(_about_sites(told["sites"], hardware) if told["sites"] else ["Not run."]),
+            "",
+            "## Gated for real",
+            "",
+            _LEGEND,
+            "",
+            *(_count(told["models"], part) for part in _PARTS),
+            "",
+            "| module | model | layers | sites | " + " | ".join(_PARTS.values()) + " | note |",
+            "|---|---|---|---|" + "---|" * len(_PARTS) + "---|",
+            *map(_row, told["models"]),
+            "",
+        ]
+    )
+
+
+def _about_sites(sites: Mapping[str, Any], hardware: str) -> list[str]:
+    layers = sites["layers"]
     return [
-        f"{len(records)} entry points, {len(built)} that timm builds on `meta`; sites found in {len(good)} "
-        f"({len(good) / len(built):.1%}). {layers:,} convolutions and linear layers: {1 - missed / layers:.2%} are "
-        f"part of a site or left out for a reason, {sum(r['in_sites'] for r in good) / layers:.1%} are part of a site. "
-        f"Input columns said to be filled by two sites: in {sum(bool(r['filled_twice']) for r in good)} models. "
-        f"Median {seconds:.2f} s a model{f' ({hardware})' if hardware else ''}.",
+        f"{sites['run']} of {sites['entry_points']:,} entry points run, {sites['built']} that timm builds on `meta`; "
+        "sites found in "
+        f"{sites['found']} ({sites['found'] / sites['built']:.1%}). {layers:,} convolutions and linear layers: "
+        f"{1 - sites['unaccounted'] / layers:.2%} are part of a site or left out for a reason, "
+        f"{sites['in_sites'] / layers:.1%} are part of a site. Input columns said to be filled by two sites: in "
+        f"{sites['models_with_columns_filled_twice']} models. Median {sites['median_seconds']:.2f} s a model, "
+        f"{sites['median_cpu_seconds']:.2f} s of processor time{f' ({hardware})' if hardware else ''}.",
         "",
-        *(f"- {record['model']}: {record['error']}" for record in records if record["error"]),
-        "",
+        *(f"- {model}: {error}\n" for model, error in sites["errors"].items()),
         "Why layers are left out, most frequent first:",
         "",
-        *(f"- {count:,}: {reason}" for reason, count in reasons.most_common(15)),
+        *(f"- {count:,}: {reason}" for reason, count in sites["reasons"].items()),
     ]
 
 
-def _intro(by_part: Mapping[str, Mapping[str, Record]]) -> list[str]:
-    lines = [_LEGEND, ""]
-    for part, title in _PARTS.items():
-        records = [record for name, record in by_part[part].items() if not name.startswith("test_")]
-        counts = Counter(verdict(record)[0] for record in records)
-        modules = len({record["module"] for record in records})
-        told = ", ".join(f"{counts[word]} {word}" for word in ("ok", "skipped", "no"))
-        lines.append(f"- {title}: {told}; of {modules} modules" if records else f"- {title}: not run")
-    return lines
+def _count(models: Sequence[Mapping[str, Any]], part: str) -> str:
+    counts = Counter(model[part] for model in models if not model["model"].startswith("test_"))
+    if set(counts) <= {"not run"}:
+        return f"- {_PARTS[part]}: not run"
+    return f"- {_PARTS[part]}: {', '.join(f'{counts[word]} {word}' for word in _WORDS)}; of {counts.total()} modules"
 
 
-def _row(name: str, by_part: Mapping[str, Mapping[str, Record]]) -> str:
-    verdicts = {title: verdict(by_part[part].get(name)) for part, title in _PARTS.items()}
-    notes = [f"{title}: {why}" for title, (_, why) in verdicts.items() if why]
-    execution = by_part["engine"].get(name, {"steps": {}})["steps"].get("execution", "")
-    notes += [f"runs {execution}"] if execution and not execution.startswith("accelerated") else []
-    sites = by_part["sites"].get(name, {})
-    cells = [by_part["gates"][name]["module"], name, str(sites.get("layers", "")), str(sites.get("sites", ""))]
-    note = "; ".join(notes).replace("|", "/").replace("\n", " ")[:240]
-    return "| " + " | ".join([*cells, *(word for word, _ in verdicts.values()), note]) + " |"
+def _row(model: Mapping[str, Any]) -> str:
+    counts = ["" if model[key] is None else str(model[key]) for key in ("layers", "sites")]
+    note = model["note"].replace("|", "/").replace("\n", " ")[:240]
+    cells = [model["module"], model["model"], *counts, *(model[part] for part in _PARTS), note]
+    return "| " + " | ".join(cells) + " |"

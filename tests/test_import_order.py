@@ -11,9 +11,9 @@ import isw_plugin
 
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
-    {"errors"},
+    {"errors", "ranks"},
     {"functional"},
-    {"sites", "gates", "structure"},
+    {"sites", "gates", "structure", "decay"},
     {"hooks"},
     {"engine"},
     {"settings", "wrappers", "static", "saving"},

@@ -1,6 +1,7 @@
 """The zoo's checks pass on models of different kind, and fail where something is wrong."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,17 @@ import torch
 from conftest import Plain, Residual, made
 from torch import Tensor, nn
 
-from benchmarks import zoo_checks
-from benchmarks.zoo import read, resume
-from benchmarks.zoo_checks import Failed, Subject, check
+from benchmarks import zoo_checks, zoo_graphs
+from benchmarks.zoo import read, report, resume
+from benchmarks.zoo_checks import check
+from benchmarks.zoo_graphs import check_engine, check_graphs
 from benchmarks.zoo_models import build, randomise, smallest
 from benchmarks.zoo_pruned import pruned
-from benchmarks.zoo_report import page, verdict
+from benchmarks.zoo_report import page, summary, verdict
 from benchmarks.zoo_sites import filled_twice, site_record, unaccounted
+from benchmarks.zoo_subject import Failed, Subject
+from isw_plugin.engine.accelerate import Accelerated, Record
+from isw_plugin.hooks import has_hooks
 from isw_plugin.sites import Consumer, Found, default_inputs, find_sites
 
 KINDS = [
@@ -33,12 +38,25 @@ KINDS = [
     "test_vit",
     "test_vit4",  # SwiGLU, RMS norms
 ]
+GRAPHS = [pytest.param(name, marks=() if name in ("test_resnet", "test_vit4") else pytest.mark.slow) for name in KINDS]
 
 
 @pytest.mark.filterwarnings("ignore")  # of timm and torch, which a released timm may add
 @pytest.mark.parametrize("name", KINDS)
 def test_models_of_every_kind_pass_every_step(name: str) -> None:
     assert set(check(*build(name)).items()) == {(step, "ok") for step in zoo_checks.STEPS}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KINDS)
+def test_models_of_every_kind_are_accelerated(name: str) -> None:
+    assert check_engine(*build(name)) == {"execution": "accelerated", "accelerate": "ok"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", GRAPHS)
+def test_models_of_every_kind_are_exported_and_compiled(name: str) -> None:
+    assert check_graphs(*build(name)) == {"export": "ok", "compile": "ok"}
 
 
 def test_a_pruned_model_passes_every_step() -> None:
@@ -88,6 +106,46 @@ def test_a_site_without_a_gradient_is_seen() -> None:
     zoo_checks.attach(subject)
     with pytest.raises(Failed, match=r"block\.c1: a site without a gradient"):
         zoo_checks.penalty(subject)
+
+
+def test_an_accelerated_model_that_gives_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Accelerated.forward
+    monkeypatch.setattr(Accelerated, "forward", lambda model, x: right(model, x) + 1)
+    net = made(Plain)
+    assert check_engine(net, net.images(2))["accelerate"].startswith("differs from masking by ")
+
+
+def test_an_accelerated_model_that_decides_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Record.add
+    monkeypatch.setattr(
+        Record, "add", lambda record, keep, norms: right(record, {name: ~k for name, k in keep.items()}, norms)
+    )
+    net = made(Plain)
+    assert check_engine(net, net.images(2))["accelerate"].startswith("decisions differ at ['c1'")
+
+
+def test_a_gated_model_whose_graph_gives_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def eager(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x) + has_hooks(model)
+
+    for name in ("exported", "compiled"):
+        monkeypatch.setattr(zoo_graphs, name, eager)
+    net = made(Plain)
+    results = check_graphs(net, net.images(2))
+    assert results["export"].startswith("differs from masking by ")
+    assert results["compile"].startswith("differs from masking by ")
+    assert not has_hooks(net)
+
+
+def test_a_model_that_has_no_graph_without_gates_either_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+        raise ZeroDivisionError("inside")
+
+    for name in ("exported", "compiled"):
+        monkeypatch.setattr(zoo_graphs, name, fails)
+    net = made(Plain)
+    skipped = "skipped: nor does the bare model: ZeroDivisionError: inside"
+    assert check_graphs(net, net.images(2)) == {"export": skipped, "compile": skipped}
 
 
 def test_a_step_that_fails_says_so_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +240,7 @@ def step_record(model: str, **steps: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (None, ("", "")),
+        (None, ("not run", "")),
         (step_record("a"), ("ok", "")),
         (step_record("a", execution="masked because"), ("ok", "")),
         (step_record("a", export="skipped: nor does the bare model"), ("skipped", "nor does the bare model")),
@@ -196,12 +254,34 @@ def test_a_record_in_a_word(record: dict[str, object] | None, expected: tuple[st
 def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
     sites = [site_record("test_resnet"), {"model": "odd", "module": "y", "built": True, "error": "NoSitesError: none"}]
     gates = [step_record("a"), step_record("b", gate="hardly differs"), step_record("test_resnet")]
-    written = page({"sites": sites, "gates": gates, "engine": [step_record("a", execution="masked: no export")]})
-    assert "2 entry points, 2 that timm builds on `meta`; sites found in 1 (50.0%)" in written
+    engine = [step_record("a", execution="masked: no export")]
+    written = page(summary({"sites": sites, "gates": gates, "engine": engine}))
+    assert f"2 of {len(timm.list_models()):,} entry points run" in written
+    assert "2 that timm builds on `meta`; sites found in 1 (50.0%)" in written
     assert "- odd: NoSitesError: none" in written
-    assert "- gated: 1 ok, 0 skipped, 1 no; of 1 modules" in written
+    assert "- gated: 1 ok, 0 skipped, 1 no, 0 not run; of 2 modules" in written
+    assert "- engine: 1 ok, 0 skipped, 0 no, 1 not run; of 2 modules" in written
     assert "- graphs: not run" in written
-    assert "| x | b |  |  | no |  |  |  | gated: gate: hardly differs |" in written
-    assert "| x | a |  |  | ok | ok |  |  | runs masked: no export |" in written
+    assert "| x | b |  |  | no | not run | not run | not run | gated: gate: hardly differs |" in written
+    assert "| x | a |  |  | ok | ok | not run | not run | runs masked: no export |" in written
     layers, count = sites[0]["layers"], sites[0]["sites"]
-    assert f"| x | test_resnet | {layers} | {count} | ok |  |  |  |  |" in written
+    assert f"| resnet | test_resnet | {layers} | {count} | ok | not run | not run | not run |  |" in written
+
+
+def test_a_module_that_was_not_run_has_its_row() -> None:
+    small, large = ({"model": name, "module": "y", "built": True, "error": ""} for name in ("small", "large"))
+    counts = {"layers": 3, "in_sites": 2, "sites": 2, "unaccounted": [], "filled_twice": [], "reasons": {}}
+    seconds = {"seconds": 0.5, "cpu_seconds": 0.25}
+    told = summary(
+        {"sites": [large | counts | seconds | {"parameters": 9}, small | counts | seconds | {"parameters": 1}]}
+    )
+    assert [(model["model"], model["gates"]) for model in told["models"]] == [("small", "not run")]
+    assert "- gated: not run" in page(told)
+    assert "Median 0.50 s a model, 0.25 s of processor time (one core)" in page(told, "one core")
+
+
+def test_the_report_is_a_page_and_its_numbers(tmp_path: Path) -> None:
+    report({"gates": [step_record("a")]}, tmp_path)
+    assert "| x | a |  |  | ok |" in (tmp_path / "zoo.md").read_text()
+    told = json.loads((tmp_path / "results" / "zoo" / "summary.json").read_text())
+    assert told == summary({"gates": [step_record("a")]})

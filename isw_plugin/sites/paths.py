@@ -81,6 +81,7 @@ _POOLS = frozenset(
     )
 )
 _REDUCTIONS = frozenset(["mean", "amax", "sum"])
+_CLAMPS = ("clamp", "clamp_min")
 VIEWS = frozenset(
     (
         "view",
@@ -223,7 +224,29 @@ def _blur(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None
     return [path if alone and path.axis == 1 else None]
 
 
+def _generalised_mean(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+    """GeM does not keep zeros, so that it is looked through as a whole: the map is what it reads."""
+    found: list[Path | None] = []
+    for root in graph.nodes:
+        pool = graph.producers.get(root.inputs[0]) if root.kind == "pow" else None
+        if pool and _base(graph, pool) == source:
+            pooled = follow(graph, pool, replace(path, value=pool.inputs[0]))
+            found += [replace(behind, value=root.outputs[0]) for behind in pooled]
+    return found
+
+
+def _base(graph: Graph, pool: Node) -> int | None:
+    """What powers are pooled of, behind a clamp or not."""
+    power = graph.producers.get(pool.inputs[0]) if pool.kind in _POOLS | _REDUCTIONS else None
+    if power is None or power.kind != "pow":
+        return None
+    clamp = graph.producers.get(power.inputs[0])
+    return clamp.inputs[0] if clamp and clamp.kind in _CLAMPS else power.inputs[0]
+
+
 _RULES: dict[str, _Rule] = {
+    "pow": _generalised_mean,
+    **dict.fromkeys(_CLAMPS, _generalised_mean),
     "permute": _permute,
     "transpose": _transpose,
     "cat": _cat,
