@@ -56,7 +56,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         r"residual_gating: expected shape",
     ),
     "no residual": (lambda: conv(residual_gating=keep(2, 5)), "there is no residual"),
-    "act": (lambda: conv(act="gelu"), "act='gelu': expected one of none, relu, relu6"),
+    "act": (lambda: conv(act="tanh"), "act='tanh': expected one of none, relu, relu6"),
     "stride": (lambda: conv(stride=0), "must be positive"),
     "three strides": (lambda: conv(stride=(1, 1, 1)), "expected a number or two"),
     "padding": (lambda: conv(padding=-1), "not negative"),
@@ -103,7 +103,7 @@ RAW: dict[str, Callable[[], Any]] = {  # torch.ops.isw itself, past the checks i
     "flat statistics": lambda: raw(gate=torch.zeros(6)),
     "residual": lambda: raw(residual=torch.zeros(2, 5, 6, 6)),
     "stride": lambda: raw(stride=[0, 1]),
-    "act": lambda: raw(act="gelu"),
+    "act": lambda: raw(act="tanh"),
     "pool": lambda: torch.ops.isw.max_pool2d(torch.zeros(1, 1, 4, 4), [2, 2], [1, 1], [2, 2]),
     "depthwise": lambda: torch.ops.isw.depthwise_conv2d(
         torch.zeros(2, 3, 6, 6), torch.zeros(4, 1, 3, 3), torch.zeros(3), [1, 1], [0, 0], "none", None, 0.0, 0.0
