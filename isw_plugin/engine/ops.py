@@ -110,19 +110,24 @@ def _fake_conv2d(
     return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
 
 
-def _plain_pooled(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    act: str,
-    gate: Tensor | None,
-    alpha: float,
-    beta: float,
-) -> tuple[Tensor, Tensor]:
-    gating = _gating(gate, alpha, beta)
-    return reference.pooled_conv2d(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
+def _plain(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The reference of a layer without a residual, called as operators are."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        act: str,
+        gate: Tensor | None,
+        alpha: float,
+        beta: float,
+    ) -> tuple[Tensor, Tensor]:
+        gating = _gating(gate, alpha, beta)
+        return function(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
+
+    return run
 
 
 def _fake_pooled(
@@ -130,21 +135,6 @@ def _fake_pooled(
 ) -> tuple[Tensor, Tensor]:
     y, squares = _fake_conv2d(x, weight, bias, stride, padding, act)
     return torch.max_pool2d(y, 2), squares
-
-
-def _plain_depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    act: str,
-    gate: Tensor | None,
-    alpha: float,
-    beta: float,
-) -> tuple[Tensor, Tensor]:
-    gating = _gating(gate, alpha, beta)
-    return reference.depthwise_conv2d(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
 
 
 def _fake_depthwise(
@@ -182,13 +172,13 @@ _define(
 _define(
     "pooled_conv2d",
     f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
-    _plain_pooled,
+    _plain(reference.pooled_conv2d),
     _fake_pooled,
 )
 _define(
     "depthwise_conv2d",
     f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
-    _plain_depthwise,
+    _plain(reference.depthwise_conv2d),
     _fake_depthwise,
 )
 _define(
