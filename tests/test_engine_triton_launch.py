@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "half statistics": ({"gate": meta(2, 1, 3).half()}, "gate: expected a float32"),
     "residual": ({"residual": meta(2, 5, 6, 5)}, r"residual: expected shape \(2, 5, 6, 6\)"),
     "window": ({"stride": (0, 1)}, "must be positive"),
-    "act": ({"act": "gelu"}, "expected one of none, relu, relu6"),
+    "act": ({"act": "tanh"}, "expected one of none, relu, relu6"),
 }
 
 
