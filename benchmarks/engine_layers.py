@@ -1,6 +1,7 @@
 """One convolution at a time: the engine's kernel against oneDNN with prepacked weights, in turn, in one process.
 
     python benchmarks/engine_layers.py --rounds 15
+    python benchmarks/engine_layers.py --rounds 15 --bfloat16 --isa avx512_bf16
 
 Times are ratios to the dense layer (3x3 convolution, bias, ReLU): below 1 is faster. "all kept" is the engine's
 kernel with a mask that keeps everything; "gated" decides in the operator, from statistics, at about half the channels.
@@ -35,12 +36,13 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return timed(lambda: [run() for _ in range(repeats)], CPU)[1]
 
 
-def layer(channels: int, side: int, instances: int, rounds: int) -> str:
+def layer(channels: int, side: int, instances: int, rounds: int, dtype: torch.dtype) -> str:
     """A row: medians of per-round ratios."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(instances, channels, side, side, generator=generator).relu()
-    x = x * torch.rand(instances, channels, 1, 1, generator=generator)  # norms that differ, and by instance
-    weight, bias = torch.randn(channels, channels, 3, 3, generator=generator) * 0.05, torch.zeros(channels)
+    x = (x * torch.rand(instances, channels, 1, 1, generator=generator)).to(dtype)  # norms differ, and by instance
+    weight = (torch.randn(channels, channels, 3, 3, generator=generator) * 0.05).to(dtype)
+    bias = torch.zeros(channels, dtype=dtype)
     packed, squares = pack_weight(weight), sum_squares(x)
     norms = squares.sum(1).sqrt()
     beta = (norms.median(1).values / norms.mean(1)).mean().item()
@@ -59,15 +61,18 @@ def layer(channels: int, side: int, instances: int, rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--bfloat16", action="store_true", help="maps and weights, both ways (float32)")
+    parser.add_argument("--isa", choices=cpu.available(), help="instruction set of the kernels (the best)")
     args = parser.parse_args()
-    cpu.load()
-    machine = f"{hardware()}, {torch.get_num_threads()} threads, {cpu.active()}"
+    cpu.use(args.isa)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    machine = f"{hardware()}, {torch.get_num_threads()} threads, {cpu.active()}, {dtype}"
     print(f"{machine}, torch {torch.__version__}, {args.rounds} rounds")
     print("| layer | batch | prepacked ms | all kept | keep | gated |\n|---|---|---|---|---|---|")
     with torch.inference_mode():
         for instances in (1, 8):
             for channels, side in LAYERS:
-                print(layer(channels, side, instances, args.rounds))
+                print(layer(channels, side, instances, args.rounds, dtype))
 
 
 if __name__ == "__main__":

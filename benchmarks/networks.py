@@ -1,22 +1,28 @@
 """The networks of the engine's benchmark: weights that gates have something to do on, thresholds for a keep ratio."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import timm
 import torch
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 
+from benchmarks import decisions
 from isw_plugin import InstanceWisePruner
 
-__all__ = ["NETWORKS", "gate_at", "network"]
+__all__ = ["NETWORKS", "Stored", "gate_at", "gate_by", "network", "trained_networks"]
+
+_DECISIONS = Path(__file__).parents[1] / "docs" / "results" / "paper" / "decisions"
 
 _VGG = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
 # Widths that slimming at 67 % leaves, odd on purpose.
 _SLIMMED = [37, 53, "M", 101, 97, "M", 129, 131, 117, "M", 113, 67, 59, "M", 61, 71, 139, "M"]
 
 
-def _vgg16(layout: list[int | str]) -> nn.Module:
+def _vgg16(layout: Sequence[int | str]) -> nn.Module:
     last = layout[-2]
     assert isinstance(last, int)
     model = VGG(cfg=layout, num_classes=10, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d)
@@ -49,14 +55,30 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def network(name: str, side: int) -> nn.Module:
-    """A network by name, for square images of this side, in eval mode; any other name is timm's.
+@cache
+def trained_networks() -> dict[str, Path]:
+    """Names of trained VGG16s, slimmed or not, and the files of their keep decisions."""
+    return {path.stem: path for path in sorted(_DECISIONS.glob("*.npz")) if "vgg16" in path.stem}
 
-    Weights are random; batch norms are drawn so that channels differ, as those of trained networks do.
+
+def _of_widths(widths: Sequence[int]) -> nn.Module:
+    width = iter(widths)
+    return _vgg16([entry if entry == "M" else next(width) for entry in _VGG])
+
+
+def network(name: str, side: int) -> nn.Module:
+    """A network by name, for square images of this side, in eval mode.
+
+    One of NETWORKS, or of ``trained_networks()`` (its widths only), or timm's. Weights are random; batch norms are drawn
+    so that channels differ, as those of trained networks do.
     """
     torch.manual_seed(0)
-    build = NETWORKS.get(name)
-    model = build(side) if build else timm.create_model(name, num_classes=10)
+    if name in NETWORKS:
+        model = NETWORKS[name](side)
+    elif name in trained_networks():
+        model = _of_widths([mask.shape[1] for mask in decisions.load(trained_networks()[name])[0].values()])
+    else:
+        model = timm.create_model(name, num_classes=10)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.3, 1.5)
@@ -75,7 +97,35 @@ def gate_at(pruner: InstanceWisePruner, images: Tensor, keep_ratio: float, passe
         with torch.no_grad(), pruner.gating():
             model(images)
         for name, norms in pruner.norms.items():
-            ratio = norms.quantile(1 - keep_ratio, dim=1) / norms.mean(1).clamp_min(1e-12)
-            betas[name] = min(1.99, ratio.mean().item())
+            betas[name] = min(1.99, (_between(norms, keep_ratio) / norms.mean(1).clamp_min(1e-12)).mean().item())
     pruner.remove()
     return InstanceWisePruner(model, images[:1], alpha=0.0, per_site={n: {"beta": b} for n, b in betas.items()})
+
+
+def _between(norms: Tensor, keep_ratio: float) -> Tensor:
+    """For every instance, half-way between the norms that are to be dropped and kept: never on one, which is a tie."""
+    ordered = norms.sort(1).values
+    dropped = max(1, min(norms.shape[1] - 1, round((1 - keep_ratio) * norms.shape[1])))
+    return ordered[:, dropped - 1 : dropped + 1].mean(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A gate that keeps what it is told to: bool (N, C)."""
+
+    keep: Tensor
+
+    def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
+        return self.keep[: feature.shape[0]]
+
+
+def gate_by(pruner: InstanceWisePruner, name: str, instances: int) -> InstanceWisePruner:
+    """The pruner, switched on, with a trained network's decisions on so many images, spread over those stored."""
+    pruner.enable()
+    masks, _ = decisions.load(trained_networks()[name])
+    for site, keep in zip(pruner.sites, masks.values(), strict=True):
+        chosen = torch.linspace(0, len(keep) - 1, instances).round().long()
+        pruner._memory.gates[site.name] = Stored(
+            keep[chosen].repeat(2, 1)
+        )  # one row more than any batch that is traced
+    return pruner

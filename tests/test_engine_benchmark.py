@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from benchmarks import engine
-from benchmarks.networks import NETWORKS, gate_at, network
+from benchmarks.engine_ways import TRAINED, Row, measure
+from benchmarks.networks import NETWORKS, gate_at, network, trained_networks
 from isw_plugin import InstanceWisePruner
 
 
 @pytest.fixture(scope="module")
-def row() -> engine.Row:
-    return engine.measure("slimmed vgg16", 32, batch=2, keep=0.5, rounds=1, compiles=False)
+def row() -> Row:
+    (row,) = measure("slimmed vgg16", 32, batch=2, masks=[0.5], rounds=1, compiles=False)
+    return row
 
 
-def test_a_row_is_whole(row: engine.Row) -> None:
+def test_a_row_is_whole(row: Row) -> None:
     assert 0.3 < row.keep < 0.7
     assert row.bound > 1.3
     assert row.error < 1e-4
@@ -24,11 +26,32 @@ def test_a_row_is_whole(row: engine.Row) -> None:
     assert row.share == row.speedup / row.bound
 
 
-def test_table_fits_its_head(row: engine.Row) -> None:
+def test_trained_masks_are_those_that_are_stored() -> None:
+    from benchmarks import decisions
+
+    name, path = next(iter(trained_networks().items()))
+    (row,) = measure(name, 32, batch=2, masks=[TRAINED], rounds=1, compiles=False)
+    masks = torch.cat(list(decisions.load(path)[0].values()), dim=1)
+    assert row.masks == TRAINED
+    assert row.keep == pytest.approx(masks[[0, -1]].float().mean().item(), abs=1e-6)
+    assert row.error < 1e-4
+
+
+def test_a_second_run_goes_on(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.write([row], 1, tmp_path)
+    asked: list[object] = []
+    monkeypatch.setattr(engine, "measure", lambda *args: asked.append(args) or [])
+    only = ["--networks", "slimmed vgg16", "--sides", "32", "--batches", "2", "--out", str(tmp_path)]
+    engine.main([*only, "--keeps", "0.5", "0.7"])
+    assert asked == [("slimmed vgg16", 32, 2, [0.7], 15, True)]
+    assert engine.read(tmp_path) == [row]
+
+
+def test_table_fits_its_head(row: Row) -> None:
     assert engine.line(row).count(" | ") == engine.HEADER.count(" | ")
 
 
-def test_write(row: engine.Row, tmp_path: Path) -> None:
+def test_write(row: Row, tmp_path: Path) -> None:
     engine.write([row], 1, tmp_path)
     assert json.loads((tmp_path / "engine.json").read_text())["rows"][0]["network"] == "slimmed vgg16"
     assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")

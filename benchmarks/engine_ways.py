@@ -1,0 +1,225 @@
+"""One network at one size in every way to run it, timed in turns: rows of the engine's benchmark."""
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from benchmarks.networks import gate_at, gate_by, network
+from isw_plugin import InstanceWisePruner, count_macs
+from isw_plugin.engine.accelerate import Accelerated
+from isw_plugin.engine.execution import DenseConv
+from isw_plugin.engine.layers import Layer, conv
+from isw_plugin.engine.simplify import constants_of, simplify
+from isw_plugin.engine.trace import trace
+from isw_plugin.gates import Gate
+from isw_plugin.measure.latency import timed
+
+__all__ = ["TRAINED", "Row", "measure"]
+
+CPU = torch.device("cpu")
+SECONDS = 0.02  # a timing repeats a short run for about this long
+TRAINED = "trained"  # instead of a keep ratio: the masks of a trained network
+Run = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; times in milliseconds a batch, ratios are medians of per-round ones."""
+
+    network: str
+    side: int
+    batch: int
+    masks: str
+    keep: float
+    best_eager: float
+    prepacked: float
+    compiled: float | None
+    floor: float
+    all_kept: float
+    gated: float
+    speedup: float
+    bound: float
+    all_kept_over_dense: float
+    gated_over_floor: float
+    error: float
+    execution: str
+
+    @property
+    def share(self) -> float:
+        return self.speedup / self.bound
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gating:
+    """The network gated in one way: how it runs, and what is known of it besides time."""
+
+    runs: dict[str, Run]
+    keep: float
+    bound: float
+    error: float
+    execution: str
+
+
+def measure(name: str, side: int, batch: int, masks: Sequence[float | str], rounds: int, compiles: bool) -> list[Row]:
+    """Time the network's dense ways and its gated ones, all in turns.
+
+    Args:
+        name: See ``networks.network``.
+        masks: Keep ratios, and TRAINED for the decisions stored with the network.
+        rounds: Timed, after two that warm up.
+        compiles: Whether torch.compile with freezing is among the dense ways.
+
+    Returns:
+        A row for each of ``masks``.
+    """
+    model = network(name, side)
+    images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        gatings = {str(ratio): _gating(model, images, ratio, name) for ratio in masks}
+        dense = _dense(model, images, compiles)
+        runs = dense | {f"{way} {key}": run for key, gating in gatings.items() for way, run in gating.runs.items()}
+        seconds = _in_turns(runs, rounds)
+    return [_row((name, side, batch, key), gating, list(dense), seconds) for key, gating in gatings.items()]
+
+
+def _dense(model: nn.Module, images: Tensor, compiles: bool) -> dict[str, Run]:
+    pruner = InstanceWisePruner(model, images[:1])
+    prepacked = pruner.accelerate(images, backend="dense")
+    pruner.remove()
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    last = images.contiguous(memory_format=torch.channels_last)
+    runs: dict[str, Run] = {
+        "eager NCHW": lambda: model(images),
+        "eager channels_last": lambda: channels_last(last),
+        "prepacked": lambda: prepacked(images),
+    }
+    if compiles:
+        compiled = _frozen(channels_last, last)
+        runs["compiled"] = lambda: compiled(last)
+    return runs
+
+
+def _frozen(model: nn.Module, images: Tensor) -> Callable[[Tensor], object]:
+    import torch._inductor.config as config
+
+    config.freezing = True
+    torch.compiler.reset()
+    compiled: Callable[[Tensor], object] = torch.compile(model)
+    with torch.no_grad():
+        compiled(images)
+    return compiled
+
+
+def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> _Gating:
+    pruner = InstanceWisePruner(model, images[:1])
+    if masks == TRAINED:
+        gate_by(pruner, name, len(images))
+    else:
+        pruner = gate_at(pruner, images, float(masks))
+        pruner.step()
+    fast = pruner.accelerate(images, backend="gated")
+    with fast.recording() as record:
+        output = fast(images)
+    error = ((output - model(images)).abs().max() / output.abs().max()).item()
+    macs = count_macs(fast, images)
+    all_kept = _all_kept(pruner, images)
+    runs: dict[str, Run] = {
+        "floor": _floor(pruner, images),
+        "all kept": lambda: all_kept(images),
+        "gated": lambda: fast(images),
+    }
+    execution = pruner.accelerate(images).execution
+    pruner.remove()
+    return _Gating(runs, record.keep_ratio, macs.dense / macs.gated.mean().item(), error, execution)
+
+
+def _all_kept(pruner: InstanceWisePruner, images: Tensor) -> Accelerated:
+    """The same graph with gates that drop nothing; those with beta = 0 would be taken out."""
+    gates = dict(pruner._memory.gates)
+    try:
+        pruner._memory.gates = {name: _open(gate) for name, gate in gates.items()}
+        return pruner.accelerate(images, backend="gated")
+    finally:
+        pruner._memory.gates = gates
+
+
+def _open(gate: Gate) -> Gate:
+    change: dict[str, Any] = {"alpha": 1e9} if hasattr(gate, "alpha") else {"keep": torch.ones_like(gate.keep)}  # type: ignore[attr-defined]
+    return dataclasses.replace(gate, **change)  # type: ignore[type-var]
+
+
+def _floor(pruner: InstanceWisePruner, images: Tensor) -> Run:
+    """Every convolution, prepacked, on a map that holds the mean kept channels only."""
+    layers = _CompactLayers(simplify(trace(pruner.model, pruner.sites, images)))
+    layers.run(images)
+    return lambda: [module(x, None, None, None) for module, x in layers.compact]
+
+
+class _CompactLayers(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.constants = constants_of(graph)
+        self.compact: list[tuple[DenseConv, Tensor]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        layer = Layer.of(n, self.constants) if n.target is conv else None
+        if layer is not None:
+            (x, *_, keep, _) = self.fetch_args_kwargs_from_env(n)[0][:6]
+            self.compact.append(_compact(layer, x, keep))
+        return super().run_node(n)
+
+
+def _compact(layer: Layer, x: Tensor, keep: Tensor | None) -> tuple[DenseConv, Tensor]:
+    grouped = layer.groups > 1 and not layer.is_depthwise
+    count = x.shape[1] if keep is None or grouped else max(1, round(keep.float().sum(1).mean().item()))
+    x = x[:, :count].contiguous(memory_format=torch.channels_last)
+    if layer.is_depthwise:
+        layer = dataclasses.replace(
+            layer, weight=layer.weight[:count].contiguous(), bias=layer.bias[:count].contiguous(), groups=count
+        )
+    elif not grouped:
+        layer = dataclasses.replace(layer, weight=layer.weight[:, :count].contiguous())
+    return DenseConv(layer, x), x
+
+
+def _in_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    repeats = {name: max(1, int(SECONDS / timed(run, CPU)[1])) for name, run in runs.items()}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 2):
+        for name, run in runs.items():
+            seconds = timed(lambda run=run, name=name: [run() for _ in range(repeats[name])], CPU)[1]  # type: ignore[misc]
+            taken[name].append(seconds / repeats[name])
+    return {name: column[2:] for name, column in taken.items()}  # the first two warm up
+
+
+def _row(
+    about: tuple[str, int, int, str], gating: _Gating, dense: Sequence[str], seconds: dict[str, list[float]]
+) -> Row:
+    *_, key = about
+    middle = {way: 1e3 * statistics.median(column) for way, column in seconds.items()}
+    best = min(dense, key=middle.__getitem__)
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+    return Row(
+        *about,
+        keep=gating.keep,
+        best_eager=min(middle["eager NCHW"], middle["eager channels_last"]),
+        prepacked=middle["prepacked"],
+        compiled=middle.get("compiled"),
+        floor=middle[f"floor {key}"],
+        all_kept=middle[f"all kept {key}"],
+        gated=middle[f"gated {key}"],
+        speedup=ratio(best, f"gated {key}"),
+        bound=gating.bound,
+        all_kept_over_dense=ratio(f"all kept {key}", best),
+        gated_over_floor=ratio(f"gated {key}", f"floor {key}"),
+        error=gating.error,
+        execution=gating.execution,
+    )
