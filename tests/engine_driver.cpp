@@ -78,8 +78,10 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
   a.c_in = choose(random, {1, 3, 16, 37, 64, 150});
   a.c_out = depthwise ? a.c_in : choose(random, {1, 7, 16, 17, 32, 53, 70});
   a.slots = depthwise ? 1 : isw::slots_of(w.oh, w.ow);
-  a.act = static_cast<isw::Act>(random() % 3);
-  const int64_t blocks = (a.c_out + isw::block - 1) / isw::block, outputs = a.n * a.c_out * w.oh * w.ow;
+  a.act = static_cast<isw::Act>(random() % 6);
+  a.pooled = !depthwise && w.oh > 1 && w.ow > 1 && random() % 3 == 0;
+  const int64_t blocks = (a.c_out + isw::block - 1) / isw::block, unit = a.pooled ? 2 : 1;
+  const int64_t outputs = a.n * a.c_out * (w.oh / unit) * (w.ow / unit);
   a.x = (c.x = numbers<T>(a.n * a.c_in * w.h * w.w, random)).get();
   a.weight = (c.weight = numbers<T>((depthwise ? a.c_in : blocks * a.c_in * isw::block) * w.kh * w.kw, random)).get();
   a.bias = (c.bias = numbers(a.c_out, random)).get();
@@ -91,7 +93,7 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
   for (int64_t i = 0; i < a.n * 3 * a.c_in; ++i) c.gate_squares[i] *= c.gate_squares[i];
   if (random() % 3 == 0) a.gate = {c.gate_squares.get(), 3, 0.0f, 1.0f, nullptr};
   else if (random() % 3) a.gate.keep = c.keep.get();
-  if (depthwise || random() % 2) return c;
+  if (depthwise || a.pooled || random() % 2) return c;
   a.residual = (c.residual = numbers<T>(outputs, random)).get();
   if (random() % 2) a.residual_gate.keep = c.keep.get() + a.n * a.c_in;
   return c;

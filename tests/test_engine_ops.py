@@ -32,7 +32,14 @@ CONVS = {  # kernel, stride, padding
 }
 
 
-@pytest.fixture(params=cpu.available(), autouse=True, scope="module")
+# In float32 both kinds of AVX-512 run the same source: the one that nobody gets here is for the slow tests.
+_ISAS = [
+    pytest.param(isa, marks=pytest.mark.slow if 0 < n and isa == "avx512" else ())
+    for n, isa in enumerate(cpu.available())
+]
+
+
+@pytest.fixture(params=_ISAS, autouse=True, scope="module")
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield cpu.use(request.param)
     cpu.use()

@@ -18,11 +18,9 @@ __all__ = ["ISAS", "Build", "BuildError", "build", "cache_folder", "find_compile
 
 _SOURCES = Path(__file__).parent / "csrc"
 _TORCH = Path(torch.__file__).parent
-ISAS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
-    "avx2": ("-mavx2", "-mfma"),
-    "generic": (),
-}
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
+ISAS = {"avx512_bf16": ("-mavx512bf16", *_AVX512), "avx512": _AVX512, "avx2": _AVX2, "generic": ()}
 _SHARED = ("-shared", "-fPIC", "-fvisibility=hidden")
 _KERNEL_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _OPERATOR_FLAGS = (

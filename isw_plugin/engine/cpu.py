@@ -66,7 +66,9 @@ _loader = _Loader()
 def available() -> list[str]:
     """Instruction sets that this processor has, best first."""
     capability = torch.backends.cpu.get_cpu_capability()
-    skipped = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
+    if capability == "AVX512" and not torch.cpu._is_avx512_bf16_supported():
+        capability = "AVX512 without bfloat16"
+    skipped = {"AVX512": 0, "AVX512 without bfloat16": 1, "AVX2": 2}.get(capability, 3)
     return list(ISAS)[skipped:]
 
 
@@ -87,7 +89,7 @@ def use(isa: str | None = None) -> str:
     """Changes the kernels of this process.
 
     Args:
-        isa: "avx512", "avx2" or "generic"; None takes the best that this processor has.
+        isa: "avx512_bf16", "avx512", "avx2" or "generic"; None takes the best that this processor has.
 
     Returns:
         The instruction set now in use.

@@ -129,13 +129,21 @@ def _gated(module: nn.Module, read: _Read, share: float) -> Callable[[], object]
 def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
     """Seconds of each run, median over rounds in which they take turns; short ones are repeated.
 
+    The first of repeated calls is not counted: it finds caches, and memory that malloc gave back, as another left them.
+
     Args:
         rounds: Timed rounds, after one that warms up.
         least: Seconds that a timing should take.
     """
     repeats = [max(1, min(100, int(least / max(_seconds(run, 1), 1e-7)))) for run in runs]
-    taken = [[_seconds(run, count) for run, count in zip(runs, repeats, strict=True)] for _ in range(rounds + 1)]
+    taken = [[_turn(run, count) for run, count in zip(runs, repeats, strict=True)] for _ in range(rounds + 1)]
     return [statistics.median(column) for column in zip(*taken[1:], strict=True)]
+
+
+def _turn(run: Callable[[], object], repeats: int) -> float:
+    if repeats > 1:
+        run()
+    return _seconds(run, repeats)
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:

@@ -97,12 +97,13 @@ class DirectConv {
     parallel(runner_, count * parts, [&](int64_t task, int64_t) {
       const int64_t n = first + task / parts, begin = task % parts * planes;
       const int64_t end = smaller(begin + planes, kept_.count(n));
-      for (int64_t k = begin; k < end; ++k)
-        pack_plane(packing_, a_.x + (n * a_.c_in + kept_.channels(n)[k]) * size, packed_plane(n - first, k));
+      const T* x = a_.x + n * a_.c_in * size;
+      for (int64_t k = begin; k < end; k += together<T>)
+        pack_plane(packing_, packed_from(x, size, kept_.channels(n), k, end), packed_plane(n - first, k));
     });
   }
   float* packed_plane(int64_t instance, int64_t k) const {
-    return packed_.get() + (instance * a_.c_in + k) * packing_.plane;
+    return packed_.get() + (instance * a_.c_in + k / together<T>) * packing_.plane;
   }
 
   void compute(int64_t first, int64_t count) {
@@ -175,8 +176,8 @@ class DirectConv {
   int64_t kept_before(int64_t n, int64_t k, int64_t channel) const {
     const int32_t* channels = kept_.channels(n);
     const int64_t count = kept_.count(n);
-    while (k < count && channels[k] < channel) ++k;
-    return k;
+    while (k < count && channels[k] < channel) k += together<T>;
+    return smaller(k, count);
   }
 
   // Stores that miss the cache would stall the epilogue.

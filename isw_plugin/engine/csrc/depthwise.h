@@ -1,7 +1,8 @@
 // Depthwise convolution, plane by plane. A dropped plane is zero, borders included, so its output is act(bias).
 //
 // Where the output is as large as the input, a plane is read in place as one line of pixels, tap by tap through masks
-// that leave out what lies beyond a border. Other planes are packed first, bfloat16 ones at least widened.
+// that leave out what lies beyond a border; with stride 2 row by row, in the same way. Other planes are packed first,
+// bfloat16 ones at least widened.
 #pragma once
 #include "activate.h"
 #include "api.h"
@@ -118,6 +119,61 @@ ISW_INLINE void run_masked_part(Act actual, const float* in, const Mask* masks, 
   }
 }
 
+// The same where outputs are two columns apart: a tap reads every second pixel of two vectors. Wide rows are faster packed.
+class HalvedMasks {
+ public:
+  explicit HalvedMasks(const Window& w) : fits_(w.sw == 2 && w.ow <= 2 * lanes), taps_(w.kw), masks_(ceil_div(w.ow, lanes) * w.kw * 2) {
+    for (int64_t i = 0; i < ceil_div(w.ow, lanes) * taps_; ++i)
+      for (int64_t v = 0; v < 2; ++v) {
+        const int64_t column = (2 * (i / taps_) + v) * lanes + i % taps_ - w.pw;
+        Mask& mask = masks_.get()[2 * i + v] = 0;
+        for (int64_t lane = 0; lane < lanes; lane += 2) mask |= (column + lane >= 0 && column + lane < w.w) << lane;
+      }
+  }
+  bool fits() const { return fits_; }
+  const Mask* at(int64_t column) const { return masks_.get() + column / lanes * taps_ * 2; }
+
+ private:
+  bool fits_;
+  int64_t taps_;
+  Buffer<Mask> masks_;
+};
+
+// A vector of outputs of several rows; x and y are planes. `vectors`: those that the masks leave anything of.
+template <Act act, int rows, int vectors, typename T>
+ISW_INLINE void run_halved_rows(Act actual, const Window& w, const float* x, int64_t row, int64_t column,
+                                const Mask* masks, const float* weights, float bias, T* y, Vec& squares) {
+  Vec sum[rows];
+  ISW_UNROLL
+  for (int r = 0; r < rows; ++r) sum[r] = broadcast(bias);
+  for (int64_t ky = 0; ky < w.kh; ++ky) {
+    const float* in[rows];
+    Mask inside[rows];
+    ISW_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const int64_t from = (row + r) * w.sh + ky - w.ph;
+      inside[r] = from >= 0 && from < w.h ? Mask(-1) : 0;
+      in[r] = x + from * w.w + 2 * column - w.pw;
+    }
+    for (int64_t kx = 0; kx < w.kw; ++kx) {
+      const Vec weight = broadcast(*weights++);
+      ISW_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        const Vec first = load_where(in[r] + kx, masks[2 * kx] & inside[r]);
+        const Vec second = vectors > 1 ? load_where(in[r] + kx + lanes, masks[2 * kx + 1] & inside[r]) : Vec{};
+        sum[r] += weight * even_lanes(first, second, std::make_integer_sequence<int, lanes>());
+      }
+    }
+  }
+  const int64_t pixels = smaller(lanes, w.ow - column);
+  ISW_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    const Vec value = rounded<T>(activate<act>(actual, only_first(sum[r], pixels)));
+    store_first(y + (row + r) * w.ow + column, value, pixels);
+    squares += value * value;
+  }
+}
+
 // Numbers as floats: where they lie, or in a copy.
 template <typename T>
 class Floats {
@@ -148,6 +204,7 @@ class Depthwise {
         taps_(args.window.kh * args.window.kw),
         weights_(args.weight, args.c_in * taps_),
         masks_(args.window),
+        halved_(args.window),
         offsets_(taps_),
         kept_(args.gate, args.n, args.c_in, runner),
         packed_(runner.workers * packed_size()) {
@@ -166,8 +223,10 @@ class Depthwise {
   }
 
  private:
-  // Whole vectors are read past the last pixel.
-  int64_t packed_size() const { return packing_.plane + span_vectors * lanes; }
+  // A packed plane, of which whole vectors are read past the last pixel, or a widened one.
+  int64_t packed_size() const {
+    return larger(packing_.plane + span_vectors * lanes, a_.window.h * a_.window.w);
+  }
 
   float compute_plane(int64_t plane, int64_t worker) {
     if (!kept_.keep()[plane]) return fill(plane);
@@ -179,6 +238,7 @@ class Depthwise {
     const T* x = a_.x + plane * a_.window.h * a_.window.w;
     float* packed = packed_.get() + worker * packed_size();
     if (masks_.fits()) return compute_line<act>(plane, line_of(x, packed));
+    if (halved_.fits()) return compute_halved<act>(plane, line_of(x, packed));
     pack_plane(packing_, x, packed);
     return compute_rows<act>(plane, packed);
   }
@@ -202,6 +262,25 @@ class Depthwise {
     for (; p < pixels; p += lanes)
       run_masked_part<act, 1>(a_.act, x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c], pixels - p,
                               y + p, squares);
+    return reduce_add(squares);
+  }
+
+  template <Act act>
+  float compute_halved(int64_t plane, const float* x) const {
+    const Window& w = a_.window;
+    const int64_t c = plane % a_.c_in;
+    const float* weights = weights_.get() + c * taps_;
+    T* y = a_.y + plane * w.oh * w.ow;
+    Vec squares = {};
+    for (int64_t column = 0; column < w.ow; column += lanes) {
+      const bool one = 2 * (w.ow - column - 1) + w.kw - w.pw <= lanes;
+      int64_t row = 0;
+      for (; row + span_vectors <= w.oh; row += span_vectors)
+        (one ? run_halved_rows<act, span_vectors, 1, T> : run_halved_rows<act, span_vectors, 2, T>)(
+            a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, squares);
+      for (; row < w.oh; ++row)
+        run_halved_rows<act, 1, 2>(a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, squares);
+    }
     return reduce_add(squares);
   }
 
@@ -248,6 +327,7 @@ class Depthwise {
   const int64_t taps_;
   const Floats<T> weights_;
   const TapMasks masks_;
+  const HalvedMasks halved_;
   Buffer<int64_t> offsets_;
   const Kept kept_;
   Buffer<float> packed_;

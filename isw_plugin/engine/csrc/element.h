@@ -28,7 +28,67 @@ ISW_INLINE float widen(BFloat16 x) {
 }
 ISW_INLINE float widen(float x) { return x; }
 
-ISW_INLINE Vec load(const BFloat16* p) { return widen(*reinterpret_cast<const UnalignedHalves*>(p)); }
+ISW_INLINE Halves load_halves(const BFloat16* p) { return *reinterpret_cast<const UnalignedHalves*>(p); }
+ISW_INLINE Vec load(const BFloat16* p) { return widen(load_halves(p)); }
+
+// Input channels that one multiply-add takes: AVX512_BF16 multiplies pairs of bfloat16 and adds both to a float. Pairs
+// lie in the lanes of a Vec, the first channel in the lower half; no arithmetic but multiply_add knows them.
+#if defined(__AVX512BF16__)
+template <typename T>
+constexpr int together = std::is_same_v<T, BFloat16> ? 2 : 1;
+#else
+template <typename T>
+constexpr int together = 1;
+#endif
+
+ISW_INLINE Vec paired(Halves a, Halves b) {
+  return (Vec)(__builtin_convertvector(a, Bits) | __builtin_convertvector(b, Bits) << 16);
+}
+ISW_INLINE float paired(BFloat16 a, BFloat16 b) {
+  const uint32_t bits = a.bits | static_cast<uint32_t>(b.bits) << 16;
+  float pair;
+  memcpy(&pair, &bits, sizeof pair);
+  return pair;
+}
+
+// Two channels of a map, read as one array; b is null behind the last of an odd number.
+struct Pair {
+  const BFloat16 *a, *b;
+  Pair operator+(int64_t i) const { return {a + i, b ? b + i : nullptr}; }
+  float operator[](int64_t i) const { return paired(a[i], b ? b[i] : BFloat16{0}); }
+};
+ISW_INLINE Vec load(Pair p) { return paired(load_halves(p.a), p.b ? load_halves(p.b) : Halves{}); }
+
+// What is packed for entry k of a list of channels: that channel, or it and the one behind it.
+template <typename T>
+ISW_INLINE auto packed_from(const T* x, int64_t plane, const int32_t* channels, int64_t k, [[maybe_unused]] int64_t end) {
+  const T* first = x + channels[k] * plane;
+  if constexpr (together<T> == 2)
+    return Pair{first, k + 1 < end ? x + channels[k + 1] * plane : nullptr};
+  else
+    return first;
+}
+
+// The weights that channel a, or channels a and b together, are multiplied by.
+template <typename T>
+ISW_INLINE Vec load_weights(const T* a, [[maybe_unused]] const T* b) {
+  if constexpr (together<T> == 2) return load(Pair{a, b});
+  return load(a);
+}
+template <typename T>
+ISW_INLINE Vec broadcast(float x) {
+#if defined(__AVX512BF16__)
+  if constexpr (together<T> == 2) return (Vec)_mm512_set1_ps(x);  // arithmetic could change a pair
+#endif
+  return broadcast(x);
+}
+template <typename T>
+ISW_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (together<T> == 2) return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  return sum + a * b;
+}
 
 // The nearest value that T keeps, ties to even; NaN stays NaN. Only such values may be stored as T.
 template <typename T>
@@ -50,6 +110,10 @@ ISW_INLINE Vec load_first(const BFloat16* p, int64_t count) {
 }
 ISW_INLINE void store_first(BFloat16* p, Vec v, int64_t count) {
   _mm256_mask_storeu_epi16(p, first(count), (__m256i)upper_halves(v));
+}
+ISW_INLINE Vec load_first(Pair p, int64_t count) {
+  const auto half = [count](const BFloat16* in) { return (Halves)_mm256_maskz_loadu_epi16(first(count), in); };
+  return paired(half(p.a), p.b ? half(p.b) : Halves{});
 }
 #else
 // Copies of 4, 2 and 1: there is no masked access to 16 bits.
@@ -77,7 +141,8 @@ ISW_INLINE void store_first(BFloat16* p, Vec v, int64_t count) {
 
 // out[i] = in[i]; bfloat16 must be able to keep it.
 ISW_INLINE void copy_row(const float* in, int64_t count, float* out) { std::copy(in, in + count, out); }
-ISW_INLINE void copy_row(const BFloat16* in, int64_t count, float* out) {
+template <typename In>  // BFloat16 numbers, or pairs as they are
+ISW_INLINE void copy_row(In in, int64_t count, float* out) {
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) store(out + i, load(in + i));
   for (; i < count; ++i) out[i] = widen(in[i]);

@@ -54,9 +54,6 @@ static void finish(const Output<T>& out, const float* sums, int64_t stride, int6
   with_act(out.act, [&](auto act) { finish_with<act.value>(out, sums, stride, pixels); });
 }
 
-// NaN wins, as in torch.
-ISW_INLINE Vec larger_or_nan(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
-
 // The value of one pixel, channels on the lanes; its square is added to the total.
 template <Act act, typename T>
 ISW_INLINE Vec finished(Act actual, const float* sums, Vec& total) {

@@ -40,11 +40,11 @@ struct Packing {
 };
 
 // out[i] = in[2 * i]
-template <typename T>
-ISW_INLINE void copy_even(const T* in, int64_t begin, int64_t end, float* out) {
+template <typename In>
+ISW_INLINE void copy_even(In in, int64_t begin, int64_t end, float* out) {
   int64_t i = begin;
   for (; i + lanes < end; i += lanes)  // the last odd column may lie beyond the map
-    store(out + i, even_lanes(load(in + 2 * i), load(in + 2 * i + lanes), std::make_integer_sequence<int, lanes>()));
+    store(out + i, even_lanes(load(in + 2 * i), load(in + (2 * i + lanes)), std::make_integer_sequence<int, lanes>()));
   for (; i < end; ++i) out[i] = widen(in[2 * i]);
 }
 
@@ -58,10 +58,10 @@ struct Columns {
   int64_t shift, stride, begin, end;
 };
 
-template <typename T>
-ISW_INLINE void pack_row(const Columns& columns, int64_t pitch, const T* row, float* out) {
+template <typename In>
+ISW_INLINE void pack_row(const Columns& columns, int64_t pitch, In row, float* out) {
   std::fill(out, out + columns.begin, 0.0f);
-  const T* in = row + columns.shift;
+  const In in = row + columns.shift;
   if (columns.stride == 1)
     copy_row(in + columns.begin, columns.end - columns.begin, out + columns.begin);
   else if (columns.stride == 2)
@@ -71,8 +71,9 @@ ISW_INLINE void pack_row(const Columns& columns, int64_t pitch, const T* row, fl
   std::fill(out + columns.end, out + pitch, 0.0f);
 }
 
-template <typename T>
-static void pack_plane(const Packing& p, const T* x, float* out) {
+// x: a pointer, or a Pair.
+template <typename In>
+static void pack_plane(const Packing& p, In x, float* out) {
   const Window& w = p.window;
   for (int64_t py = 0; py < p.phases_y; ++py)
     for (int64_t px = 0; px < p.phases_x; ++px) {

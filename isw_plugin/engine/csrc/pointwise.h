@@ -22,36 +22,37 @@ static_assert(block % strip_channels == 0, "a block is whole strips");
 template <typename T>
 struct Strip {
   const float* input;  // [count][vectors * lanes]
-  const float* weights;  // first output channel in its block; widened ones lie as [count][strip_channels]
+  const float* weights;  // first output channel in its block; those made for a panel lie as [count][strip_channels]
   const float* bias;
-  const int32_t* channels;  // count kept input channels
-  int64_t count, outputs, pixels;
+  const int32_t* channels;  // kept input channels
+  int64_t count;  // of them, or of pairs
+  int64_t outputs, pixels;
   bool first, last;  // part of the input channels: start from the bias, finish the outputs
   float* sums;  // between parts, [strip_channels][vectors * lanes]
   Output<T> out;
 };
 
-template <int vectors>
+template <typename T, int vectors>
 ISW_INLINE void add_channel(const float* in, const float* weights, Vec (&sum)[strip_channels][vectors]) {
   Vec pixels[vectors];
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) pixels[v] = load(in + v * lanes);
   ISW_UNROLL
   for (int c = 0; c < strip_channels; ++c) {
-    const Vec weight = broadcast(weights[c]);
+    const Vec weight = broadcast<T>(weights[c]);
     ISW_UNROLL
-    for (int v = 0; v < vectors; ++v) sum[c][v] += weight * pixels[v];
+    for (int v = 0; v < vectors; ++v) sum[c][v] = multiply_add<T>(weight, pixels[v], sum[c][v]);
   }
 }
 
 ISW_INLINE const float* weights_of(const Strip<float>& s, int64_t k) { return s.weights + s.channels[k] * block; }
 ISW_INLINE const float* weights_of(const Strip<BFloat16>& s, int64_t k) { return s.weights + k * strip_channels; }
 
-// Once for all strips of a panel: a broadcast cannot widen on the way.
-static void widen_weights(const BFloat16* weights, const int32_t* channels, int64_t count, float* out) {
-  for (int64_t k = 0; k < count; ++k, out += strip_channels) {
-    __builtin_prefetch(weights + channels[k + 8] * block);
-    for (int c = 0; c < strip_channels; ++c) out[c] = widen(weights[channels[k] * block + c]);
+// Once for all strips of a panel: a broadcast cannot widen or pair on the way.
+static void make_weights(const BFloat16* weights, const int32_t* channels, int64_t count, float* out) {
+  for (int64_t k = 0; k < count; k += together<BFloat16>, out += strip_channels) {
+    for (int i = 0; i < together<BFloat16>; ++i) __builtin_prefetch(weights + channels[k + 8 + i] * block);
+    store_first(out, load_first(packed_from(weights, block, channels, k, count), strip_channels), strip_channels);
   }
 }
 
@@ -73,10 +74,10 @@ ISW_INLINE void multiply(const Strip<T>& s, Vec (&sum)[strip_channels][vectors])
     for (int i = 0; i < 4; ++i, in += vectors * lanes) {
       asm volatile("" ::: "memory");
       if constexpr (std::is_same_v<T, float>) __builtin_prefetch(s.weights + s.channels[k + i + 8] * block);
-      add_channel(in, weights_of(s, k + i), sum);
+      add_channel<T>(in, weights_of(s, k + i), sum);
     }
   }
-  for (; k < s.count; ++k, in += vectors * lanes) add_channel(in, weights_of(s, k), sum);
+  for (; k < s.count; ++k, in += vectors * lanes) add_channel<T>(in, weights_of(s, k), sum);
 }
 
 template <Act act, int vectors, typename T>
@@ -125,12 +126,11 @@ template <int vectors, typename T>
 static void pack_pixels(const T* x, int64_t plane, const int32_t* channels, int64_t count, int64_t pixels,
                         float* out) {
   const int64_t rest = pixels - (vectors - 1) * lanes;
-  for (int64_t k = 0; k < count; ++k, out += vectors * lanes) {
-    const T* in = x + channels[k] * plane;
-    const T* later = x + channels[k + 8] * plane;
+  for (int64_t k = 0; k < count; k += together<T>, out += vectors * lanes) {
+    const auto in = packed_from(x, plane, channels, k, count);
     ISW_UNROLL
     for (int v = 0; v < vectors; ++v) {
-      __builtin_prefetch(later + v * lanes);
+      for (int i = 0; i < together<T>; ++i) __builtin_prefetch(x + channels[k + 8 + i] * plane + v * lanes);
       store(out + v * lanes, v < vectors - 1 ? load(in + v * lanes) : load_first(in + v * lanes, rest));
     }
   }
@@ -139,8 +139,8 @@ static void pack_pixels(const T* x, int64_t plane, const int32_t* channels, int6
 template <typename T>
 static void pack_strided(const Window& w, const T* x, const int32_t* channels, int64_t count, int64_t first,
                          int64_t pixels, float* out) {
-  for (int64_t k = 0; k < count; ++k) {
-    const T* in = x + channels[k] * w.h * w.w;
+  for (int64_t k = 0; k < count; k += together<T>) {
+    const auto in = packed_from(x, w.h * w.w, channels, k, count);
     for (int64_t i = 0, y = first / w.ow, column = first % w.ow; i < pixels; ++i) {
       *out++ = widen(in[y * w.sh * w.w + column * w.sw]);
       if (++column == w.ow) column = 0, ++y;
@@ -155,12 +155,12 @@ class Pointwise {
   Pointwise(const ConvArgs<T>& args, const Runner& runner)
       : a_(args),
         runner_(runner),
-        parts_(parts_per_slot()),
-        part_channels_(ceil_div(ceil_div(args.c_out, block), parts_) * block),
+        part_channels_(strips_per_part() * strip_channels),
+        parts_(ceil_div(args.c_out, part_channels_)),
         kept_(args.gate, args.n, args.c_in, runner),
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
         packed_(runner.workers * packed_size),
-        widened_(std::is_same_v<T, float> ? 0 : runner.workers * widened_size),
+        weights_(std::is_same_v<T, float> ? 0 : runner.workers * weights_size),
         sums_(runner.workers * sums_size()),
         squares_(runner.workers * squares_size()) {}
 
@@ -172,7 +172,7 @@ class Pointwise {
       task.channels = smaller(part_channels_, a_.c_out - task.channel);
       task.slot = index / parts_ % a_.slots;
       task.n = index / parts_ / a_.slots;
-      if (task.channels > 0) compute_task(task);
+      compute_task(task);
     });
   }
 
@@ -186,14 +186,22 @@ class Pointwise {
     int64_t pixel[panel_strips + 1];  // where strips begin, and the last ends
   };
   static constexpr int64_t packed_size = panel_channels * strip_pixels;
-  static constexpr int64_t widened_size = panel_channels * strip_channels;
+  static constexpr int64_t weights_size = panel_channels * strip_channels;
 
   int64_t pixels() const { return a_.window.oh * a_.window.ow; }
   int64_t sums_size() const { return a_.c_in > panel_channels ? part_channels_ * strip_pixels : 0; }
-  int64_t squares_size() const { return part_channels_ * lanes; }
-  int64_t parts_per_slot() const {
-    const int64_t wanted = ceil_div(4 * runner_.workers, a_.n * a_.slots);
-    return larger(1, smaller(wanted, ceil_div(a_.c_out, block)));
+  int64_t squares_size() const { return ceil_div(part_channels_, lanes) * lanes * lanes; }
+
+  // As few parts as keep the workers about equally long busy; every part packs the panels anew, for half a strip's time.
+  int64_t strips_per_part() const {
+    const int64_t strips = ceil_div(a_.c_out, strip_channels), slots = a_.n * a_.slots;
+    const auto half_strips = [&](int64_t part) {
+      return ceil_div(slots * ceil_div(strips, part), runner_.workers) * (2 * part + 1);
+    };
+    int64_t best = strips;
+    for (int64_t part = strips; part > 0 && slots * ceil_div(strips, part) <= 8 * runner_.workers; --part)
+      if (half_strips(part) < half_strips(best)) best = part;
+    return best;
   }
 
   void compute_task(const Task& task) {
@@ -244,7 +252,7 @@ class Pointwise {
         strip.weights = weights;
         strip.input = packed + i * count * strip_pixels;
         strip.channels = kept_.channels(task.n) + panel.begin;
-        strip.count = count;
+        strip.count = ceil_div(count, together<T>);
         strip.first = panel.begin == 0;
         strip.last = panel.end == kept_.count(task.n);
         strip.outputs = smaller(strip_channels, task.channels - c);
@@ -259,9 +267,9 @@ class Pointwise {
     if constexpr (std::is_same_v<T, float>) {
       return weights;
     } else {
-      float* widened = widened_.get() + task.worker * widened_size;
-      widen_weights(weights, kept_.channels(task.n) + panel.begin, panel.end - panel.begin, widened);
-      return widened;
+      float* made = weights_.get() + task.worker * weights_size;
+      make_weights(weights, kept_.channels(task.n) + panel.begin, panel.end - panel.begin, made);
+      return made;
     }
   }
 
@@ -293,10 +301,10 @@ class Pointwise {
 
   const ConvArgs<T>& a_;
   const Runner& runner_;
-  const int64_t parts_;  // of the output channels, so that few pixels still make tasks
-  const int64_t part_channels_;
+  const int64_t part_channels_;  // of the output channels, so that few pixels still make tasks
+  const int64_t parts_;
   const Kept kept_, residual_kept_;
-  Buffer<float> packed_, widened_, sums_, squares_;
+  Buffer<float> packed_, weights_, sums_, squares_;
 };
 
 }  // namespace

@@ -1,7 +1,8 @@
 // Max-pooling, and sums of squares of maps that no operator of ours produced.
 #pragma once
+#include <algorithm>
 #include <limits>
-#include <type_traits>
+#include <utility>
 
 #include "api.h"
 #include "element.h"
@@ -13,49 +14,45 @@ namespace {
 
 constexpr float lowest = -std::numeric_limits<float>::infinity();
 
-// NaN wins, as in torch.
-ISW_INLINE float nan_or_larger(float a, float b) { return b > a || b != b ? b : a; }
-
-template <int step>
-ISW_INLINE void max_taps(const Window& w, const float* line, float* y) {
-  const int64_t stride = step ? step : w.sw;
-  std::fill(y, y + w.ow, lowest);
-  for (int64_t kx = 0; kx < w.kw; ++kx)
-    for (int64_t x = 0; x < w.ow; ++x) y[x] = nan_or_larger(y[x], line[x * stride + kx]);
+// The outputs of one row whose first lane is `in`.
+ISW_INLINE Vec every(int64_t stride, const float* in) {
+  if (stride == 1) return load(in);
+  if (stride == 2) return even_lanes(load(in), load(in + lanes), std::make_integer_sequence<int, lanes>());
+  Vec v = {};
+  for (int i = 0; i < lanes; ++i) v[i] = in[i * stride];
+  return v;
 }
 
-// One output row; line is the padded width, its borders stay at the lowest value.
+// Down the columns first, into a line whose borders stay at the lowest value, then along it.
 template <typename T>
-static void max_pool_row(const Window& w, const T* x, int64_t row, float* line, float* y) {
-  float* inside = line + w.pw;
-  std::fill(inside, inside + w.w, lowest);
-  const int64_t top = row * w.sh - w.ph;
-  for (int64_t r = larger(0, top); r < smaller(w.h, top + w.kh); ++r)
-    for (int64_t i = 0; i < w.w; ++i) inside[i] = nan_or_larger(inside[i], widen(x[r * w.w + i]));
-  if (w.sw == 1) return max_taps<1>(w, line, y);
-  if (w.sw == 2) return max_taps<2>(w, line, y);
-  max_taps<0>(w, line, y);
+static void max_pool_row(const Window& w, const T* x, int64_t row, float* line, T* y) {
+  const int64_t first = row * w.sh - w.ph, top = larger(0, first), bottom = smaller(w.h, first + w.kh);
+  for (int64_t i = 0; i < w.w; i += lanes) {
+    const int64_t pixels = smaller(lanes, w.w - i);
+    Vec most = broadcast(lowest);
+    for (int64_t r = top; r < bottom; ++r) {
+      __builtin_prefetch(x + (r + 4 * w.sh) * w.w + i);
+      most = larger_or_nan(most, load_first(x + r * w.w + i, pixels));
+    }
+    store_first(line + w.pw + i, most, pixels);
+  }
+  for (int64_t i = 0; i < w.ow; i += lanes) {
+    Vec most = broadcast(lowest);
+    for (int64_t kx = 0; kx < w.kw; ++kx) most = larger_or_nan(most, every(w.sw, line + i * w.sw + kx));
+    store_first(y + i, most, smaller(lanes, w.ow - i));
+  }
 }
 
 template <typename T>
 static void max_pool(const PoolArgs<T>& a, const Runner& runner) {
   const Window& w = a.window;
-  const int64_t width = w.w + 2 * w.pw;
-  Buffer<float> lines(runner.workers * width), rows(runner.workers * w.ow);
+  const int64_t width = w.w + 2 * w.pw + w.sw * lanes;  // whole vectors are read past the last output
+  Buffer<float> lines(runner.workers * width);
   std::fill(lines.get(), lines.get() + runner.workers * width, lowest);
   parallel(runner, a.planes, [&](int64_t plane, int64_t worker) {
-    for (int64_t row = 0; row < w.oh; ++row) {
-      const T* x = a.x + plane * w.h * w.w;
-      T* y = a.y + (plane * w.oh + row) * w.ow;
-      float* line = lines.get() + worker * width;
-      if constexpr (std::is_same_v<T, float>) {
-        max_pool_row(w, x, row, line, y);
-      } else {
-        float* held = rows.get() + worker * w.ow;
-        max_pool_row(w, x, row, line, held);
-        copy_row(held, w.ow, y);
-      }
-    }
+    float* line = lines.get() + worker * width;
+    for (int64_t row = 0; row < w.oh; ++row)
+      max_pool_row(w, a.x + plane * w.h * w.w, row, line, a.y + (plane * w.oh + row) * w.ow);
   });
 }
 

@@ -11,6 +11,7 @@ namespace {
 // Registers: pixels x 2 accumulators, 2 weights, 1 input.
 constexpr int max_pixels = lanes == 16 ? 14 : 6;
 
+// A packed plane holds one input channel, or as many as are multiplied together; `begin` is a multiple of that.
 template <typename T>
 struct Tile {
   const float* input;  // first pixel of the tile in the first packed plane
@@ -35,6 +36,10 @@ ISW_INLINE void prefetch_weights(const Tile<T>& t, int64_t k) {
   const T* line = t.weights + t.channels[next] * t.weight_plane;
   for (int64_t i = t.prefetch_first; i < t.prefetch_last; ++i) __builtin_prefetch(line + line_size<T> * i, 0, 2);
 }
+template <typename T>
+ISW_INLINE void prefetch_together(const Tile<T>& t, int64_t k) {
+  for (int64_t i = 0; i < together<T>; ++i) prefetch_weights(t, k + i);
+}
 
 template <int pixels, int V, typename T>
 ISW_INLINE void load_sums(const Tile<T>& t, Vec (&sum)[pixels][V]) {
@@ -54,17 +59,22 @@ ISW_INLINE void store_sums(float* sums, const Vec (&sum)[pixels][V]) {
 
 // One tap: every pixel of the tile times the tap's weights.
 template <int rows, int columns, int V, typename T>
-ISW_INLINE void add_tap(const float* in, int64_t pitch, const T* weights, Vec (&sum)[rows * columns][V]) {
+ISW_INLINE void add_tap(const float* in, int64_t pitch, const T* weights, const T* others,
+                        Vec (&sum)[rows * columns][V]) {
   Vec weight[V];
   ISW_UNROLL
-  for (int v = 0; v < V; ++v) weight[v] = load(weights + v * lanes);
+  for (int v = 0; v < V; ++v) weight[v] = load_weights(weights + v * lanes, others + v * lanes);
   ISW_UNROLL
   for (int i = 0; i < rows * columns; ++i) {
-    const Vec pixel = broadcast(in[i / columns * pitch + i % columns]);
+    const Vec pixel = broadcast<T>(in[i / columns * pitch + i % columns]);
     ISW_UNROLL
-    for (int v = 0; v < V; ++v) sum[i][v] += pixel * weight[v];
+    for (int v = 0; v < V; ++v) sum[i][v] = multiply_add<T>(pixel, weight[v], sum[i][v]);
   }
 }
+
+// The weights of list entry k, and of the one behind it, which is valid at the end too.
+template <typename T>
+ISW_INLINE const T* weights_of(const Tile<T>& t, int64_t k) { return t.weights + t.channels[k] * t.weight_plane; }
 
 template <typename T, int rows, int columns, int V>
 static void accumulate(const Tile<T>& t) {
@@ -72,20 +82,22 @@ static void accumulate(const Tile<T>& t) {
   load_sums(t, sum);
   const int64_t taps = t.last_tap - t.first_tap;
   const int64_t* offsets = t.taps + t.first_tap;
-  for (int64_t k = t.begin; k < t.end; ++k) {
-    const float* plane = t.input + k * t.plane;
-    const T* weights = t.weights + t.channels[k] * t.weight_plane + t.first_tap * block;
-    prefetch_weights(t, k);
+  for (int64_t k = t.begin; k < t.end; k += together<T>) {
+    const float* plane = t.input + k / together<T> * t.plane;
+    const T* weights = weights_of(t, k) + t.first_tap * block;
+    const T* others = weights_of(t, k + together<T> - 1) + t.first_tap * block;
+    prefetch_together(t, k);
     int64_t tap = 0;
-    for (; tap + 3 <= taps; tap += 3, weights += 3 * block) {
+    for (; tap + 3 <= taps; tap += 3, weights += 3 * block, others += 3 * block) {
       __builtin_prefetch(plane + offsets[tap] + t.plane + columns - 1);
       ISW_UNROLL
       for (int i = 0; i < 3; ++i) {
         asm volatile("" ::: "memory");
-        add_tap<rows, columns, V>(plane + offsets[tap + i], t.pitch, weights + i * block, sum);
+        add_tap<rows, columns, V>(plane + offsets[tap + i], t.pitch, weights + i * block, others + i * block, sum);
       }
     }
-    for (; tap < taps; ++tap, weights += block) add_tap<rows, columns, V>(plane + offsets[tap], t.pitch, weights, sum);
+    for (; tap < taps; ++tap, weights += block, others += block)
+      add_tap<rows, columns, V>(plane + offsets[tap], t.pitch, weights, others, sum);
   }
   store_sums(t.sums, sum);
 }
@@ -96,25 +108,26 @@ template <typename T, int rows, int columns, int V, bool top, bool bottom>
 static void accumulate_bordered(const Tile<T>& t) {
   Vec sum[rows * columns][V];
   load_sums(t, sum);
-  for (int64_t k = t.begin; k < t.end; ++k) {
-    const float* plane = t.input + k * t.plane;
-    const T* weights = t.weights + t.channels[k] * t.weight_plane;
-    prefetch_weights(t, k);
+  for (int64_t k = t.begin; k < t.end; k += together<T>) {
+    const float* plane = t.input + k / together<T> * t.plane;
+    const T *weights = weights_of(t, k), *others = weights_of(t, k + together<T> - 1);
+    prefetch_together(t, k);
     ISW_UNROLL
     for (int tap = 0; tap < 9; ++tap) {
       const int ky = tap / 3, kx = tap % 3;
       asm volatile("" ::: "memory");  // else GCC keeps every broadcast of a channel alive and spills
       Vec weight[V];
       ISW_UNROLL
-      for (int v = 0; v < V; ++v) weight[v] = load(weights + tap * block + v * lanes);
+      for (int v = 0; v < V; ++v)
+        weight[v] = load_weights(weights + tap * block + v * lanes, others + tap * block + v * lanes);
       ISW_UNROLL
       for (int i = 0; i < rows * columns; ++i) {
         const int row = i / columns, column = i % columns;
         if ((top && row == 0 && ky == 0) || (bottom && row == rows - 1 && ky == 2)) continue;
         if ((column == 0 && kx == 0) || (column == columns - 1 && kx == 2)) continue;
-        const Vec pixel = broadcast(plane[(row + ky) * t.pitch + column + kx]);
+        const Vec pixel = broadcast<T>(plane[(row + ky) * t.pitch + column + kx]);
         ISW_UNROLL
-        for (int v = 0; v < V; ++v) sum[i][v] += pixel * weight[v];
+        for (int v = 0; v < V; ++v) sum[i][v] = multiply_add<T>(pixel, weight[v], sum[i][v]);
       }
     }
   }

@@ -84,6 +84,9 @@ ISW_INLINE Vec load_where(const float* p, Mask mask) {
 }
 #endif
 
+// NaN wins, as in torch.
+ISW_INLINE Vec larger_or_nan(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
+
 ISW_INLINE float reduce_add(Vec v) {
   float sum[lanes];
   store(sum, v);
