@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from isw_plugin.errors import StateMismatchError
+from isw_plugin.errors import ProbeError, StateMismatchError
 from isw_plugin.gates import Gate
 from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.saving import decoded_inputs, read, rebuilt, tensors_of
@@ -36,8 +36,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: Nothing was saved there.
         StateMismatchError: Another version, a damaged file, another architecture, or no model where one is
-            needed: nothing is changed then. Or other sites, or a gate that is not known: the model has its
-            weights then, and no pruner. Says what does not fit.
+            needed: nothing is changed then. Or other sites, a gate that is not known, or weights with which
+            the model does not run: it has them then, and no pruner. Says what does not fit.
         AttachError, UnsupportedError: No pruner can be attached to the model.
     """
     if model is not None and not isinstance(model, nn.Module):
@@ -86,14 +86,12 @@ def _require_same(stored: dict[str, Any], model: nn.Module) -> None:
 
 def _attached(model: nn.Module, stored: dict[str, Any], gate: Gate | None) -> InstanceWisePruner:
     state = stored["state"]
-    pruner = InstanceWisePruner(
-        model,
-        decoded_inputs(stored["inputs"]),
-        layers=stored["layers"],
-        exclude=stored["exclude"],
-        scope=state["scope"],
-        gate=gate or "cv",
-    )
+    inputs = decoded_inputs(stored["inputs"])
+    chosen = {"layers": stored["layers"], "exclude": stored["exclude"], "scope": state.get("scope", "all")}
+    try:
+        pruner = InstanceWisePruner(model, inputs, gate=gate or "cv", **chosen)
+    except ProbeError as error:
+        raise StateMismatchError(f"the stored weights do not fit each other: {error}") from error
     try:
         pruner.load_state_dict(state)
     except Exception:

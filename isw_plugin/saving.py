@@ -21,6 +21,11 @@ from isw_plugin.structure import describe, differences
 __all__ = ["decoded_inputs", "encoded_inputs", "origin", "read", "rebuilt", "tensors_of", "write"]
 
 _VERSION = 1
+_PARTS = {
+    "model": ("name", "architecture", "options", "edited", "modules"),
+    "weights": ("file", "sha256"),
+    "pruner": ("layers", "exclude", "inputs", "state"),
+}
 _FILE = "pruner.json"
 _OPTIONS = ("in_chans", "drop_rate", "global_pool")  # what timm models remember of how they were made
 
@@ -67,6 +72,9 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise StateMismatchError(f"{path} was not written by save_pretrained, or is damaged: {error!r}") from error
     if version != _VERSION:
         raise StateMismatchError(f"{path} is of version {version}, and this isw_plugin reads version {_VERSION}")
+    lacking = [f"{part}.{key}" for part, keys in _PARTS.items() for key in keys if key not in facts.get(part, ())]
+    if lacking:
+        raise StateMismatchError(f"{path} is damaged: it has no {', '.join(lacking)}")
     return facts
 
 
@@ -98,8 +106,8 @@ def origin(model: nn.Module) -> dict[str, Any]:
         return unknown | {"edited": "it is no timm model"}
     options: dict[str, Any] = {"num_classes": getattr(model, "num_classes", None)}
     try:
-        options |= _options(model, rebuilt(architecture, options, "meta"))
-        other = differences(describe(model), rebuilt(architecture, options, "meta"))
+        options |= _options(model, _sketch(architecture, options))
+        other = differences(describe(model), _sketch(architecture, options))
     except Exception as error:  # whatever a model's constructor raises
         return unknown | {"edited": f"timm.create_model({architecture!r}) fails: {error}"}
     reason = f"it is not timm's {architecture}: {'; '.join(other[:3])}" if other else None
@@ -148,6 +156,15 @@ def decoded_inputs(encoded: Mapping[str, Any]) -> Any:
         return encoded["value"]
     kind, values = next(iter(encoded.items()))
     return {"tuple": tuple, "list": list}[kind](decoded_inputs(value) for value in values)
+
+
+def _sketch(architecture: str, options: Mapping[str, Any]) -> nn.Module:
+    """A model of timm's to compare with, without weights if it can be."""
+    try:
+        return rebuilt(architecture, options, "meta")
+    except RuntimeError:  # constructors of older timm compute with weights
+        with torch.random.fork_rng(devices=[]):
+            return rebuilt(architecture, options)
 
 
 def _options(model: nn.Module, default: nn.Module) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """save_pretrained and load_pretrained: the same model and the same decisions, in this process and in a fresh one."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import timm
 import torch
 import torch_pruning as tp
 from conftest import Net, Plain, Residual, hooks_of, made
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, calibrate, load_pretrained
 from isw_plugin.errors import AttachError, StateMismatchError, UnsupportedError
-from isw_plugin.saving import decoded_inputs, encoded_inputs, origin
+from isw_plugin.saving import decoded_inputs, encoded_inputs, origin, rebuilt
 
 SIZE = 64
 
@@ -194,6 +196,23 @@ def test_options_that_timm_remembers_are_no_edits(name: str, options: dict[str, 
     assert origin(timm.create_model(name, **options))["edited"] is None
 
 
+def test_constructors_that_compute_with_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of older timm, which cannot make every model on meta; random numbers go on as without saving."""
+    whole = timm.create_model
+
+    def older(*args, **kwargs):
+        torch.zeros(1).item()
+        return whole(*args, **kwargs)
+
+    model = timm.create_model("test_vit", num_classes=5)
+    monkeypatch.setattr(timm, "create_model", older)
+    with pytest.raises(RuntimeError):
+        rebuilt("test_vit", {}, "meta")
+    before = torch.get_rng_state()
+    assert origin(model)["edited"] is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_no_timm_model_must_be_passed(tmp_path: Path, plain: Net) -> None:
     InstanceWisePruner(plain, plain.images(1)).save_pretrained(tmp_path)
     with pytest.raises(StateMismatchError, match=r"this Plain cannot be made again.*no timm model"):
@@ -225,6 +244,9 @@ def changed(folder: Path, change) -> None:
         (lambda facts: facts["pruner"]["state"]["sites"].update(c1=9), "c1 has 4 channels here and 9 there"),
         (lambda facts: facts["pruner"]["state"]["gate"].update(type="Unheard"), "no installed package offers"),
         (lambda facts: facts["model"]["modules"].pop("bn1"), "there is no module bn1 there"),
+        (lambda facts: facts.pop("pruner"), r"damaged: it has no pruner\.layers, .*pruner\.state"),
+        (lambda facts: facts["model"].pop("edited"), r"damaged: it has no model\.edited"),
+        (lambda facts: facts["pruner"].update(state={}), "no state_dict of version 1"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(saved: Path, change, why: str) -> None:
@@ -250,6 +272,16 @@ def test_damaged_weights_are_refused(saved: Path) -> None:
     with pytest.raises(StateMismatchError, match="checksum"):
         load_pretrained(saved, net)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_weights_that_do_not_fit_each_other_are_refused(saved: Path) -> None:
+    weights = next(saved.glob("*.safetensors"))
+    tensors = load_file(weights)
+    weights.write_bytes(save(tensors | {"bn1.weight": torch.ones(3)}))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    changed(saved, lambda facts: facts["weights"].update(sha256=digest))
+    with pytest.raises(StateMismatchError, match="do not fit each other: .*3"):
+        load_pretrained(saved, made(Plain))
 
 
 def test_another_architecture_is_refused_unchanged(saved: Path) -> None:
