@@ -2,8 +2,9 @@
 
 PYTHONPATH=examples python benchmarks/importance.py --out runs/importance      # embedded digits, width 0.5
 
-The network is trained with BN-L1 and fine-tuned with feature decay. Every importance then prunes a copy of it,
-globally, to the same MACs; accuracy on the test images is given right after that, and after fine-tuning.
+The network is trained with BN-L1 and fine-tuned with feature decay. Every importance, as torch-pruning sets it up by
+default, then prunes a copy of it, globally, to the same MACs; every layer keeps 8 channels, whatever the importance.
+Accuracy on the test images is given right after that, and after fine-tuning: mean and range of the seeds.
 """
 
 import argparse
@@ -32,6 +33,20 @@ from isw_plugin.toolkits.torch_pruning import InstanceFrequencyImportance, Slimm
 Importance = Callable[[example.Job, nn.Module], Any]
 
 
+class Spared(tp.importance.Importance):  # type: ignore[misc]  # torch-pruning ships no types
+    """Another importance, with the most important channels of every layer safe: one alone would be a bottleneck."""
+
+    def __init__(self, importance: Any) -> None:
+        self.importance = importance
+
+    def __call__(self, group: Any) -> torch.Tensor | None:
+        found: torch.Tensor | None = self.importance(group)
+        if found is None:
+            return None
+        safe = found.topk(min(example.MIN_CHANNELS, len(found))).indices
+        return found.index_add(0, safe, found.new_full((len(safe),), 1e6))
+
+
 def frequency(job: example.Job, model: nn.Module) -> Any:
     pruner = InstanceWisePruner(model, job.example, alpha=job.args.alpha, beta=job.args.beta)
     found = InstanceFrequencyImportance(pruner, job.batches("train"))
@@ -43,7 +58,7 @@ def taylor(job: example.Job, model: nn.Module) -> Any:
     """Of the loss on all training images, one gradient."""
     for images, labels in job.batches("train"):
         (F.cross_entropy(model(images), labels) / len(job.splits.train) * len(labels)).backward()
-    return tp.importance.GroupTaylorImportance(normalizer=None)
+    return tp.importance.GroupTaylorImportance()
 
 
 IMPORTANCES: dict[str, Importance] = {
@@ -67,11 +82,11 @@ def pruned(job: example.Job, ranked: nn.Module, ranking: Any, target: float) -> 
     """A copy with at most this share of the MACs: the lowest pruning ratio that reaches it, to 1/250."""
     whole = count_macs(ranked, job.example).dense
     low, high = 0.0, 1.0
-    best = ranked
+    best = None
     while high - low > 4e-3:
         torch.manual_seed(job.args.seed)
         ratio = (low + high) / 2
-        model, same = copied(ranked, ranking)
+        model, same = copied(ranked, Spared(ranking))
         tp.pruner.BasePruner(
             model, job.example, same, pruning_ratio=ratio, global_pruning=True, ignored_layers=[model.head.fc]
         ).step()
@@ -79,6 +94,8 @@ def pruned(job: example.Job, ranked: nn.Module, ranking: Any, target: float) -> 
             high, best = ratio, model
         else:
             low = ratio
+    if best is None:
+        raise RuntimeError(f"no pruning ratio leaves at most {target:.0%} of the MACs")
     best.zero_grad()
     return best
 
@@ -132,32 +149,48 @@ def versions() -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [
-        results["about"],
-        "",
-        "| MACs | importance | channels | accuracy | after fine-tuning |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['macs'] / 1e6:.2f} M | {row['importance']} | {row['channels']} | {row['accuracy']:.4f} | "
-        f"{row['accuracy_finetuned']:.4f} |"
-        for row in results["rows"]
-    ]
+    lines = [results["about"], ""]
+    lines += ["| MACs left | importance | channels | accuracy | after fine-tuning |", "|---|---|---|---|---|"]
+    for target in sorted({row["target"] for row in results["rows"]}, reverse=True):
+        for name in IMPORTANCES:
+            same = [row for row in results["rows"] if (row["target"], row["importance"]) == (target, name)]
+            channels = "-".join(str(count) for count in dict.fromkeys(spread([row["channels"] for row in same])))
+            accuracy, finetuned = (ranged([row[key] for row in same]) for key in ("accuracy", "accuracy_finetuned"))
+            lines.append(f"| {target:.0%} | {name} | {channels} | {accuracy} | {finetuned} |")
     return "\n".join(lines) + "\n"
 
 
-def about(job: example.Job, trained: nn.Module, own: argparse.Namespace) -> str:
+def spread(values: list[Any]) -> tuple[Any, Any]:
+    return min(values), max(values)
+
+
+def ranged(values: list[float]) -> str:
+    low, high = spread(values)
+    return f"{sum(values) / len(values):.3f} ({low:.3f}-{high:.3f})"
+
+
+def about(own: argparse.Namespace, job: example.Job, whole: list[dict[str, float]]) -> str:
     """What was run, on what."""
-    accuracy = evaluate(trained, job.batches("test")).accuracy
-    macs = count_macs(trained, job.example).dense / 1e6
     return (
         f"VGG16, width {job.args.width}, digits at {job.args.size}x{job.args.size}, {own.epochs} epochs with BN-L1 and "
-        f"{own.epochs} with lambda {job.args.lambdas[0]:g} ({own.precision}), seed {own.seed}: accuracy {accuracy:.4f} "
-        f"on {len(job.splits.test)} test images, {macs:.2f} MMACs. Importances see the training images; gate alpha "
+        f"{own.epochs} with lambda {job.args.lambdas[0]:g} ({own.precision}), seeds {own.seeds}: accuracy "
+        f"{ranged([one['accuracy'] for one in whole])} on {len(job.splits.test)} test images, "
+        f"{whole[0]['macs'] / 1e6:.2f} MMACs. Importances see the {len(job.splits.train)} training images; gate alpha "
         f"{job.args.alpha}, beta {job.args.beta}; fine-tuned for {own.epochs_after} epochs. {hardware()}, "
         f"{torch.get_num_threads()} threads, {versions()}, {datetime.date.today()}: "
         f"{shlex.join(['python', *sys.orig_argv[1:]])}"
     )
+
+
+def job_of(own: argparse.Namespace, seed: int) -> example.Job:
+    args = example.arguments(
+        f"--epochs-dense {own.epochs} --epochs-finetune {own.epochs} --seed {seed} --precision {own.precision} "
+        f"--out {own.out / str(seed)}".split()
+    )
+    args.epochs_after, args.alpha, args.beta = own.epochs_after, 0.5, 1.0
+    settings = {"epochs": own.epochs, "seed": seed, "precision": own.precision}
+    run = RunFolder(own.out / str(seed), settings)
+    return example.Job(args, load("digits", args.size, seed), run, torch.device("cpu"))
 
 
 def main() -> None:
@@ -165,23 +198,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/importance"))
     parser.add_argument("--epochs", type=int, default=12, help="dense, and again with feature decay")
     parser.add_argument("--epochs-after", type=int, default=1)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the MACs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training")
     own = parser.parse_args()
-    args = example.arguments(
-        f"--epochs-dense {own.epochs} --epochs-finetune {own.epochs} --seed {own.seed} --precision {own.precision} "
-        f"--out {own.out}".split()
-    )
-    args.epochs_after, args.alpha, args.beta = own.epochs_after, 0.5, 1.0
-    settings = {"epochs": own.epochs, "seed": own.seed, "precision": own.precision}
-    job = example.Job(args, load("digits", args.size, args.seed), RunFolder(own.out, settings), torch.device("cpu"))
-    trained = trained_network(job)
-    found = [line for name in IMPORTANCES for line in rows(job, trained, name, own.targets)]
-    found.sort(key=lambda line: -line["target"])
-    results = {"about": about(job, trained, own), "rows": found}
-    job.run.write("importance.json", json.dumps(results, indent=2))
-    job.run.write("importance.md", table(results))
+    found, whole = [], []
+    for seed in own.seeds:
+        job = job_of(own, seed)
+        trained = trained_network(job)
+        macs = count_macs(trained, job.example).dense
+        whole.append({"macs": macs, "accuracy": evaluate(trained, job.batches("test")).accuracy})
+        found += [{"seed": seed, **line} for name in IMPORTANCES for line in rows(job, trained, name, own.targets)]
+    results = {"about": about(own, job, whole), "rows": found}
+    (own.out / "importance.json").write_text(json.dumps(results, indent=2))
+    (own.out / "importance.md").write_text(table(results))
     print(table(results))
 
 

@@ -68,6 +68,19 @@ def test_an_averaged_copy_and_a_pickled_task_work(plain: Net) -> None:
     assert InstanceWisePruner.of(task.get_trainable_module(ema=True).module).model is not plain
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the graph breaks there
+def test_a_compiled_task_has_the_penalty(plain: Net) -> None:
+    """As timm's script has it with --torchcompile."""
+    pruner = InstanceWisePruner(plain, plain.images(1), lambda_=LAMBDA)
+    task = task_of(plain)
+    add_feature_decay(task, pruner, accumulation_steps=2)
+    loss, penalty = losses(plain)
+    result = torch.compile(task, backend="eager")(plain.images(), LABELS)
+    torch.testing.assert_close(result["loss"], loss + 2 * penalty)
+    result["loss"].backward()
+    assert plain.c1.weight.grad.any()
+
+
 def test_what_cannot_be_is_said(plain: Net) -> None:
     pruner = InstanceWisePruner(plain, plain.images(1))
     with pytest.raises(AttachError, match="another model"):

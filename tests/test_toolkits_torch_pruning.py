@@ -132,6 +132,9 @@ def test_equal_gammas() -> None:
 def test_a_layer_needs_a_channel(min_channels: int) -> None:
     with pytest.raises(ValueError, match=f"min_channels={min_channels}"):
         SlimmingImportance(min_channels)
+    pruner = InstanceWisePruner(used_network(), lit()[:1])
+    with pytest.raises(ValueError, match=f"min_channels={min_channels}"):
+        InstanceFrequencyImportance(pruner, [lit()], min_channels=min_channels)
 
 
 def test_regularize_pulls_on_gammas_alone() -> None:
@@ -299,8 +302,8 @@ def test_channels_rank_by_the_images_that_use_them() -> None:
     found = importance_of(model, InstanceFrequencyImportance(pruner, [lit()[:1], lit()[1:]]), model[0])
     assert found.argsort().tolist() == [0, 1, 2, 3]
     assert found[0] == 0
-    assert found.mul(5).floor().tolist() == [0, 1, 2, 4]
-    assert found.max() <= 1
+    assert found.mul(5).floor().tolist() == [0, 1, 2, 5 + 4]  # the last one is safe
+    assert found[3] <= 1 + 1
     assert not pruner.enabled
 
 
@@ -338,6 +341,29 @@ def test_a_channel_counts_as_its_most_used_reader_says() -> None:
     pruner = InstanceWisePruner(model, lit()[:1], beta=0.0)
     found = importance_of(model, InstanceFrequencyImportance(pruner, [torch.ones(2, 4, 5, 5)]), model.a)
     assert (found > 0.6).all()
+
+
+@pytest.mark.parametrize(("min_channels", "widths"), [(1, [3, 1]), (2, [2, 2])])
+def test_a_layer_of_rarely_used_channels_keeps_its_most_used(min_channels: int, widths: list[int]) -> None:
+    """Without safe channels it would lie whole below the threshold, be skipped, and keep all four."""
+    model = nn.Sequential(
+        *(nn.Conv2d(4, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)),
+    ).eval()
+    strengths = torch.tensor([1.0, 1.1, 1.2, 1.3])
+    for layer in (model[0], model[2]):
+        layer.weight.data = (torch.eye(4) * strengths)[:, :, None, None]
+    nn.init.constant_(model[2].bias, -1.8)  # only the first image is bright enough
+    images = torch.ones(4, 4, 5, 5)
+    images[0] = 2.0
+    pruner = InstanceWisePruner(model, images[:1], beta=0.0)
+    importance = InstanceFrequencyImportance(pruner, [images], min_channels=min_channels)
+    tp.pruner.BasePruner(
+        model, images[:1], importance, pruning_ratio=0.5, global_pruning=True, ignored_layers=[model[4], model[-1]]
+    ).step()
+    assert [model[0].out_channels, model[2].out_channels] == widths
+    kept = model[2].weight.detach().flatten(1).amax(1)
+    assert kept.tolist() == strengths[-widths[1] :].tolist()
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")

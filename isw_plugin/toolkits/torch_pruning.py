@@ -29,20 +29,14 @@ class SlimmingImportance(BNScaleImportance):  # type: ignore[misc]  # torch-prun
     """
 
     def __init__(self, min_channels: int = 1) -> None:
-        if min_channels < 1:
-            raise ValueError(f"min_channels={min_channels}: a layer needs at least 1 channel")
         super().__init__(group_reduction="mean", normalizer=None)
-        self.min_channels = min_channels
+        self.min_channels = _checked(min_channels)
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
         """Return |gamma| of one group's channels, shape (C,), far above all others where the channel is safe."""
         importance: Tensor | None = super().__call__(group)
-        if importance is None:
-            return None
-        # Finite, or a threshold among the safe ones would be infinite and select every channel of every layer.
-        safe = importance.topk(min(self.min_channels, len(importance))).indices
-        return importance.index_add(0, safe, importance.new_full((len(safe),), _SAFE))
+        return importance if importance is None else _with_safe(importance, self.min_channels, above=_SAFE)
 
 
 class InstanceFrequencyImportance(Importance):  # type: ignore[misc]  # torch-pruning ships no types
@@ -55,19 +49,23 @@ class InstanceFrequencyImportance(Importance):  # type: ignore[misc]  # torch-pr
     Args:
         pruner: Its gates are on at their present thresholds while images are run.
         batches: Images, (images, labels) as a loader gives them, or dicts of what forward takes.
+        min_channels: Channels that every layer keeps, >= 1. With none, torch-pruning would skip a layer that
+            falls whole below the threshold, and it would keep all.
 
     Raises:
         SettingError: There are no images.
+        ValueError: A layer needs at least 1 channel.
     """
 
-    def __init__(self, pruner: InstanceWisePruner, batches: Batches) -> None:
+    def __init__(self, pruner: InstanceWisePruner, batches: Batches, *, min_channels: int = 1) -> None:
+        self.min_channels = _checked(min_channels)
         with pruner.gating():
             self.columns: dict[str, ColumnUse] = used_columns(pruner.model, batches)
         self.names: dict[nn.Module, str] = {module: name for name, module in pruner.model.named_modules()}
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
-        """Return the use of one group's channels, shape (C,), from 0 (never) to 1 (always, and large).
+        """Return the use of one group's channels, shape (C,): from 0 (never) to 1 (always, and large), safe ones above.
 
         Raises:
             SettingError: The model was pruned since the images were run.
@@ -80,7 +78,7 @@ class InstanceFrequencyImportance(Importance):  # type: ignore[misc]  # torch-pr
             scores = _scores(self.columns[name])
             for root, own in columns.items():
                 importance[numbers[root]] = max(importance[numbers[root]].item(), scores[own].max().item())
-        return importance.float() if readers else None
+        return _with_safe(importance.float(), self.min_channels, above=1.0) if readers else None
 
     def _require_unpruned(self, name: str) -> None:
         seen = len(self.columns[name].used)
@@ -91,6 +89,21 @@ class InstanceFrequencyImportance(Importance):  # type: ignore[misc]  # torch-pr
                 f"{name} has {columns} input channels and had {seen} when images were run: make the importance anew "
                 "after every pruning step"
             )
+
+
+def _checked(min_channels: int) -> int:
+    if min_channels < 1:
+        raise ValueError(f"min_channels={min_channels}: a layer needs at least 1 channel")
+    return min_channels
+
+
+def _with_safe(importance: Tensor, channels: int, above: float) -> Tensor:
+    """Lift a group's most important channels above all that is not safe.
+
+    Finitely: a threshold among the safe ones would else be infinite and select every channel of every layer.
+    """
+    safe = importance.topk(min(channels, len(importance))).indices
+    return importance.index_add(0, safe, importance.new_full((len(safe),), above))
 
 
 def _scores(use: ColumnUse) -> Tensor:
