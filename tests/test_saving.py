@@ -280,7 +280,7 @@ def test_weights_that_do_not_fit_each_other_are_refused(saved: Path) -> None:
     weights.write_bytes(save(tensors | {"bn1.weight": torch.ones(3)}))
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     changed(saved, lambda facts: facts["weights"].update(sha256=digest))
-    with pytest.raises(StateMismatchError, match="do not fit each other: .*3"):
+    with pytest.raises(StateMismatchError, match=r"do not fit each other: .*3"):
         load_pretrained(saved, made(Plain))
 
 
