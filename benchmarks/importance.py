@@ -14,9 +14,10 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import slimmed_vgg16 as example
 import torch
@@ -47,9 +48,9 @@ class Spared(tp.importance.Importance):  # type: ignore[misc]  # torch-pruning s
         return found.index_add(0, safe, found.new_full((len(safe),), 1e6))
 
 
-def frequency(job: example.Job, model: nn.Module) -> Any:
+def frequency(job: example.Job, model: nn.Module, normalizer: Literal["mean"] | None = "mean") -> Any:
     pruner = InstanceWisePruner(model, job.example, alpha=job.args.alpha, beta=job.args.beta)
-    found = InstanceFrequencyImportance(pruner, job.batches("train"))
+    found = InstanceFrequencyImportance(pruner, job.batches("train"), normalizer=normalizer)
     pruner.remove()
     return found
 
@@ -63,6 +64,7 @@ def taylor(job: example.Job, model: nn.Module) -> Any:
 
 IMPORTANCES: dict[str, Importance] = {
     "instance frequency": frequency,
+    "instance frequency, normalizer=None": partial(frequency, normalizer=None),
     "BN scale": lambda job, model: SlimmingImportance(),
     "L1": lambda job, model: tp.importance.GroupMagnitudeImportance(p=1),
     "Taylor": taylor,

@@ -299,12 +299,27 @@ def importance_of(model: nn.Module, importance: InstanceFrequencyImportance, lay
 def test_channels_rank_by_the_images_that_use_them() -> None:
     model = used_network()
     pruner = InstanceWisePruner(model, lit()[:1], beta=0.0)
-    found = importance_of(model, InstanceFrequencyImportance(pruner, [lit()[:1], lit()[1:]]), model[0])
+    found = importance_of(model, InstanceFrequencyImportance(pruner, [lit()[:1], lit()[1:]], normalizer=None), model[0])
     assert found.argsort().tolist() == [0, 1, 2, 3]
     assert found[0] == 0
-    assert found.mul(5).floor().tolist() == [0, 1, 2, 5 + 4]  # the last one is safe
-    assert found[3] <= 1 + 1
+    assert found[:3].mul(5).floor().tolist() == [0, 1, 2]
+    assert found[3] > 1e5  # the last one is safe
     assert not pruner.enabled
+
+
+def test_layers_are_compared_by_their_means() -> None:
+    """A layer whose gates drop more than another's loses as many channels."""
+    model = used_network()
+    pruner = InstanceWisePruner(model, lit()[:1], beta=0.0)
+    plain, divided = (
+        importance_of(model, InstanceFrequencyImportance(pruner, [lit()], normalizer=normalizer), model[0])[:3]
+        for normalizer in (None, "mean")
+    )
+    ratio = (divided / plain)[1:]
+    assert ratio.min() > 1.5
+    torch.testing.assert_close(ratio, ratio[:1].expand(2))
+    with pytest.raises(SettingError, match="normalizer='max'"):
+        InstanceFrequencyImportance(pruner, [lit()], normalizer="max")
 
 
 def test_gates_count() -> None:
@@ -314,7 +329,7 @@ def test_gates_count() -> None:
     pruner = InstanceWisePruner(model, lit()[:1], alpha=0.0, beta=0.5)
     assert importance_of(model, InstanceFrequencyImportance(pruner, [lit()]), model[0])[1] == 0
     pruner.enable(beta=0.0)
-    assert importance_of(model, InstanceFrequencyImportance(pruner, [lit()]), model[0])[1] > 0.2
+    assert importance_of(model, InstanceFrequencyImportance(pruner, [lit()], normalizer=None), model[0])[1] > 0.2
 
 
 def test_equal_use_ranks_by_norm() -> None:
@@ -357,7 +372,7 @@ def test_a_layer_of_rarely_used_channels_keeps_its_most_used(min_channels: int, 
     images = torch.ones(4, 4, 5, 5)
     images[0] = 2.0
     pruner = InstanceWisePruner(model, images[:1], beta=0.0)
-    importance = InstanceFrequencyImportance(pruner, [images], min_channels=min_channels)
+    importance = InstanceFrequencyImportance(pruner, [images], min_channels=min_channels, normalizer=None)
     tp.pruner.BasePruner(
         model, images[:1], importance, pruning_ratio=0.5, global_pruning=True, ignored_layers=[model[4], model[-1]]
     ).step()

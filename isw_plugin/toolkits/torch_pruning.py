@@ -1,6 +1,6 @@
 """Beside torch-pruning: importances for its pruners, and our names in its namespace on request."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
@@ -13,7 +13,7 @@ from isw_plugin.static import Batches, ColumnUse, reader_columns, used_columns
 
 __all__ = ["InstanceFrequencyImportance", "SlimmingImportance", "install", "uninstall"]
 
-_SAFE = 1e6  # above any gamma
+_SAFE = 1e6  # above any gamma, and any frequency over its mean
 
 
 class SlimmingImportance(BNScaleImportance):  # type: ignore[misc]  # torch-pruning ships no types
@@ -36,7 +36,7 @@ class SlimmingImportance(BNScaleImportance):  # type: ignore[misc]  # torch-prun
     def __call__(self, group: Any) -> Tensor | None:
         """Return |gamma| of one group's channels, shape (C,), far above all others where the channel is safe."""
         importance: Tensor | None = super().__call__(group)
-        return importance if importance is None else _with_safe(importance, self.min_channels, above=_SAFE)
+        return importance if importance is None else _with_safe(importance, self.min_channels)
 
 
 class InstanceFrequencyImportance(Importance):  # type: ignore[misc]  # torch-pruning ships no types
@@ -51,21 +51,35 @@ class InstanceFrequencyImportance(Importance):  # type: ignore[misc]  # torch-pr
         batches: Images, (images, labels) as a loader gives them, or dicts of what forward takes.
         min_channels: Channels that every layer keeps, >= 1. With none, torch-pruning would skip a layer that
             falls whole below the threshold, and it would keep all.
+        normalizer: "mean" divides by the layer's mean, as torch-pruning's importances do by default. None ranks
+            frequencies over the whole network: layers whose gates drop much are then emptied first.
 
     Raises:
-        SettingError: There are no images.
+        SettingError: There are no images, or another normalizer.
         ValueError: A layer needs at least 1 channel.
     """
 
-    def __init__(self, pruner: InstanceWisePruner, batches: Batches, *, min_channels: int = 1) -> None:
+    def __init__(
+        self,
+        pruner: InstanceWisePruner,
+        batches: Batches,
+        *,
+        min_channels: int = 1,
+        normalizer: Literal["mean"] | None = "mean",
+    ) -> None:
+        if normalizer not in ("mean", None):
+            raise SettingError(f"normalizer={normalizer!r}: 'mean' or None")
         self.min_channels = _checked(min_channels)
+        self.normalizer = normalizer
         with pruner.gating():
             self.columns: dict[str, ColumnUse] = used_columns(pruner.model, batches)
         self.names: dict[nn.Module, str] = {module: name for name, module in pruner.model.named_modules()}
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
-        """Return the use of one group's channels, shape (C,): from 0 (never) to 1 (always, and large), safe ones above.
+        """Return the use of one group's channels, shape (C,).
+
+        From 0 (never) to 1 (always, and large), over the mean if so asked; far above where a channel is safe.
 
         Raises:
             SettingError: The model was pruned since the images were run.
@@ -78,7 +92,11 @@ class InstanceFrequencyImportance(Importance):  # type: ignore[misc]  # torch-pr
             scores = _scores(self.columns[name])
             for root, own in columns.items():
                 importance[numbers[root]] = max(importance[numbers[root]].item(), scores[own].max().item())
-        return _with_safe(importance.float(), self.min_channels, above=1.0) if readers else None
+        if not readers:
+            return None
+        if self.normalizer == "mean" and importance.any():
+            importance /= importance.mean()
+        return _with_safe(importance.float(), self.min_channels)
 
     def _require_unpruned(self, name: str) -> None:
         seen = len(self.columns[name].used)
@@ -97,13 +115,13 @@ def _checked(min_channels: int) -> int:
     return min_channels
 
 
-def _with_safe(importance: Tensor, channels: int, above: float) -> Tensor:
+def _with_safe(importance: Tensor, channels: int) -> Tensor:
     """Lift a group's most important channels above all that is not safe.
 
     Finitely: a threshold among the safe ones would else be infinite and select every channel of every layer.
     """
     safe = importance.topk(min(channels, len(importance))).indices
-    return importance.index_add(0, safe, importance.new_full((len(safe),), above))
+    return importance.index_add(0, safe, importance.new_full((len(safe),), _SAFE))
 
 
 def _scores(use: ColumnUse) -> Tensor:
