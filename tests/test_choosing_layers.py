@@ -14,6 +14,7 @@ from isw_plugin.sites import Found, default_inputs, find_sites
 PAGE = Path(__file__).parent.parent / "docs" / "choosing-layers.md"
 FEW = {"convnext", "densenet", "efficientnet", "mobilenetv3", "regnet", "resnet", "swin_transformer", "vgg"}
 FEW |= {"eva", "mambaout", "mlp_mixer", "vision_transformer"}  # the others take minutes together
+WRITTEN_FOR = (1, 0, 31)  # the page names models that older timm does not have
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,16 @@ def rows() -> list[Row]:
     return [Row(row[0], row[1], tuple(re.findall(r"`([^`]+)`", row[2])), row[3].strip("`")) for row in table]
 
 
+def require(model: str) -> None:
+    if not timm.is_model(model) and tuple(map(int, timm.__version__.split(".")[:3])) < WRITTEN_FOR:
+        pytest.skip(f"timm {timm.__version__} has no {model}")
+
+
 def on_meta(name: str) -> nn.Module:
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except RuntimeError:  # constructors of older timm compute with weights
         return timm.create_model(name)
 
 
@@ -51,6 +60,7 @@ def test_every_module_of_timm_has_a_pattern() -> None:
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.model)
 def test_a_row_names_a_model_of_its_module(row: Row) -> None:
+    require(row.model)
     assert timm.model_entrypoint(row.model).__module__.rpartition(".")[2] == row.module
 
 
@@ -59,6 +69,7 @@ PATTERNS = [pytest.param(row, id=row.model, marks=() if row.module in FEW else p
 
 @pytest.mark.parametrize("row", PATTERNS)
 def test_a_pattern_finds_maps_that_stay_in_their_block(row: Row) -> None:
+    require(row.model)
     sites = found(row).sites
     assert len(sites) >= 4
     left = [
