@@ -30,8 +30,8 @@ from isw_plugin.measure import hardware
 __all__ = ["line", "main", "write"]
 
 HEADER = (
-    "network side batch masks | keep | best eager ms | prepacked ms | compiled ms | floor ms | all kept ms | gated ms | "
-    "x best dense | bound | share | all kept / dense | gated / floor | error | auto"
+    "network side batch masks | keep | best eager ms | prepacked ms | compiled ms | floor ms | all kept ms | "
+    "gated ms | x best dense | bound | share | all kept / dense | gated / floor | error | auto"
 )
 
 

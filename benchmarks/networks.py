@@ -69,8 +69,8 @@ def _of_widths(widths: Sequence[int]) -> nn.Module:
 def network(name: str, side: int) -> nn.Module:
     """A network by name, for square images of this side, in eval mode.
 
-    One of NETWORKS, or of ``trained_networks()`` (its widths only), or timm's. Weights are random; batch norms are drawn
-    so that channels differ, as those of trained networks do.
+    One of NETWORKS, or of ``trained_networks()`` (its widths only), or timm's. Weights are random; batch norms are
+    drawn so that channels differ, as those of trained networks do.
     """
     torch.manual_seed(0)
     if name in NETWORKS:

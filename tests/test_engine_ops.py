@@ -34,7 +34,7 @@ CONVS = {  # kernel, stride, padding
 
 # In float32 both kinds of AVX-512 run the same source: the one that nobody gets here is for the slow tests.
 _ISAS = [
-    pytest.param(isa, marks=pytest.mark.slow if 0 < n and isa == "avx512" else ())
+    pytest.param(isa, marks=pytest.mark.slow if n > 0 and isa == "avx512" else ())
     for n, isa in enumerate(cpu.available())
 ]
 
