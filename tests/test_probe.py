@@ -169,8 +169,29 @@ def test_the_first_convolution_says_how_many_channels_an_image_has() -> None:
     assert default_inputs(timm.create_model("test_resnet", in_chans=1)).shape[1] == 1
 
 
-def test_an_edited_image_size_counts() -> None:
-    assert default_inputs(timm.create_model("test_vit", img_size=64)).shape[2:] == (64, 64)
+told = pytest.mark.skipif(not hasattr(timm.models, "get_model_traits"), reason="older timm models do not tell")
+EDITED = [
+    ("coat_tiny", 96),  # its patch_embed1 knows the size
+    ("crossvit_tiny_240", 120),  # the model itself
+    ("mixer_s32_224", 96),  # its stem
+    ("test_vit", 96),  # its patch_embed
+    ("tnt_s_legacy_patch16_224", 96),  # its pixel_embed
+    pytest.param("gcvit_xxtiny", 96, marks=told),  # timm's record alone
+]
+
+
+@pytest.mark.parametrize(("name", "size"), EDITED)
+def test_an_edited_image_size_counts(name: str, size: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=size, in_chans=1)
+    inputs = default_inputs(model)
+    assert inputs.shape == (1, 1, size, size)
+    assert probe(model, inputs).nodes
+
+
+@told
+def test_edited_channels_of_a_stem_that_folds_pixels_count() -> None:
+    assert default_inputs(timm.create_model("tresnet_m", in_chans=1)).shape[1] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

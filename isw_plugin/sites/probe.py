@@ -7,7 +7,7 @@ custom activation modules and functional code look alike.
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -114,19 +114,26 @@ def default_inputs(model: nn.Module) -> Tensor | None:
     if "input_size" not in config:
         return None
     channels, *size = config["input_size"]
-    edited = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    channels = getattr(model, "in_chans", channels)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    inputs = torch.zeros(1, channels, *(edited or size), dtype=dtype, device="meta")
+    inputs = torch.zeros(1, channels, *(_edited_size(model) or size), dtype=dtype, device="meta")
     first = next((module for module in model.modules() if isinstance(module, _ConvNd)), None)
     if first is None or first.in_channels == channels:
         return inputs
-    # Edited input channels, unless a stem folds pixels into channels before its first convolution.
+    # A stem of the user's own, unless it folds pixels into channels before its first convolution.
     as_edited = inputs[:, :1].expand(-1, first.in_channels, *(-1 for _ in size)).contiguous()
     try:
         probe(model, as_edited)
     except ProbeError:
         return inputs
     return as_edited
+
+
+def _edited_size(model: nn.Module) -> Sequence[int] | None:
+    """The ``img_size`` that a timm model was built with; before timm 1.0.31 only a part of it may know."""
+    known = [getattr(model, "_traits", {}).get("img_size"), *(getattr(m, "img_size", None) for m in model.modules())]
+    size = next((size for size in known if size), None)
+    return (size, size) if isinstance(size, int) else size
 
 
 def probe(model: nn.Module, inputs: Inputs) -> Graph:
@@ -153,8 +160,8 @@ def probe(model: nn.Module, inputs: Inputs) -> Graph:
             except Exception as error:
                 shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
                 raise ProbeError(
-                    f"{type(model).__name__} could not be run on example inputs of shape {shapes}: {error} (on meta: "
-                    f"{on_meta}). Pass example_inputs that its forward accepts"
+                    f"{type(model).__name__} could not be run on example inputs of shape {shapes}: {error!r} (on meta: "
+                    f"{on_meta!r}). Pass example_inputs that its forward accepts"
                 ) from error
 
 
