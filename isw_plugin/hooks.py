@@ -178,7 +178,8 @@ class _Observe:
         recording = (memory.training if memory.running else memory.repeats) and memory.recording[site.name]
         if not (recording or memory.enabled):
             return feature
-        norms = channel_norm(feature, site.axis)
+        # What the gradient of the norms needs must outlive the forward.
+        norms = channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
         if recording and memory.running:
             self._record(norms)
         return self._gate(feature, norms.detach()) if memory.enabled else feature

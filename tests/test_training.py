@@ -104,6 +104,18 @@ def test_training_moves_norms_down(plain: Net) -> None:
     assert penalties == sorted(penalties, reverse=True)
 
 
+def test_a_dropout_in_place_leaves_what_was_recorded() -> None:
+    """As in torchvision's MobileNetV3 and MNASNet; hard swish itself does not need its output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Hardswish(), nn.Dropout(inplace=True), nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    (expected,) = torch.autograd.grad(model[:2](x).abs().sum(), [model[0].weight])
+    pruner = InstanceWisePruner(model, x, lambda_=1.0)
+    model.train()(x)
+    pruner.penalty().backward()
+    torch.testing.assert_close(model[0].weight.grad, expected)
+
+
 def test_dead_channels_keep_gradients_finite(plain: Net) -> None:
     nn.init.constant_(plain.bn1.weight, 0)
     nn.init.constant_(plain.bn1.bias, -1)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from isw_plugin.errors import NoSitesError
 from isw_plugin.sites.patterns import Patterns, select
@@ -82,4 +83,9 @@ def _site(graph: Graph, ends: Ends, value: int, readers: Readers, taps: Taps) ->
         shape=graph.shapes[value][1:],
         taps=taps.of(value, axis),
         consumers=tuple(readers.of(value, axis)),
+        overwritten=any(value in call.inputs and _drops_in_place(graph.modules[call.name]) for call in graph.calls),
     )
+
+
+def _drops_in_place(module: nn.Module) -> bool:
+    return isinstance(module, _DropoutNd) and module.inplace

@@ -42,6 +42,7 @@ class Site:
         shape: Shape of one instance's map in the probe, without the instance axis.
         taps: Where the map passes, in the order of execution; the first sees it first.
         consumers: Its readers.
+        overwritten: Whether a dropout in place changes the map in training.
     """
 
     name: str
@@ -51,3 +52,4 @@ class Site:
     shape: tuple[int, ...]
     taps: tuple[Tap, ...]
     consumers: tuple[Consumer, ...]
+    overwritten: bool = False
