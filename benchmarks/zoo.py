@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
+from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def report(records: dict[str, list[Record]], docs: Path) -> None:
     numbers = docs / "results" / "zoo" / "summary.json"
     numbers.parent.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(told, indent=1) + "\n")
-    (docs / "zoo.md").write_text(page(told, f"{hardware()}, {torch.get_num_threads()} threads"))
+    (docs / "zoo.md").write_text(page(told, f"{hardware()}, {torch.get_num_threads()} threads, {date.today()}"))
 
 
 def main() -> None:

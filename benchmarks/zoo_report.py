@@ -105,12 +105,17 @@ def page(told: Mapping[str, Any], hardware: str = "") -> str:
         [
             "# The zoo",
             "",
-            f"{versions}. Written by",
+            "Every timm model: are its sites found, and does gating one do what it should? Written by",
             "`python -m benchmarks.zoo report`; the other parts of the same command make the records.",
+            f"{versions}{f'; {hardware}' if hardware else ''}.",
+            "",
+            "| asked | bar | seen |",
+            "|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in _bars(told)),
             "",
             "## Sites of every entry point",
             "",
-            *(_about_sites(told["sites"], hardware) if told["sites"] else ["Not run."]),
+            *(_about_sites(told["sites"]) if told["sites"] else ["Not run."]),
             "",
             "## Gated for real",
             "",
@@ -126,16 +131,56 @@ def page(told: Mapping[str, Any], hardware: str = "") -> str:
     )
 
 
-def _about_sites(sites: Mapping[str, Any], hardware: str) -> list[str]:
-    layers = sites["layers"]
+def _bars(told: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    modules = [model for model in told["models"] if not model["model"].startswith("test_")]
+    pruned = Counter(model["pruned"] for model in modules)
     return [
-        f"{sites['run']} of {sites['entry_points']:,} entry points run, {sites['built']} that timm builds on `meta`; "
-        "sites found in "
-        f"{sites['found']} ({sites['found'] / sites['built']:.1%}). {layers:,} convolutions and linear layers: "
-        f"{1 - sites['unaccounted'] / layers:.2%} are part of a site or left out for a reason, "
-        f"{sites['in_sites'] / layers:.1%} are part of a site. Input columns said to be filled by two sites: in "
-        f"{sites['models_with_columns_filled_twice']} models. Median {sites['median_seconds']:.2f} s a model, "
-        f"{sites['median_cpu_seconds']:.2f} s of processor time{f' ({hardware})' if hardware else ''}.",
+        *(_site_bars(told["sites"]) if told["sites"] else []),
+        ("modules that pass gated, engine and graphs", ">= 96", _listed(Counter(map(_all_of_b, modules)))),
+        (
+            "modules that pass after torch-pruning",
+            "all that it prunes",
+            f"{pruned['ok']} of {pruned['ok'] + pruned['no']}; {_listed(pruned)}",
+        ),
+    ]
+
+
+def _site_bars(sites: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    found, built, layers = sites["found"], sites["built"], sites["layers"]
+    return [
+        (
+            "entry points that timm builds on `meta` and whose sites are found",
+            ">= 99.5 %",
+            f"{found} of {built} ({found / built:.1%}); {sites['run']} of {sites['entry_points']:,} were run",
+        ),
+        (
+            "convolutions and linear layers in a site or left out for a reason",
+            "100 %",
+            f"{1 - sites['unaccounted'] / layers:.2%} of {layers:,}",
+        ),
+        (
+            "time to find a model's sites, median",
+            "<= 0.5 s",
+            f"{sites['median_cpu_seconds']:.2f} s of processor time; {sites['median_seconds']:.2f} s on the clock, "
+            "other jobs of the machine included",
+        ),
+    ]
+
+
+def _all_of_b(model: Mapping[str, Any]) -> str:
+    """The worst word of the parts."""
+    words = {model[part] for part in ("gates", "engine", "graphs")}
+    return next(word for word in ("no", "not run", "skipped", "ok") if word in words)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{counts[word]} {word}" for word in _WORDS)
+
+
+def _about_sites(sites: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{sites['in_sites'] / sites['layers']:.1%} of the layers are part of a site. Input columns said to be filled "
+        f"by two sites: in {sites['models_with_columns_filled_twice']} models.",
         "",
         *(f"- {model}: {error}\n" for model, error in sites["errors"].items()),
         "Why layers are left out, most frequent first:",
@@ -148,7 +193,7 @@ def _count(models: Sequence[Mapping[str, Any]], part: str) -> str:
     counts = Counter(model[part] for model in models if not model["model"].startswith("test_"))
     if set(counts) <= {"not run"}:
         return f"- {_PARTS[part]}: not run"
-    return f"- {_PARTS[part]}: {', '.join(f'{counts[word]} {word}' for word in _WORDS)}; of {counts.total()} modules"
+    return f"- {_PARTS[part]}: {_listed(counts)}; of {counts.total()} modules"
 
 
 def _row(model: Mapping[str, Any]) -> str:

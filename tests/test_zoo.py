@@ -24,7 +24,7 @@ from isw_plugin.hooks import has_hooks
 from isw_plugin.sites import Consumer, Found, default_inputs, find_sites
 
 KINDS = [
-    "test_byobnet",  # re-parameterised blocks
+    "test_byobnet",
     "test_convnext",  # channels-last MLPs
     "test_convnext2",  # global response norm
     "test_efficientnet",  # depthwise, squeeze-excite
@@ -256,8 +256,10 @@ def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
     gates = [step_record("a"), step_record("b", gate="hardly differs"), step_record("test_resnet")]
     engine = [step_record("a", execution="masked: no export")]
     written = page(summary({"sites": sites, "gates": gates, "engine": engine}))
-    assert f"2 of {len(timm.list_models()):,} entry points run" in written
-    assert "2 that timm builds on `meta`; sites found in 1 (50.0%)" in written
+    assert f"| 1 of 2 (50.0%); 2 of {len(timm.list_models()):,} were run |" in written
+    assert f"| 100.00% of {sites[0]['layers']} |" in written
+    assert "| >= 96 | 0 ok, 0 skipped, 1 no, 1 not run |" in written
+    assert "| all that it prunes | 0 of 0; 0 ok, 0 skipped, 0 no, 2 not run |" in written
     assert "- odd: NoSitesError: none" in written
     assert "- gated: 1 ok, 0 skipped, 1 no, 0 not run; of 2 modules" in written
     assert "- engine: 1 ok, 0 skipped, 0 no, 1 not run; of 2 modules" in written
@@ -277,7 +279,9 @@ def test_a_module_that_was_not_run_has_its_row() -> None:
     )
     assert [(model["model"], model["gates"]) for model in told["models"]] == [("small", "not run")]
     assert "- gated: not run" in page(told)
-    assert "Median 0.50 s a model, 0.25 s of processor time (one core)" in page(told, "one core")
+    written = page(told, "one core")
+    assert "| 0.25 s of processor time; 0.50 s on the clock," in written
+    assert "; one core.\n" in written
 
 
 def test_the_report_is_a_page_and_its_numbers(tmp_path: Path) -> None:
