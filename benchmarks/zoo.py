@@ -103,7 +103,7 @@ def report(records: dict[str, list[Record]], docs: Path) -> None:
     numbers = docs / "results" / "zoo" / "summary.json"
     numbers.parent.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(told, indent=1) + "\n")
-    (docs / "zoo.md").write_text(page(told, f"{hardware()}, {torch.get_num_threads()} threads, {date.today()}"))
+    (docs / "zoo.md").write_text(page(told, f"{hardware()}, threads: {torch.get_num_threads()}, {date.today()}"))
 
 
 def main() -> None:

@@ -33,7 +33,9 @@ def summary(records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     """
     sites = {record["model"]: record for record in records.get("sites", [])}
     by_part = {part: {record["model"]: record for record in records.get(part, [])} for part in _PARTS}
-    names = {*smallest(records.get("sites", [])), *(name for part in by_part.values() for name in part)}
+    run = {name: record["module"] for part in by_part.values() for name, record in part.items()}
+    others = [name for name in smallest(records.get("sites", [])) if sites[name]["module"] not in run.values()]
+    names = {*run, *others}
     models = [_model(name, sites.get(name, {}), by_part) for name in names]
     return {
         "versions": {name: version(name) for name in ("timm", "torch", "torch-pruning")},

@@ -233,8 +233,8 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
 GOOD = {"attach": "ok", "gate": "ok"}
 
 
-def step_record(model: str, **steps: str) -> dict[str, object]:
-    return {"model": model, "module": "x", "steps": GOOD | steps}
+def step_record(model: str, module: str = "x", **steps: str) -> dict[str, object]:
+    return {"model": model, "module": module, "steps": GOOD | steps}
 
 
 @pytest.mark.parametrize(
@@ -274,14 +274,15 @@ def test_a_module_that_was_not_run_has_its_row() -> None:
     small, large = ({"model": name, "module": "y", "built": True, "error": ""} for name in ("small", "large"))
     counts = {"layers": 3, "in_sites": 2, "sites": 2, "unaccounted": [], "filled_twice": [], "reasons": {}}
     seconds = {"seconds": 0.5, "cpu_seconds": 0.25}
-    told = summary(
-        {"sites": [large | counts | seconds | {"parameters": 9}, small | counts | seconds | {"parameters": 1}]}
-    )
+    sites = [large | counts | seconds | {"parameters": 9}, small | counts | seconds | {"parameters": 1}]
+    told = summary({"sites": sites})
     assert [(model["model"], model["gates"]) for model in told["models"]] == [("small", "not run")]
     assert "- gated: not run" in page(told)
     written = page(told, "one core")
     assert "| 0.25 s of processor time; 0.50 s on the clock," in written
     assert "; one core.\n" in written
+    told = summary({"sites": sites, "gates": [step_record("large", module="y")]})
+    assert [(model["model"], model["gates"]) for model in told["models"]] == [("large", "ok")]
 
 
 def test_the_report_is_a_page_and_its_numbers(tmp_path: Path) -> None:
