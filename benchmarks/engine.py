@@ -15,6 +15,7 @@ handed in as masks.
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,7 +66,10 @@ def write(rows: Sequence[Row], rounds: int, out: Path) -> None:
     """engine.json, engine.md and engine.png."""
     out.mkdir(parents=True, exist_ok=True)
     about = facts(rounds)
-    data = about | {"command": " ".join(sys.argv), "rows": [dataclasses.asdict(row) for row in rows]}
+    data = about | {
+        "command": shlex.join(["python", "-m", "benchmarks.engine", *sys.argv[1:]]),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
     (out / "engine.json").write_text(json.dumps(data, indent=1) + "\n")
     heads = HEADER.split(" | ")
     table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(line(row) for row in rows)]

@@ -125,7 +125,5 @@ def gate_by(pruner: InstanceWisePruner, name: str, instances: int) -> InstanceWi
     masks, _ = decisions.load(trained_networks()[name])
     for site, keep in zip(pruner.sites, masks.values(), strict=True):
         chosen = torch.linspace(0, len(keep) - 1, instances).round().long()
-        pruner._memory.gates[site.name] = Stored(
-            keep[chosen].repeat(4, 1)
-        )  # more rows than any batch that is traced
+        pruner._memory.gates[site.name] = Stored(keep[chosen].repeat(4, 1))  # more rows than any batch that is traced
     return pruner
