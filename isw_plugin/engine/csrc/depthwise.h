@@ -216,9 +216,15 @@ class Depthwise {
   void run() {
     const int64_t all = a_.n * a_.c_in, pixels = larger(1, a_.window.oh * a_.window.ow);
     const int64_t planes = larger(1, smaller(plane_pixels / pixels, all / (8 * runner_.workers)));
-    parallel(runner_, ceil_div(all, planes), [&](int64_t task, int64_t worker) {
-      for (int64_t plane = task * planes; plane < smaller(all, (task + 1) * planes); ++plane)
-        a_.squares[plane] = compute_plane(plane, worker);
+    with_act(a_.act, [&](auto act) {
+      parallel(runner_, ceil_div(all, planes), [&](int64_t task, int64_t worker) {
+        int64_t c = task * planes % a_.c_in;
+        for (int64_t plane = task * planes; plane < smaller(all, (task + 1) * planes); ++plane) {
+          a_.squares[plane] =
+              kept_.keep()[plane] ? compute_plane<act.value>(plane, c, worker) : fill<act.value>(plane, c);
+          if (++c == a_.c_in) c = 0;
+        }
+      });
     });
   }
 
@@ -228,19 +234,14 @@ class Depthwise {
     return larger(packing_.plane + span_vectors * lanes, a_.window.h * a_.window.w);
   }
 
-  float compute_plane(int64_t plane, int64_t worker) {
-    if (!kept_.keep()[plane]) return fill(plane);
-    return with_act(a_.act, [&](auto act) { return compute_plane<act.value>(plane, worker); });
-  }
-
   template <Act act>
-  float compute_plane(int64_t plane, int64_t worker) const {
+  float compute_plane(int64_t plane, int64_t c, int64_t worker) const {
     const T* x = a_.x + plane * a_.window.h * a_.window.w;
     float* packed = packed_.get() + worker * packed_size();
-    if (masks_.fits()) return compute_line<act>(plane, line_of(x, packed));
-    if (halved_.fits()) return compute_halved<act>(plane, line_of(x, packed));
+    if (masks_.fits()) return compute_line<act>(plane, c, line_of(x, packed));
+    if (halved_.fits()) return compute_halved<act>(plane, c, line_of(x, packed));
     pack_plane(packing_, x, packed);
-    return compute_rows<act>(plane, packed);
+    return compute_rows<act>(plane, c, packed);
   }
 
   const float* line_of(const float* x, float*) const { return x; }
@@ -250,8 +251,8 @@ class Depthwise {
   }
 
   template <Act act>
-  float compute_line(int64_t plane, const float* x) const {
-    const int64_t pixels = a_.window.oh * a_.window.ow, c = plane % a_.c_in;
+  float compute_line(int64_t plane, int64_t c, const float* x) const {
+    const int64_t pixels = a_.window.oh * a_.window.ow;
     const float* weights = weights_.get() + c * taps_;
     T* y = a_.y + plane * pixels;
     Vec squares = {};
@@ -266,9 +267,8 @@ class Depthwise {
   }
 
   template <Act act>
-  float compute_halved(int64_t plane, const float* x) const {
+  float compute_halved(int64_t plane, int64_t c, const float* x) const {
     const Window& w = a_.window;
-    const int64_t c = plane % a_.c_in;
     const float* weights = weights_.get() + c * taps_;
     T* y = a_.y + plane * w.oh * w.ow;
     Vec squares = {};
@@ -284,10 +284,10 @@ class Depthwise {
     return reduce_add(squares);
   }
 
-  float fill(int64_t plane) const {
+  template <Act act>
+  float fill(int64_t plane, int64_t c) const {
     const int64_t pixels = a_.window.oh * a_.window.ow;
-    const Vec bias = broadcast(a_.bias[plane % a_.c_in]);
-    const Vec value = rounded<T>(with_act(a_.act, [&](auto act) { return activate<act.value>(a_.act, bias); }));
+    const Vec value = rounded<T>(activate<act>(a_.act, broadcast(a_.bias[c])));
     T* y = a_.y + plane * pixels;
     int64_t p = 0;
     for (; p + lanes <= pixels; p += lanes) store(y + p, value);
@@ -296,9 +296,8 @@ class Depthwise {
   }
 
   template <Act act>
-  float compute_rows(int64_t plane, const float* packed) const {
+  float compute_rows(int64_t plane, int64_t c, const float* packed) const {
     const Window& w = a_.window;
-    const int64_t c = plane % a_.c_in;
     const float* weights = weights_.get() + c * taps_;
     T* y = a_.y + plane * w.oh * w.ow;
     Vec squares = {};

@@ -87,6 +87,9 @@ ISW_INLINE Vec load_where(const float* p, Mask mask) {
 // NaN wins, as in torch.
 ISW_INLINE Vec larger_or_nan(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
 
+#if defined(__AVX512F__)
+ISW_INLINE float reduce_add(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
 ISW_INLINE float reduce_add(Vec v) {
   float sum[lanes];
   store(sum, v);
@@ -94,6 +97,7 @@ ISW_INLINE float reduce_add(Vec v) {
     for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
   return sum[0];
 }
+#endif
 
 // One step of a transpose: swaps the off-diagonal step x step blocks of rows a (upper) and b (lower).
 template <int step, int... lane>
