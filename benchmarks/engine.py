@@ -107,18 +107,19 @@ def _settings(args: argparse.Namespace) -> Iterator[tuple[str, int, int, list[fl
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everything = [*NETWORKS, *trained_networks()]
-    parser.add_argument("--networks", nargs="+", default=everything, help=f"{', '.join(everything)}; or of timm")
+    parser.add_argument("--networks", nargs="+", help=f"{', '.join(everything)} (these); or of timm")
     parser.add_argument("--sides", nargs="+", type=int, default=[32, 224])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled column out")
-    quick = "batch 1 and 8 at 32 pixels, keep 0.5, 5 rounds, no compile"
+    quick = "batch 8 at 32 pixels, keep 0.5, 5 rounds, no compile, no trained masks"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, help="folder for the table, JSON and plot")
     args = parser.parse_args(argv)
     if args.quick:
-        args.sides, args.batches, args.keeps, args.rounds, args.no_compile = [32], [1, 8], [0.5], 5, True
+        args.sides, args.batches, args.keeps, args.rounds, args.no_compile = [32], [8], [0.5], 5, True
+    args.networks = args.networks or (list(NETWORKS) if args.quick else everything)
     return args
 
 
