@@ -1,6 +1,6 @@
 """Whole networks: the accelerated gated model against the best dense execution, in one process, taking turns.
 
-    python -m benchmarks.engine --quick                      # under two minutes, without compiling
+    python -m benchmarks.engine --quick                      # under two minutes: batch 8, no compiling
     python -m benchmarks.engine --out docs/results/engine    # everything; what is in the table already is left out
 
 Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios).

@@ -133,9 +133,14 @@ def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> 
         "all kept": lambda: all_kept(images),
         "gated": lambda: fast(images),
     }
-    execution = pruner.accelerate(images).execution
     pruner.remove()
-    return _Gating(runs, record.keep_ratio, macs.dense / macs.gated.mean().item(), error, execution)
+    return _Gating(runs, record.keep_ratio, macs.dense / macs.gated.mean().item(), error, _automatic(fast))
+
+
+def _automatic(fast: Accelerated) -> str:
+    """What accelerate would have taken by what it timed."""
+    gated, dense = fast.fitted.gated, fast.fitted.dense
+    return fast.execution if gated is None or dense is None or gated < dense else "dense"
 
 
 def _all_kept(pruner: InstanceWisePruner, images: Tensor) -> Accelerated:
