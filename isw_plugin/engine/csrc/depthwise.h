@@ -119,10 +119,12 @@ ISW_INLINE void run_masked_part(Act actual, const float* in, const Mask* masks, 
   }
 }
 
-// The same where outputs are two columns apart: a tap reads every second pixel of two vectors. Wide rows are faster packed.
+// The same where outputs are two columns apart: a tap reads every second pixel of two vectors. Wide rows are faster
+// packed.
 class HalvedMasks {
  public:
-  explicit HalvedMasks(const Window& w) : fits_(w.sw == 2 && w.ow <= 2 * lanes), taps_(w.kw), masks_(ceil_div(w.ow, lanes) * w.kw * 2) {
+  explicit HalvedMasks(const Window& w)
+      : fits_(w.sw == 2 && w.ow <= 2 * lanes), taps_(w.kw), masks_(ceil_div(w.ow, lanes) * w.kw * 2) {
     for (int64_t i = 0; i < ceil_div(w.ow, lanes) * taps_; ++i)
       for (int64_t v = 0; v < 2; ++v) {
         const int64_t column = (2 * (i / taps_) + v) * lanes + i % taps_ - w.pw;
