@@ -75,7 +75,7 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
   isw::ConvArgs<T>& a = c.args;
   const isw::Window w = a.window = random_window(random);
   a.n = choose(random, {1, 1, 2, 3, 9});
-  a.c_in = choose(random, {1, 3, 16, 37, 64, 150});
+  a.c_in = w.kh * w.kw == 1 ? choose(random, {1, 37, 150, 390}) : choose(random, {1, 3, 16, 37, 64, 150});
   a.c_out = depthwise ? a.c_in : choose(random, {1, 7, 16, 17, 32, 53, 70});
   a.slots = depthwise ? 1 : isw::slots_of(w.oh, w.ow);
   a.act = static_cast<isw::Act>(random() % 6);

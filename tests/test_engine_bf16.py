@@ -93,6 +93,12 @@ def test_conv_on_every_tile(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("size", [(3, 6), (7, 7), (12, 12)])
+def test_pointwise_with_outputs_on_the_lanes(size: tuple[int, int], keep: str) -> None:
+    check_conv(2, 421, 70, size, CONVS["1x1"], keep, act="relu", residual=half(2, 70, *size, seed=5))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("size", [(9, 13), (28, 28), (4, 4), (2, 90)])
 def test_pooling_on_the_way_is_pooling_afterwards(size: tuple[int, int], keep: str) -> None:
     x, weight, bias = half(3, 40, *size), pack_weight(half(53, 40, 3, 3, seed=1) / 20), normal(53)

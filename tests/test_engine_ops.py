@@ -94,6 +94,13 @@ def test_conv_agrees_for_every_map_and_channel_count(size: tuple[int, int], chan
         check_conv(2, *channels, size, CONVS[conv], "random", act="relu6")
 
 
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("size", [(3, 6), (5, 5), (7, 7), (12, 12)])
+def test_pointwise_with_outputs_on_the_lanes_agrees(size: tuple[int, int], keep: str) -> None:
+    residual = normal(3, 70, *size, seed=5)
+    check_conv(3, 421, 70, size, CONVS["1x1"], keep, act="silu", residual=residual)
+
+
 @pytest.mark.parametrize("width", range(1, 34))
 def test_conv_agrees_for_every_width(width: int) -> None:
     for height in (2, 3, 8):
@@ -195,7 +202,7 @@ def test_linear(shape: tuple[int, ...], keep: str) -> None:
 def test_depthwise(conv: str, act: str, keep: str) -> None:
     kernel, stride, padding = CONVS[conv]
     kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
-    for size in ((9, 7), (8, 35), (4, 16)):
+    for size in ((9, 7), (8, 35), (4, 16), (4, 4)):
         x = normal(2, 13, *size) * normal(1, 13, 1, 1, seed=3)
         arguments = {"stride": stride, "padding": padding, "act": act, "gating": gating_of(keep, x)}
         weight, bias = normal(13, 1, kh, kw, seed=1), 5 * normal(13, seed=2)

@@ -51,6 +51,16 @@ static void keep_mask(const Gate& gate, int64_t n, int64_t channels, bool* keep)
   for (int64_t i = 0; i < n; ++i) decide(gate, i, channels, keep + i * channels);
 }
 
+// The channels in [begin, end) with this mark, in order; returns how many.
+static int64_t list_where(const bool* keep, bool mark, int64_t begin, int64_t end, int32_t* out) {
+  int64_t count = 0;
+  for (int64_t c = begin; c < end; ++c) {
+    out[count] = static_cast<int32_t>(c);
+    count += keep[c] == mark;
+  }
+  return count;
+}
+
 // The kept channels of every instance, in order.
 class Kept {
  public:
@@ -68,11 +78,7 @@ class Kept {
 
  private:
   static int64_t list(const bool* keep, int64_t channels, int32_t* kept) {
-    int64_t count = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      kept[count] = static_cast<int32_t>(c);
-      count += keep[c];
-    }
+    const int64_t count = list_where(keep, true, 0, channels, kept);
     const int32_t last = count ? kept[count - 1] : 0;
     for (int64_t i = 0; i < list_tail; ++i) kept[count + i] = last;
     return count;

@@ -16,6 +16,7 @@ namespace isw {
 namespace {
 
 constexpr int span_vectors = 4;
+constexpr int64_t most_prefetched = 1024;  // pixels
 constexpr int64_t plane_pixels = 16384;  // of a task, or its turn would cost more than its work
 
 template <Act act, int vectors, typename T>
@@ -99,24 +100,43 @@ class TapMasks {
   Buffer<int64_t> offsets_;
 };
 
-template <Act act, int vectors, typename T>
-ISW_INLINE void run_masked_part(Act actual, const float* in, const Mask* masks, const int64_t* taps,
-                                const float* weights, int64_t count, float bias, int64_t pixels, T* y, Vec& squares) {
-  Vec sum[vectors];
+// Planes whose sums are in registers at once: taps of small ones would wait for each other.
+template <typename T, int planes>
+struct Lines {
+  const float* in[planes];
+  const float* weights[planes];
+  float bias[planes];
+  T* y[planes];
+  Vec squares[planes];
+};
+
+template <Act act, int vectors, typename T, int planes>
+ISW_INLINE void run_masked_part(Act actual, Lines<T, planes>& lines, const TapMasks& masks, int64_t taps, int64_t pixel,
+                                int64_t pixels) {
+  const int64_t* offsets = masks.offsets();
+  const Mask* inside = masks.at(pixel);
+  Vec sum[planes][vectors];
   ISW_UNROLL
-  for (int v = 0; v < vectors; ++v) sum[v] = broadcast(bias);
-  for (int64_t tap = 0; tap < count; ++tap) {
-    const Vec weight = broadcast(weights[tap]);
+  for (int i = 0; i < planes; ++i)
     ISW_UNROLL
-    for (int v = 0; v < vectors; ++v) sum[v] += weight * load_where(in + taps[tap] + v * lanes, masks[v * count + tap]);
-  }
+    for (int v = 0; v < vectors; ++v) sum[i][v] = broadcast(lines.bias[i]);
+  for (int64_t tap = 0; tap < taps; ++tap)
+    ISW_UNROLL
+    for (int v = 0; v < vectors; ++v)
+      ISW_UNROLL
+      for (int i = 0; i < planes; ++i) {
+        const float* in = lines.in[i] + pixel + offsets[tap] + v * lanes;
+        sum[i][v] += broadcast(lines.weights[i][tap]) * load_where(in, inside[v * taps + tap]);
+      }
   ISW_UNROLL
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t left = v < vectors - 1 ? lanes : smaller(lanes, pixels - v * lanes);
-    const Vec value = rounded<T>(activate<act>(actual, only_first(sum[v], left)));
-    store_first(y + v * lanes, value, left);
-    squares += value * value;
-  }
+  for (int i = 0; i < planes; ++i)
+    ISW_UNROLL
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t left = v < vectors - 1 ? lanes : smaller(lanes, pixels - pixel - v * lanes);
+      const Vec value = rounded<T>(activate<act>(actual, only_first(sum[i][v], left)));
+      store_first(lines.y[i] + pixel + v * lanes, value, left);
+      lines.squares[i] += value * value;
+    }
 }
 
 // The same where outputs are two columns apart: a tap reads every second pixel of two vectors. Wide rows are faster
@@ -209,41 +229,71 @@ class Depthwise {
         halved_(args.window),
         offsets_(taps_),
         kept_(args.gate, args.n, args.c_in, runner),
-        packed_(runner.workers * packed_size()) {
+        packed_(runner.workers * packed_size()),
+        dropped_(runner.workers * args.c_in) {
     for (int64_t tap = 0; tap < taps_; ++tap)
       offsets_.get()[tap] = packing_.tap(tap / args.window.kw, tap % args.window.kw);
     std::fill(packed_.get(), packed_.get() + runner.workers * packed_size(), 0.0f);
   }
 
   void run() {
-    const int64_t all = a_.n * a_.c_in, pixels = larger(1, a_.window.oh * a_.window.ow);
-    const int64_t planes = larger(1, smaller(plane_pixels / pixels, all / (8 * runner_.workers)));
+    const int64_t pixels = larger(1, a_.window.oh * a_.window.ow), all = a_.n * a_.c_in;
+    const int64_t channels =
+        larger(1, smaller(a_.c_in, smaller(plane_pixels / pixels, all / (8 * runner_.workers))));
+    const int64_t parts = ceil_div(a_.c_in, channels);
     with_act(a_.act, [&](auto act) {
-      parallel(runner_, ceil_div(all, planes), [&](int64_t task, int64_t worker) {
-        int64_t c = task * planes % a_.c_in;
-        for (int64_t plane = task * planes; plane < smaller(all, (task + 1) * planes); ++plane) {
-          a_.squares[plane] =
-              kept_.keep()[plane] ? compute_plane<act.value>(plane, c, worker) : fill<act.value>(plane, c);
-          if (++c == a_.c_in) c = 0;
-        }
+      parallel(runner_, a_.n * parts, [&](int64_t task, int64_t worker) {
+        const int64_t begin = task % parts * channels;
+        compute_channels<act.value>({task / parts, worker}, begin, smaller(a_.c_in, begin + channels));
       });
     });
   }
 
  private:
-  // A packed plane, of which whole vectors are read past the last pixel, or a widened one.
+  struct Task {
+    int64_t n, worker;
+  };
+  static constexpr int together_ = span_vectors;
+
+  // A packed plane, of which whole vectors are read past the last pixel, or widened ones.
   int64_t packed_size() const {
-    return larger(packing_.plane + span_vectors * lanes, a_.window.h * a_.window.w);
+    const int64_t size = a_.window.h * a_.window.w;
+    return larger(packing_.plane + span_vectors * lanes, size <= lanes ? together_ * size : size);
+  }
+
+  // Kept channels, then dropped ones: turn by turn, every other branch would be guessed wrong.
+  template <Act act>
+  void compute_channels(Task task, int64_t begin, int64_t end) const {
+    const int32_t *kept = kept_.channels(task.n), *last = kept + kept_.count(task.n);
+    kept = std::lower_bound(kept, last, begin);
+    last = std::lower_bound(kept, last, end);
+    if (masks_.fits() && a_.window.oh * a_.window.ow <= lanes)
+      for (; last - kept >= together_; kept += together_) compute_lines<act, together_>(task, kept);
+    for (; kept < last; ++kept) {
+      prefetch_plane(task, kept[1]);
+      compute_plane<act>(task, kept);
+    }
+    int32_t* dropped = dropped_.get() + task.worker * a_.c_in;
+    const int64_t count = list_where(kept_.keep() + task.n * a_.c_in, false, begin, end, dropped);
+    for (int64_t k = 0; k < count; ++k) fill<act>(task.n * a_.c_in + dropped[k], dropped[k]);
+  }
+
+  // Which plane is next no hardware can know.
+  void prefetch_plane(Task task, int64_t channel) const {
+    const int64_t size = a_.window.h * a_.window.w;
+    const T* x = a_.x + (task.n * a_.c_in + channel) * size;
+    for (int64_t i = 0; i < smaller(size, most_prefetched); i += line_size<T>) __builtin_prefetch(x + i);
   }
 
   template <Act act>
-  float compute_plane(int64_t plane, int64_t c, int64_t worker) const {
+  void compute_plane(Task task, const int32_t* channel) const {
+    if (masks_.fits()) return compute_lines<act, 1>(task, channel);
+    const int64_t plane = task.n * a_.c_in + *channel;
     const T* x = a_.x + plane * a_.window.h * a_.window.w;
-    float* packed = packed_.get() + worker * packed_size();
-    if (masks_.fits()) return compute_line<act>(plane, c, line_of(x, packed));
-    if (halved_.fits()) return compute_halved<act>(plane, c, line_of(x, packed));
+    float* packed = packed_.get() + task.worker * packed_size();
+    if (halved_.fits()) return compute_halved<act>(plane, *channel, line_of(x, packed));
     pack_plane(packing_, x, packed);
-    return compute_rows<act>(plane, c, packed);
+    compute_rows<act>(plane, *channel, packed);
   }
 
   const float* line_of(const float* x, float*) const { return x; }
@@ -252,24 +302,31 @@ class Depthwise {
     return line;
   }
 
-  template <Act act>
-  float compute_line(int64_t plane, int64_t c, const float* x) const {
-    const int64_t pixels = a_.window.oh * a_.window.ow;
-    const float* weights = weights_.get() + c * taps_;
-    T* y = a_.y + plane * pixels;
-    Vec squares = {};
+  template <Act act, int planes>
+  void compute_lines(Task task, const int32_t* channels) const {
+    const int64_t pixels = a_.window.oh * a_.window.ow, size = a_.window.h * a_.window.w;
+    Lines<T, planes> lines;
+    ISW_UNROLL
+    for (int i = 0; i < planes; ++i) {
+      const int64_t plane = task.n * a_.c_in + channels[i];
+      lines.in[i] = line_of(a_.x + plane * size, packed_.get() + task.worker * packed_size() + i * size);
+      lines.weights[i] = weights_.get() + channels[i] * taps_;
+      lines.bias[i] = a_.bias[channels[i]];
+      lines.y[i] = a_.y + plane * pixels;
+      lines.squares[i] = Vec{};
+    }
+    constexpr int vectors = span_vectors / planes;
     int64_t p = 0;
-    for (; pixels - p > (span_vectors - 1) * lanes; p += span_vectors * lanes)
-      run_masked_part<act, span_vectors>(a_.act, x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c],
-                                         pixels - p, y + p, squares);
-    for (; p < pixels; p += lanes)
-      run_masked_part<act, 1>(a_.act, x + p, masks_.at(p), masks_.offsets(), weights, taps_, a_.bias[c], pixels - p,
-                              y + p, squares);
-    return reduce_add(squares);
+    for (; pixels - p > (vectors - 1) * lanes; p += vectors * lanes)
+      run_masked_part<act, vectors>(a_.act, lines, masks_, taps_, p, pixels);
+    for (; p < pixels; p += lanes) run_masked_part<act, 1>(a_.act, lines, masks_, taps_, p, pixels);
+    ISW_UNROLL
+    for (int i = 0; i < planes; ++i)
+      a_.squares[task.n * a_.c_in + channels[i]] = reduce_add(lines.squares[i]);
   }
 
   template <Act act>
-  float compute_halved(int64_t plane, int64_t c, const float* x) const {
+  void compute_halved(int64_t plane, int64_t c, const float* x) const {
     const Window& w = a_.window;
     const float* weights = weights_.get() + c * taps_;
     T* y = a_.y + plane * w.oh * w.ow;
@@ -283,22 +340,22 @@ class Depthwise {
       for (; row < w.oh; ++row)
         run_halved_rows<act, 1, 2>(a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, squares);
     }
-    return reduce_add(squares);
+    a_.squares[plane] = reduce_add(squares);
   }
 
   template <Act act>
-  float fill(int64_t plane, int64_t c) const {
+  void fill(int64_t plane, int64_t c) const {
     const int64_t pixels = a_.window.oh * a_.window.ow;
     const Vec value = rounded<T>(activate<act>(a_.act, broadcast(a_.bias[c])));
     T* y = a_.y + plane * pixels;
     int64_t p = 0;
     for (; p + lanes <= pixels; p += lanes) store(y + p, value);
     store_first(y + p, value, pixels - p);
-    return value[0] * value[0] * static_cast<float>(pixels);
+    a_.squares[plane] = value[0] * value[0] * static_cast<float>(pixels);
   }
 
   template <Act act>
-  float compute_rows(int64_t plane, int64_t c, const float* packed) const {
+  void compute_rows(int64_t plane, int64_t c, const float* packed) const {
     const Window& w = a_.window;
     const float* weights = weights_.get() + c * taps_;
     T* y = a_.y + plane * w.oh * w.ow;
@@ -308,7 +365,7 @@ class Depthwise {
       run_narrow_rows<act, span_vectors>(a_.act, packed + row * packing_.pitch, packing_.pitch, offsets_.get(), weights,
                                          taps_, a_.bias[c], w.ow, y + row * w.ow, squares);
     for (; row < w.oh; ++row) run_span<act>(c, packed + row * packing_.pitch, w.ow, y + row * w.ow, squares);
-    return reduce_add(squares);
+    a_.squares[plane] = reduce_add(squares);
   }
 
   template <Act act>
@@ -332,6 +389,7 @@ class Depthwise {
   Buffer<int64_t> offsets_;
   const Kept kept_;
   Buffer<float> packed_;
+  Buffer<int32_t> dropped_;
 };
 
 }  // namespace

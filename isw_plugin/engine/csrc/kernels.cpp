@@ -5,6 +5,7 @@
 #include "decide.h"
 #include "depthwise.h"
 #include "pointwise.h"
+#include "pointwise_blocks.h"
 #include "pool.h"
 
 namespace {
@@ -13,10 +14,18 @@ bool is_pointwise(const isw::Window& w) {
   return w.kh == 1 && w.kw == 1 && w.ph == 0 && w.pw == 0 && w.oh * w.ow >= 16;
 }
 
+// Outputs that must be transposed pay where vectors of pixels would not be full, and behind many input channels.
+template <typename T>
+bool is_for_blocks(const isw::ConvArgs<T>& args) {
+  const isw::Window& w = args.window;
+  return w.sh == 1 && w.sw == 1 && args.slots == 1 && (w.oh * w.ow < 4 * isw::lanes || args.c_in >= 384);
+}
+
 template <typename T>
 void conv(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
-  if (is_pointwise(args.window) && !args.pooled) return isw::Pointwise<T>(args, runner).run();
-  isw::DirectConv<T>(args, runner).run();
+  if (!is_pointwise(args.window) || args.pooled) return isw::DirectConv<T>(args, runner).run();
+  if (is_for_blocks(args)) return isw::PointwiseBlocks<T>(args, runner).run();
+  isw::Pointwise<T>(args, runner).run();
 }
 
 template <typename T>

@@ -149,13 +149,26 @@ static void pack_strided(const Window& w, const T* x, const int32_t* channels, i
   }
 }
 
+// Output channels of a task, in strips or blocks: as few parts as keep the workers about equally long busy. Every part
+// packs the panels anew, for half a strip's time.
+inline int64_t units_per_part(int64_t units, int64_t others, int64_t workers) {
+  const auto half_units = [&](int64_t part) {
+    return ceil_div(others * ceil_div(units, part), workers) * (2 * part + 1);
+  };
+  int64_t best = units;
+  for (int64_t part = units; part > 0 && others * ceil_div(units, part) <= 8 * workers; --part)
+    if (half_units(part) < half_units(best)) best = part;
+  return best;
+}
+
 template <typename T>
 class Pointwise {
  public:
   Pointwise(const ConvArgs<T>& args, const Runner& runner)
       : a_(args),
         runner_(runner),
-        part_channels_(strips_per_part() * strip_channels),
+        part_channels_(strip_channels *
+                       units_per_part(ceil_div(args.c_out, strip_channels), args.n * args.slots, runner.workers)),
         parts_(ceil_div(args.c_out, part_channels_)),
         kept_(args.gate, args.n, args.c_in, runner),
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
@@ -191,18 +204,6 @@ class Pointwise {
   int64_t pixels() const { return a_.window.oh * a_.window.ow; }
   int64_t sums_size() const { return a_.c_in > panel_channels ? part_channels_ * strip_pixels : 0; }
   int64_t squares_size() const { return ceil_div(part_channels_, lanes) * lanes * lanes; }
-
-  // As few parts as keep the workers about equally long busy; every part packs the panels anew, for half a strip's time.
-  int64_t strips_per_part() const {
-    const int64_t strips = ceil_div(a_.c_out, strip_channels), slots = a_.n * a_.slots;
-    const auto half_strips = [&](int64_t part) {
-      return ceil_div(slots * ceil_div(strips, part), runner_.workers) * (2 * part + 1);
-    };
-    int64_t best = strips;
-    for (int64_t part = strips; part > 0 && slots * ceil_div(strips, part) <= 8 * runner_.workers; --part)
-      if (half_strips(part) < half_strips(best)) best = part;
-    return best;
-  }
 
   void compute_task(const Task& task) {
     const Window& w = a_.window;
