@@ -89,6 +89,24 @@ def test_a_second_run_trains_and_measures_nothing(out: Path, monkeypatch: pytest
     assert {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*.safetensors")} == before
 
 
+def test_what_an_earlier_run_measured_is_kept_where_this_one_did_not_run(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / "runs" / "vgg16-0", tmp_path / "runs" / "vgg16-0")
+    run(tmp_path, "table1", "table5", "table6", "--trained", "--earlier", str(out))
+    before, after = (json.loads((folder / "table1.json").read_text()) for folder in (out, tmp_path))
+    assert [row["ours"] for row in after["rows"]] == [row["ours"] for row in before["rows"]]
+    assert list(after["provenance"]["networks"]) == ["vgg16-0"]
+    (earlier,) = after["provenance"]["earlier"]
+    assert earlier["networks"].keys() == before["provenance"]["networks"].keys() - {"vgg16-0"}
+    assert "Of an earlier run: digits" in (tmp_path / "table1.md").read_text()
+    assert (
+        json.loads((tmp_path / "table6.json").read_text())["rows"]
+        == json.loads((out / "table6.json").read_text())["rows"]
+    )
+    assert "earlier" not in json.loads((tmp_path / "table5.json").read_text())["provenance"]
+    run(tmp_path, "table1", "--trained", "--earlier", str(tmp_path))  # over its own tables
+    assert json.loads((tmp_path / "table1.json").read_text())["provenance"]["earlier"] == [earlier]
+
+
 def test_with_measured_nothing_new_is_measured(out: Path, tmp_path: Path) -> None:
     bench, found = a_bench(out)
     stored = Measurer(bench, found, stored_only=True)

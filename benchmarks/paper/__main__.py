@@ -48,6 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="*", help="recipes to train, a pattern such as vgg16-*")
     parser.add_argument("--epochs", type=int, help="from scratch, instead of the scale's")
     parser.add_argument("--adopt", type=Path, help="a run folder of examples/slimmed_vgg16.py to take networks from")
+    parser.add_argument("--earlier", type=Path, help="a folder of tables: what they have and this run lacks is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -104,6 +105,7 @@ def main(args: argparse.Namespace) -> None:
                 args.out,
                 args.data_name or bench.splits.name,
                 args.scale,
+                args.earlier,
             )
             writer.write([name for name in asked if name not in IMAGENET])
     if args.imagenet and (training or any(name in IMAGENET for name in asked)):
@@ -115,11 +117,12 @@ def main(args: argparse.Namespace) -> None:
                 args.out,
                 args.imagenet_name or bench.splits.name,
                 args.scale,
+                args.earlier,
             )
             writer.write([name for name in asked if name in IMAGENET])
     elif any(name in IMAGENET for name in asked):
         bench = Bench(load("digits", 32, args.seed), args.out, torch.device(args.device))
-        writer = Writer(Measurer(bench, []), args.out, "ImageNet (no --imagenet: not run)", args.scale)
+        writer = Writer(Measurer(bench, []), args.out, "ImageNet (no --imagenet: not run)", args.scale, args.earlier)
         writer.write([name for name in asked if name in IMAGENET])
 
 

@@ -1,7 +1,7 @@
 """Figures 1, 3, 4 and 5, drawn by isw_plugin.report from what was recorded of every test image."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ __all__ = ["FIGURES", "Subject", "subject"]
 DROPPING = CVGate(0.5, 1.0)  # Figure 3's; the paper gives none for the others
 MILD = CVGate(0.5, 0.5)
 VGG16 = ("vgg16", "slimmed-vgg16", "vgg16-bn-l1")
+LAYERS = tuple(
+    f"conv{block}_{layer}" for block, count in enumerate((2, 2, 3, 3, 3), 1) for layer in range(1, count + 1)
+)
 LIGHT = CVGate(0.8, 0.3)  # the one of Table 8 that drops more
 
 
@@ -78,6 +81,8 @@ def _by_class(subject: Subject) -> dict[str, float]:
 
 def _heatmap(subject: Subject, path: Path) -> dict[str, Any]:
     splits, records = subject.measurer.bench.splits, subject.records
+    keep = dict(zip(LAYERS, records.keep.values(), strict=True))
+    records = replace(records, keep=keep)
     channel_heatmap(records, splits.classes, path, subject.caption)
     return {"dropped_by_site": {name: 1 - mask.double().mean().item() for name, mask in records.keep.items()}}
 

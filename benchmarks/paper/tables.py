@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,15 @@ class Row:
     paper: list[float | None]
     measured: list[Measured | None]
 
+    def completed(self, other: "Row") -> "Row":
+        """Itself, with the cells of another where it has not run."""
+
+        def cells(part: str) -> list[Any]:
+            both = zip(self.ours, getattr(self, part), getattr(other, part), strict=True)
+            return [mine if value is not None else its for value, mine, its in both]
+
+        return Row(self.label, cells("ours"), cells("paper"), cells("measured"))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -58,6 +67,21 @@ class Table:
             for row in self.rows
         ]
         return {"title": self.title, "corner": self.corner, "columns": self.columns, "rows": rows}
+
+    def with_stored(self, stored: dict[str, Any]) -> "Table":
+        """Itself, with what an earlier run's ``to_dict`` has and this one has not run; ``self`` if that is nothing.
+
+        Raises:
+            ValueError: That table has other columns.
+        """
+        if stored["columns"] != self.columns:
+            raise ValueError(f"the stored table has columns {stored['columns']}, this one {self.columns}")
+        rows = {row.label: row for row in self.rows}
+        for row in (Row(**row) for row in stored["rows"]):
+            own = rows.get(row.label, Row(row.label, *[[None] * len(self.columns)] * 3))
+            if any(mine is None and other is not None for mine, other in zip(own.ours, row.ours, strict=True)):
+                rows[row.label] = own.completed(row)
+        return self if list(rows.values()) == self.rows else replace(self, rows=list(rows.values()))
 
 
 def markdown(table: Table) -> str:

@@ -1,8 +1,6 @@
 """Write tables, figures, keep decisions and the slimmed network, each with what it is from."""
 
 import json
-import shlex
-import sys
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from benchmarks import decisions
+from benchmarks.command import command
 from benchmarks.paper.figures import FIGURES, subject
 from benchmarks.paper.measuring import Measurer, key_of
 from benchmarks.paper.tables import TABLES, markdown
@@ -48,12 +47,14 @@ class Writer:
     Args:
         data: What the images are, in words.
         scale: The scale's name.
+        earlier: A folder of tables of an earlier run: what they have and this run has not is taken over.
     """
 
     measurer: Measurer
     out: Path
     data: str
     scale: str
+    earlier: Path | None = None
 
     def provenance(self) -> dict[str, Any]:
         """Where numbers are from: command, machine, versions, images, and every trained network's recipe."""
@@ -63,7 +64,7 @@ class Writer:
             for recipe in self.measurer.trained()
         }
         return {
-            "command": shlex.join(["python", "-m", "benchmarks.paper", *sys.argv[1:]]),
+            "command": command("benchmarks.paper"),
             "scale": self.scale,
             "data": self.data,
             "images": {part: len(getattr(bench.splits, part)) for part in ("train", "held_out", "test")},
@@ -85,11 +86,18 @@ class Writer:
 
     def table(self, name: str) -> None:
         """``name``.json and ``name``.md."""
-        table = TABLES[name](self.measurer)
-        provenance = self.provenance()
+        table, provenance = TABLES[name](self.measurer), self.provenance()
+        stored = self._stored(name)
+        if stored and (merged := table.with_stored(stored)) is not table:
+            table, provenance = merged, provenance | {"earlier": _other_runs(provenance, stored["provenance"])}
         self._json(name, table.to_dict() | {"provenance": provenance})
-        head = f"# Table {name.removeprefix('table')}: {table.title}\n\n{_words(provenance)}\n\n{ABOUT}\n\n"
+        words = "\n\nOf an earlier run: ".join(map(_words, [provenance, *provenance.get("earlier", [])]))
+        head = f"# Table {name.removeprefix('table')}: {table.title}\n\n{words}\n\n{ABOUT}\n\n"
         self._text(f"{name}.md", head + markdown(table))
+
+    def _stored(self, name: str) -> dict[str, Any] | None:
+        file = self.earlier and self.earlier / f"{name}.json"
+        return json.loads(file.read_text()) if file and file.exists() else None
 
     def figure(self, name: str) -> None:
         """``name``.png and ``name``.json; the latter alone, saying so, where no network is trained."""
@@ -161,21 +169,31 @@ def load_slimmed(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), facts
 
 
+def _other_runs(new: dict[str, Any], stored: dict[str, Any]) -> list[dict[str, Any]]:
+    """Provenance of the stored networks that are not of the new run, run by run."""
+    runs = [{name: value for name, value in stored.items() if name != "earlier"}, *stored.get("earlier", [])]
+    left = [
+        run | {"networks": {name: of for name, of in run["networks"].items() if name not in new["networks"]}}
+        for run in runs
+    ]
+    return [run for run in left if run["networks"]]
+
+
 def _words(provenance: dict[str, Any]) -> str:
     images = provenance["images"]
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     networks = [
-        f"{name}: {facts['origin']} (batch {facts['batch']}, {facts['precision']}, seed {facts['seed']})"
+        f"- {name}: {facts['origin']} (batch {facts['batch']}, {facts['precision']}, seed {facts['seed']})"
         for name, facts in provenance["networks"].items()
     ]
     counts = ", ".join(f"{count} {part.replace('_', '-')}" for part, count in images.items())
+    trained = "\n".join(networks) or "Nothing is trained."
     parts = [
-        f"{provenance['data']}: {counts} images",
+        f"{provenance['data']}: {counts} images" if networks else provenance["data"],
         f"scale `{provenance['scale']}`",
         f"measured in {provenance['precision']}",
         provenance["hardware"],
         versions,
         provenance["date"],
     ]
-    trained = "; ".join(networks) or "Nothing is trained"
-    return f"{'; '.join(parts)}:\n\n    {provenance['command']}\n\n{trained}."
+    return f"{'; '.join(parts)}:\n\n    {provenance['command']}\n\n{trained}"
