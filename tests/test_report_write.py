@@ -14,6 +14,7 @@ from isw_plugin.calibrate import Calibration, Candidate
 from isw_plugin.errors import SettingError
 from isw_plugin.measure import LatencyPoint
 from isw_plugin.report import write
+from isw_plugin.report.canvas import Figure
 
 IMAGES = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8)
 RECORDS = made_records([0.2, 0.4, 0.6, 0.8], [1, 1, 0, 1], labels=[0, 0, 1, 1])
@@ -63,6 +64,18 @@ def test_every_figure_is_embedded_and_has_words(whole: Path) -> None:
     assert all(len(picture["alt"] or "") > 20 for picture in page.of("img"))
     assert [section["id"] for section in page.of("section")] == SECTIONS
     assert len(page.of("table")) == len(SECTIONS)
+
+
+def test_every_figure_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr(Figure, "supxlabel", lambda figure, text, **how: captions.append(text))
+    calibration, latencies = Calibration(BEST, (BEST,), 0.91, 500), [LatencyPoint(1.0, "dense", LATENCY)]
+    page = write(REPORT, tmp_path, calibration=calibration, images=IMAGES, latencies=latencies, caption="A model")
+    assert len(captions) == len(FIGURES)
+    assert all("A model" in caption for caption in captions)
+    assert sum("4 images; Some CPU" in caption for caption in captions) == len(FIGURES) - 1
+    assert sum("500 held-out images" in caption for caption in captions) == 1
+    assert len(Reader(page.read_text()).of("figcaption")) == len(FIGURES)
 
 
 def test_names_stay_text(whole: Path) -> None:

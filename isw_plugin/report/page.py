@@ -124,6 +124,7 @@ td { white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; }
 tbody th { font-weight: 400; min-width: 6rem; }
 thead th { background: var(--back); position: sticky; top: 0; vertical-align: bottom; }
+@media (max-width: 36rem) { figcaption::after { content: " The figure scrolls sideways."; } }
 @media (max-width: 40rem) { dl { grid-template-columns: repeat(auto-fit, minmax(min(9rem, 100%), 1fr)); } }
 @media (min-width: 62rem) { .pair { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); } }
 @media print { .scroll, .table { max-height: none; overflow: visible; } section { break-inside: avoid; } }

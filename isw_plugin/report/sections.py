@@ -21,7 +21,10 @@ _SPREAD = "Bar: mean; thick line: half of the images; thin line: 90 % of them; t
 
 @dataclass(frozen=True)
 class Material:
-    """What a page is made of; figures go into ``folder``, with ``caption`` on each."""
+    """What a page is made of; figures go into ``folder``, with ``caption`` on each.
+
+    ``caption`` is what the user said, ``about``, with how many images and which machine; calibration saw other images.
+    """
 
     report: GateReport
     records: Records
@@ -30,6 +33,7 @@ class Material:
     images: Sequence[Any] | None
     latencies: Sequence[LatencyPoint]
     folder: Path
+    about: str
     caption: str
 
     def picture(self, name: str, alt: str, note: str) -> Picture:
@@ -55,7 +59,7 @@ def _frontier(m: Material) -> Section:
     title = "Accuracy against MACs saved"
     if m.calibration is None:
         return Section(title, "No calibration was given: pass what calibrate returned as calibration= to see it here.")
-    frontier({"candidates": m.calibration}, m.folder / "frontier.png", _held_out(m.calibration))
+    frontier({"frontier": m.calibration}, m.folder / "frontier.png", _held_out(m.calibration, m.about))
     best = m.calibration.best
     return Section(
         title,
@@ -71,8 +75,9 @@ def _frontier(m: Material) -> Section:
     )
 
 
-def _held_out(calibration: Calibration) -> str:
-    return f"{calibration.instances:,} held-out images, {len(calibration.candidates)} candidates"
+def _held_out(calibration: Calibration, about: str) -> str:
+    counts = f"{calibration.instances:,} held-out images, {len(calibration.candidates)} candidates"
+    return f"{about} · {counts}" if about else counts
 
 
 def _keep(m: Material) -> Section:

@@ -61,7 +61,7 @@ def write(
     with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as draft:
         folder = Path(draft)
         stamp = " · ".join(part for part in (caption, _provenance(report)) if part)
-        material = Material(report, records, names, calibration, images, latencies, folder, stamp)
+        material = Material(report, records, names, calibration, images, latencies, folder, caption, stamp)
         page = render(title, caption, _facts(report), sections(material), _footer())
         (folder / _NAME).write_text(page, encoding="utf-8")
         for file in sorted(folder.iterdir(), key=lambda file: file.name == _NAME):  # the page last
