@@ -1,17 +1,15 @@
 """Beyond the paper: one pair of thresholds for a network against thresholds of single sites, on trained VGG16s.
 
-    PYTHONPATH=examples python -m benchmarks.beyond_sites RUN/dense.safetensors RUN/finetuned-1e-07.safetensors \\
-        --data DIR --out docs/results/beyond
+    PYTHONPATH=examples python -m benchmarks.beyond_sites --data DIR --out docs/results/beyond \\
+        runs/paper/runs/vgg16-0/trained.safetensors runs/paper/runs/vgg16-1e-07/trained.safetensors
 
-The models are those of examples/slimmed_vgg16.py, trained on --data with its seed 0. Thresholds are chosen on held-out
-training images and reported on test images, in float32.
+The models are VGG16s of benchmarks.paper or examples/slimmed_vgg16.py, trained on --data with seed 0. Thresholds are
+chosen on held-out training images and reported on test images, in float32.
 """
 
 import argparse
 import itertools
 import json
-import shlex
-import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -23,6 +21,7 @@ from images import Batches, ImageSplits, load
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.command import command
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.calibrate.choice import Choice
 from isw_plugin.measure import hardware
@@ -31,9 +30,10 @@ CPU = torch.device("cpu")
 
 
 def stored_vgg16(path: Path) -> nn.Module:
-    """A VGG16 of any widths, as the example saves it."""
+    """A VGG16 of any widths, as the example and the paper's recipes save it."""
     state = load_file(path)
-    widths = tuple(len(weight) for weight in state.values() if weight.dim() == 4)
+    layers = {int(name.split(".")[1]): weight for name, weight in state.items() if weight.dim() == 4}
+    widths = tuple(len(layers[index]) for index in sorted(layers))  # the file sorts names as text
     model = example.vgg16(widths, len(state["head.fc.weight"]))
     model.load_state_dict(state)
     return model.eval()
@@ -52,7 +52,7 @@ def site_rows(args: argparse.Namespace, splits: ImageSplits) -> Iterator[dict[st
             with pruner.gating(per_site=candidate.per_site, **candidate.parameters):
                 report = evaluate(pruner.model, test)
             yield {
-                "model": path.stem,
+                "model": f"{path.absolute().parent.name}/{path.stem}",
                 "max_drop": drop,
                 "dense": {"held_out": found.accuracy, "test": dense.accuracy, "macs": dense.macs},
                 "held_out": {"images": found.instances, "accuracy": candidate.accuracy, "saved": candidate.macs_saved},
@@ -66,8 +66,8 @@ def site_rows(args: argparse.Namespace, splits: ImageSplits) -> Iterator[dict[st
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="+", help="weights of examples/slimmed_vgg16.py")
-    parser.add_argument("--data", required=True, help="what they were trained on, as the example takes it")
+    parser.add_argument("models", type=Path, nargs="+", help="weights of VGG16s")
+    parser.add_argument("--data", required=True, help="what they were trained on: digits, cifar10, or a folder")
     parser.add_argument("--max-drops", type=float, nargs="+", default=[0.005, 0.01], help="budgets of accuracy")
     parser.add_argument("--images", type=int, default=1000, help="held-out images to calibrate on")
     parser.add_argument("--thin", type=int, default=5, help="take every n-th test image")
@@ -78,7 +78,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run, and write ``sites.json`` after every row."""
     results: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.beyond_sites", *sys.argv[1:]]),
+        "command": command("benchmarks.beyond_sites"),
         "data": Path(args.data).name,
         "hardware": f"{hardware(CPU)}, {torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
