@@ -1,21 +1,20 @@
 """Beyond the paper, at digits scale: what carries over between networks, and what a gate does without training.
 
     PYTHONPATH=examples python -m benchmarks.beyond --out docs/results/beyond --seeds 0 1
-    PYTHONPATH=examples python -m benchmarks.beyond --out runs/beyond --quick      # a minute: does it run?
+    PYTHONPATH=examples python -m benchmarks.beyond --out runs/beyond --quick      # a minute or two: does it run?
 
 Three networks are trained on the embedded digits at 32 pixels and then fine-tuned with each form of feature
 decay. Every row: accuracy, mean CV (Eq. 6), and the most MACs that gates save while held-out accuracy stays
 within --max-drop of the network fine-tuned without decay; accuracy, MACs and ratio are those of test images.
-Further: gates on the trained network as it is, with one pair of thresholds and with thresholds of single sites;
-and scope="all" against "consumers" at the same thresholds.
+Further: gates on the trained network as it is, and with --per-site thresholds of single sites; and scope="all"
+against "consumers" at the same thresholds. A second run goes on where the first stopped, network by network.
 """
 
 import argparse
 import copy
+import itertools
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -30,13 +29,14 @@ from torch import nn
 from torch.nn import functional as F
 from training import Schedule
 
-from isw_plugin import Calibration, InstanceWisePruner, calibrate, evaluate
+from benchmarks.command import command
+from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.errors import BudgetError
 from isw_plugin.measure import hardware
 
 BATCH = 32
-GRID = {"alpha": (0.0, 0.5), "beta": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)}
-SCOPE_BETAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+GRID = {"alpha": (0.0,), "beta": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)}
+SCOPE_BETAS = (0.2, 0.4, 0.6, 0.8)
 CPU = torch.device("cpu")
 
 
@@ -162,37 +162,36 @@ def best_above(bench: Bench, model: nn.Module, floor: float) -> dict[str, Any]:
         pruner.remove()
 
 
-def gated(bench: Bench, pruner: InstanceWisePruner, parameters: dict[str, float], **per_site: Any) -> dict[str, Any]:
+def gated(bench: Bench, pruner: InstanceWisePruner, parameters: dict[str, float]) -> dict[str, Any]:
     """On the test images."""
-    with pruner.gating(**parameters, **per_site):
+    with pruner.gating(**parameters):
         report = evaluate(pruner.model, bench.batches("test"))
     measured = {"accuracy": report.accuracy, "prune_ratio": report.prune_ratio, "macs_saved": report.macs_saved}
     return {"parameters": parameters, **measured, "emptied": report.emptied}
 
 
 def untrained_rows(bench: Bench, name: str, models: dict[str, nn.Module]) -> list[dict[str, Any]]:
-    """Gates on networks without decay, and on one with: one pair of thresholds, then thresholds of single sites."""
+    """Gates on networks without decay, and on some with: one pair of thresholds, then thresholds of single sites."""
     rows = []
     for training, model in models.items():
-        for per_site in (False, True):
-            pruner = bench.attach(model)
-            row = {"network": name, "seed": bench.seed, "model": training, "per_site": per_site}
-            rows.append(row | calibrated(bench, pruner, per_site))
-            pruner.remove()
-            print(rows[-1], flush=True)
+        row = {"network": name, "seed": bench.seed, "model": training} | state(bench, model)
+        floor = row["held_out"] - bench.args.max_drop
+        rows.append(row | {"per_site": False} | best_above(bench, model, floor))
+        if name in bench.args.per_site:
+            rows.append(row | {"per_site": True} | single_sites(bench, model))
+        print(rows[-1], flush=True)
     return rows
 
 
-def calibrated(bench: Bench, pruner: InstanceWisePruner, per_site: bool) -> dict[str, Any]:
+def single_sites(bench: Bench, model: nn.Module) -> dict[str, Any]:
+    pruner = bench.attach(model)
     try:
-        found: Calibration = calibrate(
-            pruner, bench.batches("held_out"), max_drop=bench.args.max_drop, per_site=per_site
-        )
+        found = calibrate(pruner, bench.batches("held_out"), max_drop=bench.args.max_drop, per_site=True)
+        return {"gated": gated(bench, pruner, found.best.parameters)}
     except BudgetError:
         return {"gated": None}
-    dense = evaluate(pruner.model, bench.batches("test")).accuracy
-    result = gated(bench, pruner, found.best.parameters)
-    return {"candidates": len(found.candidates), "accuracy": dense, "gated": result}
+    finally:
+        pruner.remove()
 
 
 def scope_rows(bench: Bench, name: str, models: dict[str, nn.Module]) -> list[dict[str, Any]]:
@@ -233,35 +232,48 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compared", type=Decay.parse, nargs="*", default=[Decay("relative", 0.3)], help="decays to compare scopes on"
     )
+    parser.add_argument("--per-site", nargs="*", default=[], help="networks to choose thresholds of single sites on")
     args = parser.parse_args(argv)
     args.grid, args.scope_betas = GRID, SCOPE_BETAS
     if args.quick:
         args.epochs = args.epochs_finetune = 1
-        args.decays = args.compared = [Decay("relative", 0.3)]
+        args.decays, args.compared = [Decay("sum", 0.0), Decay("relative", 0.3)], [Decay("relative", 0.3)]
         args.grid, args.scope_betas, args.max_drop = {"alpha": (0.0,), "beta": (0.1, 0.5)}, (0.3, 0.6), 1.0
     return args
 
 
+TABLES = ("decay", "untrained", "scope")
+
+
+def begun(file: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a run of these settings, nothing if there is none."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    same = found and all(found[name] == value for name, value in settings.items())
+    return {name: found[name] if same else [] for name in TABLES}
+
+
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Run, and write ``digits.json`` after every network and seed."""
-    results: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.beyond", *sys.argv[1:]]),
-        "hardware": f"{hardware(CPU)}, {torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
+    """Run what ``digits.json`` lacks, and write it after every network and seed."""
+    settings = {
         "data": "digits at 32 pixels, 1,077 training, 360 held-out, 360 test images",
         "epochs": [args.epochs, args.epochs_finetune],
         "batch": BATCH,
         "max_drop": args.max_drop,
-        **{name: [] for name in ("decay", "untrained", "scope")},
+        "decays": [str(decay) for decay in args.decays],
+        "hardware": f"{hardware(CPU)}, {torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
     }
+    file = args.out / "digits.json"
+    rows = begun(file, settings)
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
-        for name in args.networks:
-            for table, rows in experiment(args, name, seed).items():
-                results[table] += rows
-            (args.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
-    return results
+    for seed, name in itertools.product(args.seeds, args.networks):
+        if any((row["seed"], row["network"]) == (seed, name) for row in rows["decay"]):
+            continue
+        for table, more in experiment(args, name, seed).items():
+            rows[table] += more
+        about = {"command": command("benchmarks.beyond"), "date": date.today().isoformat()}
+        file.write_text(json.dumps(about | settings | rows, indent=1) + "\n")
+    return settings | rows
 
 
 if __name__ == "__main__":
