@@ -1,0 +1,59 @@
+"""Fine-tuning a stored VGG16 with other forms of feature decay."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import slimmed_vgg16 as example
+import torch
+from images import ImageSplits
+from images import load as load_images
+from run_folder import RunFolder
+from safetensors.torch import load_file
+
+from benchmarks import beyond_decay
+from benchmarks.beyond_sites import stored_vgg16
+
+
+def few(data: str, side: int, seed: int) -> ImageSplits:
+    splits = load_images(data, side, seed)
+    return dataclasses.replace(splits, train=splits.train.at(torch.arange(64)))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    network = example.vgg16((8,) * 13, 10)
+    RunFolder(tmp_path / "vgg16-0", {}).save("trained", dict(network.state_dict()), origin="random")
+    return tmp_path / "vgg16-0" / "trained.safetensors"
+
+
+def test_every_decay_is_trained_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beyond_decay, "load", few)
+    options = ["--data", "digits", "--epochs", "1", "--batch", "16", "--precision", "float32", "--out", str(tmp_path)]
+    args = beyond_decay.arguments([str(model), "--decays", "none", "relative:5", *options])
+    beyond_decay.main(args)
+    files = [tmp_path / name / "trained.safetensors" for name in ("none", "relative-5")]
+    none, relative = map(load_file, files)
+    assert any(not torch.equal(none[name], relative[name]) for name in none)
+    assert isinstance(stored_vgg16(files[1]), torch.nn.Module)
+    before = [file.stat().st_mtime_ns for file in files]
+    beyond_decay.main(args)
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_norms_at_the_start_are_those_of_the_model_whatever_was_trained_since(model: Path) -> None:
+    network = stored_vgg16(model)
+    pruner = beyond_decay.InstanceWisePruner(network, torch.zeros(1, 3, 32, 32), 1.0, reduction="relative")
+    batch = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = beyond_decay.measured(network, batch)
+    assert len(state["references"]) == len(pruner.sites)
+    assert state["references"] == beyond_decay.measured(network, batch)["references"]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        beyond_decay.arguments(["model", "--data", "digits", "--decays", "relative:0.3:ramp", "--out", "out"])
+    assert "a ramp is not for this benchmark" in capsys.readouterr().err
