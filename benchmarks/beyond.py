@@ -3,9 +3,9 @@
     PYTHONPATH=examples python -m benchmarks.beyond --out docs/results/beyond --seeds 0 1
     PYTHONPATH=examples python -m benchmarks.beyond --out runs/beyond --quick      # a minute or two: does it run?
 
-Three networks are trained on the embedded digits at 32 pixels and then fine-tuned with each form of feature
-decay. Every row: accuracy, mean CV (Eq. 6), and the most MACs that gates save while held-out accuracy stays
-within --max-drop of the network fine-tuned without decay; accuracy, MACs and ratio are those of test images.
+Three networks (benchmarks.paper's, at --width) are trained on the embedded digits at 32 pixels and then fine-tuned
+with each form of feature decay. Every row: accuracy, mean CV (Eq. 6), and the most MACs that gates save while held-out
+accuracy stays within --max-drop of the network fine-tuned without decay; accuracy, MACs and ratio are of test images.
 Further: gates on the trained network as it is, and with --per-site thresholds of single sites; and scope="all"
 against "consumers" at the same thresholds. A second run goes on where the first stopped, network by network.
 """
@@ -15,14 +15,11 @@ import copy
 import itertools
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
-import slimmed_vgg16 as example
-import timm
 import torch
 from images import Batches, ImageSplits, load, shuffled
 from torch import nn
@@ -30,6 +27,7 @@ from torch.nn import functional as F
 from training import Schedule
 
 from benchmarks.command import command
+from benchmarks.paper.networks import build
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.errors import BudgetError
 from isw_plugin.measure import hardware
@@ -38,28 +36,7 @@ BATCH = 32
 GRID = {"alpha": (0.0,), "beta": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)}
 SCOPE_BETAS = (0.2, 0.4, 0.6, 0.8)
 CPU = torch.device("cpu")
-
-
-def vgg16() -> nn.Module:
-    return example.vgg16(tuple(width // 2 for width in example.WIDTHS), 10)
-
-
-def resnet18() -> nn.Module:
-    """The stem of the paper's numbers: 3x3 at stride 1, its max-pool kept."""
-    model = timm.create_model("resnet18", num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    return model.to(memory_format=torch.channels_last)
-
-
-def mobilenetv2() -> nn.Module:
-    """Half width, stem and second stage at stride 1."""
-    model = timm.create_model("mobilenetv2_050", num_classes=10)
-    model.conv_stem.stride = (1, 1)
-    model.blocks[1][0].conv_dw.stride = (1, 1)
-    return model.to(memory_format=torch.channels_last)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"vgg16": vgg16, "resnet18": resnet18, "mobilenetv2": mobilenetv2}
+NETWORKS = {"vgg16": "vgg16", "resnet18": "resnet18-pooled", "mobilenetv2": "mobilenetv2"}  # of benchmarks.paper
 
 
 @dataclass(frozen=True)
@@ -113,9 +90,7 @@ class Bench:
                 progress = (epoch + step / steps) / epochs
                 optimizer.param_groups[0]["lr"] = schedule.learning_rate(progress)
                 pruner.lambda_ = decay.at(progress)
-                with torch.autocast("cpu", torch.bfloat16):
-                    logits = model(images)
-                pruner.regularize(model, F.cross_entropy(logits.float(), labels)).backward()
+                pruner.regularize(model, F.cross_entropy(model(images), labels)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         pruner.remove()
@@ -208,10 +183,9 @@ def scope_rows(bench: Bench, name: str, models: dict[str, nn.Module]) -> list[di
 
 
 def experiment(args: argparse.Namespace, name: str, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Everything on one network and seed."""
+    """Everything on one network and seed, in float32."""
     bench = Bench(args, load("digits", 32, seed), seed)
-    torch.manual_seed(seed)
-    trained = NETWORKS[name]()
+    trained = build(NETWORKS[name], 10, args.width, seed)
     bench.train(trained, args.epochs, 0.05, Decay("sum", 0.0))
     decays, models = decay_rows(bench, name, trained)
     chosen = {"trained": trained, **{str(decay): models[str(decay)] for decay in args.compared}}
@@ -223,6 +197,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--width", type=float, default=0.5, help="share of the networks' channels")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--epochs-finetune", type=int, default=6)
     parser.add_argument("--max-drop", type=float, default=0.01, help="accuracy that gates may lose")
@@ -236,7 +211,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.grid, args.scope_betas = GRID, SCOPE_BETAS
     if args.quick:
-        args.epochs = args.epochs_finetune = 1
+        args.width, args.epochs, args.epochs_finetune = 0.25, 1, 1
         args.decays, args.compared = [Decay("sum", 0.0), Decay("relative", 0.3)], [Decay("relative", 0.3)]
         args.grid, args.scope_betas, args.max_drop = {"alpha": (0.0,), "beta": (0.1, 0.5)}, (0.3, 0.6), 1.0
     return args
@@ -256,6 +231,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run what ``digits.json`` lacks, and write it after every network and seed."""
     settings = {
         "data": "digits at 32 pixels, 1,077 training, 360 held-out, 360 test images",
+        "width": args.width,
         "epochs": [args.epochs, args.epochs_finetune],
         "batch": BATCH,
         "max_drop": args.max_drop,
