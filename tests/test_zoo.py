@@ -128,8 +128,8 @@ def test_a_gated_model_whose_graph_gives_something_else_is_seen(monkeypatch: pyt
     def eager(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: model(x) + has_hooks(model)
 
-    for name in ("exported", "compiled"):
-        monkeypatch.setattr(zoo_graphs, name, eager)
+    for name in zoo_graphs.MAKERS:
+        monkeypatch.setitem(zoo_graphs.MAKERS, name, eager)
     net = made(Plain)
     results = check_graphs(net, net.images(2))
     assert results["export"].startswith("differs from masking by ")
@@ -141,8 +141,8 @@ def test_a_model_that_has_no_graph_without_gates_either_is_skipped(monkeypatch: 
     def fails(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         raise ZeroDivisionError("inside")
 
-    for name in ("exported", "compiled"):
-        monkeypatch.setattr(zoo_graphs, name, fails)
+    for name in zoo_graphs.MAKERS:
+        monkeypatch.setitem(zoo_graphs.MAKERS, name, fails)
     net = made(Plain)
     skipped = "skipped: nor does the bare model: ZeroDivisionError: inside"
     assert check_graphs(net, net.images(2)) == {"export": skipped, "compile": skipped}
