@@ -33,7 +33,7 @@ from benchmarks.zoo_sites import module_of, site_record
 from benchmarks.zoo_subject import described
 from isw_plugin.measure import hardware
 
-__all__ = ["main", "report", "resume"]
+__all__ = ["check_pruned", "main", "report", "resume"]
 
 Record = dict[str, Any]
 
@@ -66,15 +66,15 @@ def graph_record(name: str) -> Record:
 
 
 def pruned_record(name: str) -> Record:
-    return _record(name, _check_pruned)
+    return _record(name, check_pruned)
 
 
-def _check_pruned(model: nn.Module, images: Tensor) -> dict[str, str]:
+def check_pruned(model: nn.Module, images: Tensor) -> dict[str, str]:
     try:
-        pruned(model, images)
-    except Exception as error:
-        return {"prune": f"skipped: torch-pruning: {described(error)}"}
-    return check(model, images)
+        small, which = pruned(model, images)
+    except RuntimeError as error:
+        return {"prune": f"skipped: torch-pruning: {error}"}
+    return {"pruned": which} | check(small, images)
 
 
 def _record(name: str, checks: Callable[[nn.Module, Tensor], dict[str, str]]) -> Record:

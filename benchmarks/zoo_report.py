@@ -19,9 +19,11 @@ biases and scaled filters. "gated": attached, bit-identical with gates off and a
 gradients where sites are and none behind them, gates that drop 5-95 % and change the output, zeros in the columns
 of every reader, a batch equal to its images alone, the same under `scope="consumers"`, and restored by `remove()`.
 "engine": `accelerate()` decides and computes what masking does; the note says where it does not skip. "graphs":
-exported and compiled (aot_eager). "pruned first": torch-pruning takes half of the channels, then all of "gated".
+exported and compiled (aot_eager). "pruned first": torch-pruning takes half of the channels of all layers or, where it
+cannot, of those that share their channels with no other layer (the note says where); then all of "gated".
 "skipped" is not counted as passed."""
 _PARTS = {"gates": "gated", "engine": "engine", "graphs": "graphs", "pruned": "pruned first"}
+_SAID = ("execution", "pruned")  # what a record tells beside its steps
 _WORDS = ("ok", "skipped", "no", "not run")
 
 
@@ -50,7 +52,7 @@ def verdict(record: Record | None) -> tuple[str, str]:
     """What a record says in a word ("ok", "skipped", "no", or "not run" where there is none), and why."""
     if record is None:
         return "not run", ""
-    steps = {step: result for step, result in record["steps"].items() if step != "execution"}
+    steps = {step: result for step, result in record["steps"].items() if step not in _SAID}
     failed = {step: result for step, result in steps.items() if result != "ok" and not result.startswith("skipped: ")}
     skipped = [result for result in steps.values() if result.startswith("skipped: ")]
     if failed:
@@ -65,6 +67,8 @@ def _model(name: str, sites: Record, by_part: Mapping[str, Mapping[str, Record]]
     notes = [f"{_PARTS[part]}: {why}" for part, (_, why) in verdicts.items() if why]
     execution = by_part["engine"].get(name, {"steps": {}})["steps"].get("execution", "")
     notes += [f"runs {execution}"] if execution and not execution.startswith("accelerated") else []
+    which = by_part["pruned"].get(name, {"steps": {}})["steps"].get("pruned", "all layers")
+    notes += [f"pruned: {which}"] if which != "all layers" else []
     counts = {"layers": sites.get("layers"), "sites": sites.get("sites")}
     words = {part: word for part, (word, _) in verdicts.items()}
     return {"module": module, "model": name, **counts, **words, "note": "; ".join(notes)}

@@ -10,8 +10,8 @@ import torch
 from conftest import Plain, Residual, made
 from torch import Tensor, nn
 
-from benchmarks import zoo_checks, zoo_graphs
-from benchmarks.zoo import read, report, resume
+from benchmarks import zoo_checks, zoo_graphs, zoo_pruned
+from benchmarks.zoo import check_pruned, read, report, resume
 from benchmarks.zoo_checks import check
 from benchmarks.zoo_graphs import check_engine, check_graphs
 from benchmarks.zoo_models import build, randomise, smallest
@@ -59,11 +59,35 @@ def test_models_of_every_kind_are_exported_and_compiled(name: str) -> None:
     assert check_graphs(*build(name)) == {"export": "ok", "compile": "ok"}
 
 
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_a_pruned_model_passes_every_step() -> None:
     model, images = build("test_resnet")
-    before = sum(parameter.numel() for parameter in model.parameters())
-    assert sum(parameter.numel() for parameter in pruned(model, images).parameters()) < 0.6 * before
-    assert set(check(model, images).values()) == {"ok"}
+    small, which = pruned(model, images)
+    assert which == "all layers"
+    assert parameters(small) < 0.6 * parameters(model)
+    assert set(check(small, images).values()) == {"ok"}
+
+
+def test_where_attention_stops_torch_pruning_its_mlps_are_pruned() -> None:
+    model, images = build("test_vit")
+    small, which = pruned(model, images)
+    assert which.startswith("layers that share no channels, since all layers: ")
+    before, after = model.blocks[0], small.blocks[0]
+    assert after.mlp.fc1.out_features == before.mlp.fc1.out_features // 2
+    assert after.attn.qkv.weight.shape == before.attn.qkv.weight.shape
+    assert set(check(small, images).values()) == {"ok"}
+
+
+def test_what_torch_pruning_does_not_manage_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = made(Plain)
+    monkeypatch.setattr(net, "pretrained_cfg", {"classifier": "fc"}, raising=False)
+    monkeypatch.setattr(zoo_pruned.tp.pruner.BasePruner, "step", lambda pruner: None)
+    assert check_pruned(net, net.images(2)) == {
+        "prune": "skipped: torch-pruning: RuntimeError: torch-pruning pruned nothing"
+    }
 
 
 def test_a_dropped_channel_that_reaches_its_reader_is_seen() -> None:
@@ -242,7 +266,7 @@ def step_record(model: str, module: str = "x", **steps: str) -> dict[str, object
     [
         (None, ("not run", "")),
         (step_record("a"), ("ok", "")),
-        (step_record("a", execution="masked because"), ("ok", "")),
+        (step_record("a", execution="masked because", pruned="all layers"), ("ok", "")),
         (step_record("a", export="skipped: nor does the bare model"), ("skipped", "nor does the bare model")),
         (step_record("a", gate="hardly differs", export="skipped: so"), ("no", "gate: hardly differs")),
     ],
@@ -268,6 +292,15 @@ def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
     assert "| x | a |  |  | ok | ok | not run | not run | runs masked: no export |" in written
     layers, count = sites[0]["layers"], sites[0]["sites"]
     assert f"| resnet | test_resnet | {layers} | {count} | ok | not run | not run | not run |  |" in written
+
+
+def test_the_page_says_where_only_some_layers_were_pruned() -> None:
+    some = step_record("a", pruned="layers that share no channels, since all layers: so")
+    written = page(summary({"pruned": [some, step_record("b", module="y", pruned="all layers")]}))
+    assert "| all that it prunes | 2 of 2; 2 ok, 0 skipped, 0 no, 0 not run |" in written
+    note = "pruned: layers that share no channels, since all layers: so"
+    assert f"| x | a |  |  | not run | not run | not run | ok | {note} |" in written
+    assert "| y | b |  |  | not run | not run | not run | ok |  |" in written
 
 
 def test_a_module_that_was_not_run_has_its_row() -> None:
