@@ -1,8 +1,10 @@
 """Part (c) of the zoo: torch-pruning takes half of the channels first."""
 
 import copy
+import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch_pruning as tp
@@ -13,6 +15,8 @@ from benchmarks.zoo_subject import described, flat
 from isw_plugin.sites import LAYERS, find_sites
 
 __all__ = ["pruned"]
+
+SECONDS = 60.0  # of processor time; where maps are folded into windows, torch-pruning's indices grow without end
 
 
 def pruned(model: nn.Module, images: Tensor, ratio: float = 0.5) -> tuple[nn.Module, str]:
@@ -41,7 +45,7 @@ def _pruned(model: nn.Module, images: Tensor, ratio: float, ignored: Sequence[nn
     names = {module: name for name, module in model.named_modules()}
     width = flat(model(images), len(images)).shape
     small = copy.deepcopy(model)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"), _within(SECONDS):
         pruner = tp.pruner.BasePruner(
             small,
             images,
@@ -61,6 +65,22 @@ def _pruned(model: nn.Module, images: Tensor, ratio: float, ignored: Sequence[nn
     with torch.no_grad():
         randomise(small, images)
     return small.eval()
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raise RuntimeError in a block that takes more processor time than this; in the main thread of a Unix process."""
+
+    def stop(*_: object) -> None:
+        raise RuntimeError(f"it takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _parameters(model: nn.Module) -> int:

@@ -90,6 +90,20 @@ def test_what_torch_pruning_does_not_manage_is_skipped(monkeypatch: pytest.Monke
     }
 
 
+def test_torch_pruning_is_stopped_where_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forever(pruner: object) -> None:
+        while True:
+            pass
+
+    net = made(Plain)
+    monkeypatch.setattr(net, "pretrained_cfg", {}, raising=False)
+    monkeypatch.setattr(zoo_pruned, "SECONDS", 0.05)
+    monkeypatch.setattr(zoo_pruned.tp.pruner.BasePruner, "step", forever)
+    assert check_pruned(net, net.images(2)) == {
+        "prune": "skipped: torch-pruning: RuntimeError: it takes more than 0.05 s"
+    }
+
+
 def test_a_dropped_channel_that_reaches_its_reader_is_seen() -> None:
     net = made(Plain)
     subject = Subject.of(net, net.images(2))
