@@ -16,7 +16,7 @@ from isw_plugin.sites import LAYERS, find_sites
 
 __all__ = ["pruned"]
 
-SECONDS = 60.0  # of processor time; where maps are folded into windows, torch-pruning's indices grow without end
+SECONDS = 15.0  # of processor time; most take one, and where maps are folded its indices grow without end
 
 
 def pruned(model: nn.Module, images: Tensor, ratio: float = 0.5) -> tuple[nn.Module, str]:
