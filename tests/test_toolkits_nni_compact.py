@@ -138,6 +138,18 @@ def test_a_shift_is_folded_or_keeps_its_channel(shift: float, padding: int, left
         assert model[1].weight[[0, 2]].eq(0).all()
 
 
+def test_of_masked_channels_only_those_that_emit_nothing_go() -> None:
+    """The others are told apart channel by channel: one that must stay holds back none that may go."""
+    model = chain(0.5)
+    model[1].bias.data[0] = -0.5
+    masks = rows(model, "1", 0, 2)
+    expected = masked(model, masks)
+    compact(model, masks, IMAGES)
+    assert [model[0].out_channels, model[1].num_features, model[3].in_channels] == [3] * 3
+    assert model[1].weight.eq(0).tolist() == [False, True, False]
+    same(model, expected, IMAGES)
+
+
 def test_what_cannot_go_is_zeroed() -> None:
     model = chain(0.0)
     mask = torch.ones_like(model[3].weight)
