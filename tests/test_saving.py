@@ -110,20 +110,25 @@ def test_calibrated_thresholds_come_back(tmp_path: Path) -> None:
 
 def test_a_fresh_process(tmp_path: Path) -> None:
     pruner, images = pretrained("test_resnet")
+    calibrate(pruner, [(images, torch.zeros(3))], max_drop=1.0, grid={"beta": (0.5, 0.9)})
     pruner.step()
     pruner.save_pretrained(tmp_path)
     torch.save(images, tmp_path / "images.pt")
     code = """
-import sys, torch
+import json, sys, torch
 from isw_plugin import load_pretrained
 folder = sys.argv[1]
 pruner = load_pretrained(folder)
+with open(folder + "/state.json", "w") as file:
+    json.dump(pruner.state_dict(), file)
 with torch.no_grad():
     torch.save(pruner.model(torch.load(folder + "/images.pt")), folder + "/logits.pt")
 assert "pickle" not in open(folder + "/pruner.json").read()
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), gated(pruner.model, images))
+    assert json.loads((tmp_path / "state.json").read_text()) == pruner.state_dict()
+    assert pruner.calibration is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -274,14 +279,32 @@ def test_damaged_weights_are_refused(saved: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
-def test_weights_that_do_not_fit_each_other_are_refused(saved: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"bn1.weight": torch.ones(3)}, "do not fit each other: .*3"),
+        ({"c1.weight": torch.ones(4, 3)}, r"model: c1\.weight is \(4, 3, 3, 3\) here and \(4, 3\) there"),
+        ({"c9.weight": torch.ones(4)}, r"do not fit the model: no c9\.weight here"),
+        ({"c1.weight": None}, r"do not fit the model: no c1\.weight there"),
+    ],
+)
+def test_weights_of_other_shapes_are_refused(saved: Path, other: dict[str, Tensor | None], why: str) -> None:
     weights = next(saved.glob("*.safetensors"))
-    tensors = load_file(weights)
-    weights.write_bytes(save(tensors | {"bn1.weight": torch.ones(3)}))
+    tensors = {key: tensor for key, tensor in (load_file(weights) | other).items() if tensor is not None}
+    weights.write_bytes(save(tensors))
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     changed(saved, lambda facts: facts["weights"].update(sha256=digest))
-    with pytest.raises(StateMismatchError, match=r"do not fit each other: .*3"):
+    with pytest.raises(StateMismatchError, match=why):
         load_pretrained(saved, made(Plain))
+
+
+class Renamed(Plain):
+    """The same modules and shapes; what forward does with them may be another."""
+
+
+def test_a_model_of_another_name_is_refused(saved: Path) -> None:
+    with pytest.raises(StateMismatchError, match=r"the model is .*\.Renamed here and .*\.Plain there"):
+        load_pretrained(saved, made(Renamed))
 
 
 def test_another_architecture_is_refused_unchanged(saved: Path) -> None:
