@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -169,7 +169,6 @@ alphas = st.floats(0, 1.5)
 betas = st.floats(0, 1.999)
 
 
-@settings(deadline=None)
 @given(maps, alphas, betas, st.integers(-20, 20))
 def test_masks_are_invariant_to_scaling_by_powers_of_two(
     feature: Tensor, alpha: float, beta: float, power: int
@@ -178,7 +177,6 @@ def test_masks_are_invariant_to_scaling_by_powers_of_two(
     assert torch.equal(scaled, keep_mask(channel_norm(feature), alpha, beta))
 
 
-@settings(deadline=None)
 @given(maps, alphas, betas, st.randoms(use_true_random=False))
 def test_masks_are_equivariant_to_permuting_channels(feature: Tensor, alpha: float, beta: float, rng: object) -> None:
     order = list(range(feature.shape[1]))
@@ -188,21 +186,18 @@ def test_masks_are_equivariant_to_permuting_channels(feature: Tensor, alpha: flo
     assert torch.equal(keep_mask(norms[:, order], alpha, beta), keep_mask(norms, alpha, beta)[:, order])
 
 
-@settings(deadline=None)
 @given(maps, alphas, betas, betas)
 def test_the_keep_set_shrinks_as_beta_grows(feature: Tensor, alpha: float, one: float, other: float) -> None:
     norms = channel_norm(feature)
     assert not (keep_mask(norms, alpha, max(one, other)) & ~keep_mask(norms, alpha, min(one, other))).any()
 
 
-@settings(deadline=None)
 @given(maps, alphas, alphas, betas)
 def test_the_keep_set_grows_with_alpha(feature: Tensor, one: float, other: float, beta: float) -> None:
     norms = channel_norm(feature)
     assert not (keep_mask(norms, min(one, other), beta) & ~keep_mask(norms, max(one, other), beta)).any()
 
 
-@settings(deadline=None)
 @given(maps, alphas)
 def test_the_largest_channel_survives_up_to_beta_1(feature: Tensor, alpha: float) -> None:
     norms = channel_norm(feature)

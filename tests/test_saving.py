@@ -110,7 +110,7 @@ def test_calibrated_thresholds_come_back(tmp_path: Path) -> None:
 
 def test_a_fresh_process(tmp_path: Path) -> None:
     pruner, images = pretrained("test_resnet")
-    calibrate(pruner, [(images, torch.zeros(3))], max_drop=1.0, grid={"beta": (0.5, 0.9)})
+    calibration = calibrate(pruner, [(images, torch.zeros(3))], max_drop=1.0, grid={"beta": (0.5, 0.9)})
     pruner.step()
     pruner.save_pretrained(tmp_path)
     torch.save(images, tmp_path / "images.pt")
@@ -127,8 +127,9 @@ assert "pickle" not in open(folder + "/pruner.json").read()
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), gated(pruner.model, images))
-    assert json.loads((tmp_path / "state.json").read_text()) == pruner.state_dict()
-    assert pruner.calibration is not None
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state == pruner.state_dict()
+    assert state["calibration"] == calibration.to_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

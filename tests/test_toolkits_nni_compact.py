@@ -85,7 +85,7 @@ def test_it_computes_what_the_masked_model_does(name: str, kinds: str) -> None:
     assert parameters(model) < before or (kinds == "norms" and not has_norms)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kind=st.sampled_from(NETS), seed=st.integers(0, 10**6), ratio=st.floats(0.1, 1.0), norms=st.booleans())
 def test_any_masks_on_any_network(kind: type[Net], seed: int, ratio: float, norms: bool) -> None:
     net = made(kind, seed)
