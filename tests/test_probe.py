@@ -1,6 +1,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ from conftest import Net, Plain, hooks_of, made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isw_plugin.copies import copy_of
 from isw_plugin.errors import ProbeError
 from isw_plugin.sites.probe import default_inputs, probe
 
@@ -134,6 +136,32 @@ def test_the_probe_works_under_autocast(plain: Net) -> None:
     bare = kinds(plain, plain.images())
     with torch.autocast("cpu", torch.bfloat16):
         assert kinds(plain, plain.images()) == bare
+
+
+def test_a_buffer_that_the_forward_replaces_stays_alive() -> None:
+    class Replacing(Custom):
+        def __init__(self) -> None:
+            super().__init__(lambda layer, x: layer(x))
+            self.register_buffer("table", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = weakref.ref(self.table)
+            self.table = torch.ones(4, device=x.device)
+            assert before() is not None, "another tensor may get its id and be taken for it"
+            return super().forward(x)
+
+    assert [node.kind for node in probe(Replacing(), torch.zeros(1, 4)).nodes if node.name] == ["layer"]
+
+
+def test_a_tensor_that_a_forward_left_in_the_model_does_no_harm() -> None:
+    model = Custom(lambda layer, x: layer(x))
+    model.cache = {"cpu": [model.layer.weight * 2]}
+    probe(model, torch.zeros(1, 4))
+    assert model.cache["cpu"][0].grad_fn is not None
+    twin = copy_of(model)
+    assert twin.cache["cpu"][0].is_leaf
+    assert twin.cache["cpu"][0] is not model.cache["cpu"][0]
+    assert torch.equal(twin.cache["cpu"][0], model.layer.weight * 2)
 
 
 @pytest.mark.parametrize(

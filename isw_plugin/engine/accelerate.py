@@ -1,6 +1,5 @@
 """A gated model that really skips: a copy as a graph of the engine's layers, each as fast as it was seen to be."""
 
-import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from isw_plugin.copies import copy_of
 from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
 from isw_plugin.engine.fit import Cost, fit, medians
 from isw_plugin.engine.layers import Layer, conv
@@ -213,7 +213,7 @@ def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backen
     Returns:
         The accelerated copy; where it cannot be exported, one that runs the masked copy and says so.
     """
-    masked = copy.deepcopy(model).eval().requires_grad_(False)
+    masked = copy_of(model).eval().requires_grad_(False)
     memory = memory_of(masked)
     assert memory is not None
     memory.enabled = True

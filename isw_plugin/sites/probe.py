@@ -4,7 +4,6 @@ Layers and norms are nodes; every other module is seen through, down to the oper
 custom activation modules and functional code look alike.
 """
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from isw_plugin.copies import copy_of
 from isw_plugin.errors import ProbeError
 
 __all__ = [
@@ -156,7 +156,7 @@ def probe(model: nn.Module, inputs: Inputs) -> Graph:
             # Code that reads values (.item(), tables kept outside buffers) cannot run on meta.
             try:
                 real = tree_map_only(Tensor, _as_two_instances(device), inputs)
-                return _run(model, copy.deepcopy(model), real)
+                return _run(model, copy_of(model), real)
             except Exception as error:
                 shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
                 raise ProbeError(
@@ -181,7 +181,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return copy_of(model, memo)
 
 
 def _run(model: nn.Module, copied: nn.Module, inputs: Inputs) -> Graph:
@@ -205,7 +205,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def __init__(self, graph: Graph, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.graph = graph
-        self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        # An id is only unique while its tensor lives; a forward may replace a buffer (ConViT).
+        self.alive: list[Tensor] = [*model.parameters(), *model.buffers()]
+        self.constants = {id(tensor) for tensor in self.alive}
         self.owners = {
             id(parameter): name
             for name, module in model.named_modules()
@@ -213,7 +215,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             for parameter in module.parameters()
         }
         self.values: dict[tuple[int, int], int] = {}
-        self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self.stack: list[Call] = []
         self.inside: str | None = None  # the layer or norm that runs; it is one node
         self.handles = []

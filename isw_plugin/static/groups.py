@@ -1,6 +1,5 @@
 """Channels that must go together, by torch-pruning's dependency graph, and who reads them."""
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from isw_plugin.copies import copy_of
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.hooks import detach_hooks
 from isw_plugin.sites import Inputs
@@ -111,9 +111,9 @@ def remove(model: nn.Module, removals: Sequence[Removal], inputs: Inputs) -> Non
 
 def bare_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode without hooks of ours, all of it in the autograd graph."""
-    copied = copy.deepcopy(model)
-    detach_hooks(copied)
-    return copied.eval().requires_grad_(True)
+    bare = copy_of(model)
+    detach_hooks(bare)
+    return bare.eval().requires_grad_(True)
 
 
 def harmless(bare: nn.Module, removals: Sequence[Removal], inputs: Inputs) -> list[Removal]:
@@ -189,7 +189,7 @@ class _Zero:
 
 
 def _equal(bare: nn.Module, removals: Sequence[Removal], inputs: Inputs) -> bool:
-    zeroed, smaller = copy.deepcopy(bare), copy.deepcopy(bare)
+    zeroed, smaller = copy_of(bare), copy_of(bare)
     for removal in removals:
         for name, columns in removal.columns.items():
             layer = zeroed.get_submodule(name)

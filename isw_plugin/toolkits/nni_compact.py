@@ -1,6 +1,5 @@
 """From NNI's masks to a small model."""
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from isw_plugin.copies import copy_of
 from isw_plugin.errors import SettingError, UnsupportedError
 from isw_plugin.hooks import memory_of
 from isw_plugin.measure import measuring
@@ -113,7 +113,7 @@ def _fitting(module: nn.Module, target: str, mask: Tensor) -> Tensor:
 
 def _draft(model: nn.Module) -> nn.Module:
     """A copy in eval mode, without hooks of ours, all of it in the autograd graph."""
-    draft = copy.deepcopy(model).eval()
+    draft = copy_of(model).eval()
     if memory_of(draft) is not None:
         InstanceWisePruner.of(draft).remove()
     return draft.requires_grad_(True)
@@ -153,7 +153,7 @@ def _verified(draft: nn.Module, removals: list[Removal], inputs: Inputs) -> list
 
 
 def _harmless(draft: nn.Module, removals: Sequence[Removal], inputs: Inputs, expected: list[list[Tensor]]) -> bool:
-    smaller = copy.deepcopy(draft)
+    smaller = copy_of(draft)
     try:
         _remove(smaller, removals, inputs)
         found = [_outputs(smaller, trial) for trial in trials(inputs)]
