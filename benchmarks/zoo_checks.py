@@ -3,7 +3,6 @@
 Every step gives "ok", "skipped: why" (not counted as passed), or what went wrong.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from benchmarks.zoo_sites import unaccounted
 from benchmarks.zoo_subject import Failed, Subject, described, distance, gated, outcome, output, require
 from isw_plugin import InstanceWisePruner
+from isw_plugin.copies import copy_of
 from isw_plugin.hooks import column_keep, has_hooks, reader_parts
 
 __all__ = ["STEPS", "check"]
@@ -116,7 +116,7 @@ def one_by_one(subject: Subject) -> None:
     try:
         _compare_instances(subject.attached, subject.images, _TOLERANCE, subject.masked)
     except Failed:
-        model = copy.deepcopy(subject.model).double()
+        model = copy_of(subject.model).double()
         _compare_instances(InstanceWisePruner.of(model), subject.images.double(), 1e-9)
 
 

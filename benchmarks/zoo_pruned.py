@@ -1,6 +1,5 @@
 """Part (c) of the zoo: torch-pruning takes half of the channels first."""
 
-import copy
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.zoo_models import randomise
 from benchmarks.zoo_subject import described, flat
+from isw_plugin.copies import copy_of
 from isw_plugin.sites import LAYERS, find_sites
 
 __all__ = ["pruned"]
@@ -44,7 +44,7 @@ def pruned(model: nn.Module, images: Tensor, ratio: float = 0.5) -> tuple[nn.Mod
 def _pruned(model: nn.Module, images: Tensor, ratio: float, ignored: Sequence[nn.Module]) -> nn.Module:
     names = {module: name for name, module in model.named_modules()}
     width = flat(model(images), len(images)).shape
-    small = copy.deepcopy(model)
+    small = copy_of(model)
     with warnings.catch_warnings(action="ignore"), _within(SECONDS):
         pruner = tp.pruner.BasePruner(
             small,
