@@ -61,7 +61,7 @@ class Decay:
         return cls(reduction, float(lambda_), bool(ramp))
 
 
-DECAYS = ("none", "sum:1e-6", "sum:1e-5", "relative:0.1", "relative:0.3", "relative:1", "relative:0.3:ramp")
+DECAYS = ("none", "sum:1e-6", "sum:1e-5", "relative:0.3", "relative:1", "relative:3", "relative:1:ramp")
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/beyond"), help="folder for digits.json")
     parser.add_argument("--decays", type=Decay.parse, nargs="+", default=[Decay.parse(text) for text in DECAYS])
     parser.add_argument(
-        "--compared", type=Decay.parse, nargs="*", default=[Decay("relative", 0.3)], help="decays to compare scopes on"
+        "--compared", type=Decay.parse, nargs="*", default=[Decay("relative", 1.0)], help="decays to compare scopes on"
     )
     parser.add_argument("--per-site", nargs="*", default=[], help="networks to choose thresholds of single sites on")
     args = parser.parse_args(argv)
