@@ -9,6 +9,7 @@ from typing import Any
 import timm
 
 from benchmarks.zoo_models import smallest
+from benchmarks.zoo_sites import module_of
 
 __all__ = ["page", "summary", "verdict"]
 
@@ -42,6 +43,7 @@ def summary(records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in ("timm", "torch", "torch-pruning")},
         "sites": _sites(list(sites.values())),
+        "unlisted": sorted(set(map(module_of, timm.list_models())) - {model["module"] for model in models}),
         "models": sorted(
             models, key=lambda model: (model["model"].startswith("test_"), model["module"], model["model"])
         ),
@@ -128,6 +130,7 @@ def page(told: Mapping[str, Any], hardware: str = "") -> str:
             _LEGEND,
             "",
             *(_count(told["models"], part) for part in _PARTS),
+            *_about_unlisted(told["unlisted"]),
             "",
             "| module | model | layers | sites | " + " | ".join(_PARTS.values()) + " | note |",
             "|---|---|---|---|" + "---|" * len(_PARTS) + "---|",
@@ -200,6 +203,10 @@ def _count(models: Sequence[Mapping[str, Any]], part: str) -> str:
     if set(counts) <= {"not run"}:
         return f"- {_PARTS[part]}: not run"
     return f"- {_PARTS[part]}: {_listed(counts)}; of {counts.total()} modules"
+
+
+def _about_unlisted(modules: Sequence[str]) -> list[str]:
+    return [f"- nothing was run yet of {len(modules)} more modules: {', '.join(modules)}"] if modules else []
 
 
 def _row(model: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from benchmarks.zoo_graphs import check_engine, check_graphs
 from benchmarks.zoo_models import build, randomise, smallest
 from benchmarks.zoo_pruned import pruned
 from benchmarks.zoo_report import page, summary, verdict
-from benchmarks.zoo_sites import filled_twice, site_record, unaccounted
+from benchmarks.zoo_sites import filled_twice, module_of, site_record, unaccounted
 from benchmarks.zoo_subject import Failed, Subject
 from isw_plugin.engine.accelerate import Accelerated, Record
 from isw_plugin.hooks import has_hooks
@@ -302,6 +302,8 @@ def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
     assert "- gated: 1 ok, 0 skipped, 1 no, 0 not run; of 2 modules" in written
     assert "- engine: 1 ok, 0 skipped, 0 no, 1 not run; of 2 modules" in written
     assert "- graphs: not run" in written
+    unlisted = {module_of(name) for name in timm.list_models()} - {"resnet"}
+    assert f"- nothing was run yet of {len(unlisted)} more modules: {min(unlisted)}, " in written
     assert "| x | b |  |  | no | not run | not run | not run | gated: gate: hardly differs |" in written
     assert "| x | a |  |  | ok | ok | not run | not run | runs masked: no export |" in written
     layers, count = sites[0]["layers"], sites[0]["sites"]
