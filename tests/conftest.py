@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
@@ -225,6 +226,15 @@ def hooks_of(model: nn.Module) -> dict[str, tuple[tuple[object, ...], ...]]:
         )
         for name, module in model.named_modules()
     }
+
+
+def on_meta(name: str, **options: object) -> nn.Module:
+    """A model of timm's without weights, if it can be made so."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **options)
+    except RuntimeError:  # constructors of older timm compute with weights
+        return timm.create_model(name, **options)
 
 
 @pytest.fixture(params=NETS, ids=lambda kind: kind.__name__)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
-from torch import nn
+from conftest import on_meta
 
 from isw_plugin.sites import Found, default_inputs, find_sites
 
@@ -34,14 +33,6 @@ def rows() -> list[Row]:
 def require(model: str) -> None:
     if not timm.is_model(model) and tuple(map(int, timm.__version__.split(".")[:3])) < WRITTEN_FOR:
         pytest.skip(f"timm {timm.__version__} has no {model}")
-
-
-def on_meta(name: str) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return timm.create_model(name)
-    except RuntimeError:  # constructors of older timm compute with weights
-        return timm.create_model(name)
 
 
 def found(row: Row) -> Found:

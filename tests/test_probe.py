@@ -6,7 +6,7 @@ import weakref
 import pytest
 import timm
 import torch
-from conftest import Net, Plain, hooks_of, made
+from conftest import Net, Plain, hooks_of, made, on_meta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -210,8 +210,7 @@ EDITED = [
 
 @pytest.mark.parametrize(("name", "size"), EDITED)
 def test_an_edited_image_size_counts(name: str, size: int) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name, img_size=size, in_chans=1)
+    model = on_meta(name, img_size=size, in_chans=1)
     inputs = default_inputs(model)
     assert inputs.shape == (1, 1, size, size)
     assert probe(model, inputs).nodes
