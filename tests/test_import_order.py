@@ -11,7 +11,7 @@ import isw_plugin
 
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
-    {"errors", "ranks"},
+    {"errors", "ranks", "copies"},
     {"functional"},
     {"sites", "gates", "structure", "decay"},
     {"hooks"},
