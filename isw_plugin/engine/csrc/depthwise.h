@@ -253,12 +253,12 @@ class Depthwise {
   struct Task {
     int64_t n, worker;
   };
-  static constexpr int together_ = span_vectors;
+  static constexpr int planes_at_once = span_vectors;
 
   // A packed plane, of which whole vectors are read past the last pixel, or widened ones.
   int64_t packed_size() const {
     const int64_t size = a_.window.h * a_.window.w;
-    return larger(packing_.plane + span_vectors * lanes, size <= lanes ? together_ * size : size);
+    return larger(packing_.plane + span_vectors * lanes, size <= lanes ? planes_at_once * size : size);
   }
 
   // Kept channels, then dropped ones: turn by turn, every other branch would be guessed wrong.
@@ -268,7 +268,7 @@ class Depthwise {
     kept = std::lower_bound(kept, last, begin);
     last = std::lower_bound(kept, last, end);
     if (masks_.fits() && a_.window.oh * a_.window.ow <= lanes)
-      for (; last - kept >= together_; kept += together_) compute_lines<act, together_>(task, kept);
+      for (; last - kept >= planes_at_once; kept += planes_at_once) compute_lines<act, planes_at_once>(task, kept);
     for (; kept < last; ++kept) {
       prefetch_plane(task, kept[1]);
       compute_plane<act>(task, kept);
