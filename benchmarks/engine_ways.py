@@ -127,7 +127,7 @@ def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> 
         output = fast(images)
     error = ((output - model(images)).abs().max() / output.abs().max()).item()
     macs = count_macs(fast, images)
-    all_kept = _all_kept(pruner, images)
+    all_kept = _all_kept(pruner, images, fast)
     runs: dict[str, Run] = {
         "floor": _floor(pruner, images),
         "all kept": lambda: all_kept(images),
@@ -139,18 +139,20 @@ def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> 
 
 def _automatic(fast: Accelerated) -> str:
     """What accelerate would have taken by what it timed."""
-    gated, dense = fast.fitted.gated, fast.fitted.dense
-    return fast.execution if gated is None or dense is None or gated < dense else "dense"
+    return "dense" if fast.execution == "accelerated" and not fast.fitted.wins else fast.execution
 
 
-def _all_kept(pruner: InstanceWisePruner, images: Tensor) -> Accelerated:
-    """The same graph with gates that drop nothing; those with beta = 0 would be taken out."""
+def _all_kept(pruner: InstanceWisePruner, images: Tensor, fast: Accelerated) -> Accelerated:
+    """The same layers with gates that drop nothing; those with beta = 0 would be taken out."""
     gates = dict(pruner._memory.gates)
     try:
         pruner._memory.gates = {name: _open(gate) for name, gate in gates.items()}
-        return pruner.accelerate(images, backend="gated")
+        opened = pruner.accelerate(images, backend="gated")
     finally:
         pruner._memory.gates = gates
+    opened.choices = fast.choices
+    opened.plans.clear()
+    return opened
 
 
 def _open(gate: Gate) -> Gate:

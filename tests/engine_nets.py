@@ -239,11 +239,11 @@ def clock(*winners: str) -> Medians:
 
 
 def whole_clock(winner: str) -> Medians:
-    """Instead of timing the gated model and the dense one in both layouts."""
+    """Instead of timing the gated model, the same with everything kept, and the dense one in its layouts."""
 
     def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
         for run in runs:
             run()
-        return [1e-3 if winner == "gated" else 4e-3, 3e-3, 2e-3]
+        return [*([1e-3, 2e-3] if winner == "gated" else [4e-3, 4e-3]), 3e-3, 2e-3][: len(runs)]
 
     return medians

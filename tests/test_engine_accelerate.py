@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -255,13 +256,45 @@ def test_auto_takes_the_faster_and_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     net, images = seeded(Down), images_for(seeded(Down))
     pruner, fast = accelerated(net, images, backend="auto")
     assert fast.execution == "accelerated"
-    assert fast.summary().splitlines()[-1].startswith("accelerated: gated 1.00 ms, best dense form 2.00 ms (batch 6, ")
+    times = "gated 1.00 ms, with all channels kept 2.00 ms, best dense form 2.00 ms"
+    assert fast.summary().splitlines()[-1].startswith(f"accelerated: {times} (batch 6, ")
     set_clock(monkeypatch, "dense")
     slow = pruner.accelerate(images, backend="auto")
     assert slow.execution == "dense"
-    assert slow.summary().splitlines()[-1].startswith("dense: gated 4.00 ms, best dense form 2.00 ms (batch 6, ")
+    times = "gated 4.00 ms, with all channels kept 4.00 ms, best dense form 2.00 ms"
+    assert slow.summary().splitlines()[-1].startswith(f"dense: {times} (batch 6, ")
     assert_close(slow(images), gates_off(pruner, images))
     assert pruner.accelerate(images, backend="gated").execution == "accelerated"
+
+
+@pytest.mark.parametrize(
+    ("all_kept", "skipping", "execution"),
+    [
+        ([2.3e-3], 6, "accelerated"),  # 1.15 of the dense form
+        ([2.4e-3, 2.2e-3], 5, "accelerated"),  # a layer risks 0.5 ms
+        ([3.6e-3, 2.2e-3], 3, "accelerated"),
+        (6 * [2.4e-3], 1, "dense"),
+    ],
+)
+def test_layers_run_dense_until_little_is_lost_with_everything_kept(
+    all_kept: list[float], skipping: int, execution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def whole(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
+        return [1e-3, all_kept.pop(0), 2e-3, 3e-3][: len(runs)]
+
+    def layer(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
+        return [2e-3, 2.5e-3, 1e-3][: len(runs)] if len(runs) == 3 else [2e-3, 2e-3]  # the stem risks nothing
+
+    monkeypatch.setattr(fit, "medians", layer)
+    monkeypatch.setattr(module, "medians", whole)
+    net, images = seeded(Down), images_for(seeded(Down))
+    pruner, fast = accelerated(net, images, backend="auto")
+    assert all_kept == []
+    assert sum(fast.choices.values()) == skipping
+    assert fast.execution == execution
+    assert fast.fitted.wins is (execution == "accelerated")
+    if execution == "accelerated":
+        assert assert_runs_as_masked(fast, pruner, (images,)).any()
 
 
 def test_each_layer_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Net, Plain, Residual, SqueezeExcite, made
+from engine_nets import whole_clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -342,7 +343,7 @@ def _engine_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
         return [2e-3, 1e-3, 5e-4][: len(runs)]
 
     monkeypatch.setattr(fit, "medians", medians)
-    monkeypatch.setattr(whole, "medians", medians)
+    monkeypatch.setattr(whole, "medians", whole_clock("gated"))
 
 
 def modules_of(fast: Accelerated, kind: type[torch.nn.Module]) -> list[torch.nn.Module]:

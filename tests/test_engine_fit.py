@@ -1,5 +1,6 @@
 """The cost model, with a clock that the tests turn."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from isw_plugin.engine import cpu, fit
 from isw_plugin.engine.execution import DenseConv, GatedConv
-from isw_plugin.engine.fit import Cost, medians
+from isw_plugin.engine.fit import Cost, medians, spare
 from isw_plugin.engine.simplify import simplify
 from isw_plugin.engine.trace import trace
 
@@ -59,19 +60,39 @@ def test_short_runs_are_repeated(clock: Clock) -> None:
     assert clock.log.count("c") == 1 + 2 * (1 + 100)
 
 
+def test_what_a_layer_gains_and_risks() -> None:
+    cost = Cost("a", 0.5, dense=2.0, gated_all=2.5, gated=1.25)
+    assert (cost.gain, cost.risk) == (0.75, 0.5)
+    without = Cost("a", 1.0, dense=2.0, gated_all=None, gated=None)
+    assert (without.gain, without.risk) == (-math.inf, math.inf)
+
+
+def cost(gain: float, risk: float) -> Cost:
+    return Cost("", 0.5, 10.0, 10 + risk, 10 - gain)
+
+
+COSTS = {"a": cost(4, 2), "b": cost(1, 1), "c": cost(3, 4), "safe": cost(0, -1), "even": cost(1, 0)}
+
+
 @pytest.mark.parametrize(
-    ("gated", "all_kept", "skips"),
+    ("excess", "left"),
     [
-        (None, None, False),
-        (1.0, 1.0, True),
-        (2.0, 2.0, True),
-        (2.1, 2.1, False),
-        (1.0, 2.2, True),
-        (1.0, 2.4, False),  # much slower should every channel be kept
+        (-1, ["a", "b", "c", "safe", "even"]),
+        (0, ["a", "b", "c", "safe", "even"]),
+        (0.5, ["a", "b", "safe", "even"]),  # c gains least for what it risks
+        (4, ["a", "b", "safe", "even"]),
+        (4.5, ["a", "safe", "even"]),
+        (6, ["safe", "even"]),
+        (99, ["safe", "even"]),  # dense ones would take as long, or longer
     ],
 )
-def test_a_layer_skips_where_that_is_no_slower(gated: float | None, all_kept: float | None, skips: bool) -> None:
-    assert Cost("a", 0.5, 2.0, all_kept, gated).skips is skips
+def test_layers_that_gain_least_for_their_risk_go_dense_first(excess: float, left: list[str]) -> None:
+    assert spare(COSTS, list(COSTS), excess) == left
+
+
+def test_layers_that_are_dense_already_save_nothing_more() -> None:
+    assert spare(COSTS, ["b", "a"], 1.5) == []
+    assert spare(COSTS, ["b", "a"], 1.0) == ["a"]
 
 
 def seconds(*given: float) -> Any:
@@ -129,4 +150,4 @@ def test_every_layer_gets_the_modules_that_were_timed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cpu, "load", lambda: False)
     for cost, modules in fit.fit(graph, [images]).values():
         assert list(modules) == ["dense"]
-        assert (cost.dense, cost.gated_all, cost.gated, cost.skips) == (5.0, None, None, False)
+        assert (cost.dense, cost.gated_all, cost.gated) == (5.0, None, None)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from isw_plugin import InstanceWisePruner
 from isw_plugin.engine.execution import DenseConv, GatedConv
 from isw_plugin.engine.layers import Layer, conv, mask
-from isw_plugin.engine.lower import Decision, lower, lower_dense
+from isw_plugin.engine.lower import Decision, lower, lower_all_kept, lower_dense
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import trace
 
@@ -89,6 +89,24 @@ def test_other_gates_are_given_as_masks_and_norms() -> None:
     for site, keep, norms in zip(SITES, given[::2], given[1::2], strict=True):
         assert torch.equal(keep, pruner.keep[site])
         assert_close(norms, pruner.norms[site])
+
+
+@pytest.mark.parametrize("scope", ["all", "consumers"])
+@pytest.mark.parametrize("options", [{}, {"gate": above}], ids=["statistics", "masks"])
+def test_the_same_graph_with_everything_kept(options: Any, scope: str) -> None:
+    net = seeded(Downsampled)
+    images = images_for(net)
+    graph, pruner = simplified(net, images, scope=scope, **options)
+    modules = executions(graph, images, ("a1",))
+    wanted, _ = lower(graph, modules, 1, SITES)
+    lowered = lower_all_kept(graph, modules, 1, SITES)
+    ones = aten.ones_like.default
+    assert [target for target in targets(lowered) if target is not ones] == targets(wanted)
+    pruner.disable()
+    with torch.no_grad():
+        output, *_ = lowered(images)
+        assert_close(output, net(images))
+        assert (wanted(images)[0] - output).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

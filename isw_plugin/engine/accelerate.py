@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from isw_plugin.copies import copy_of
 from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
-from isw_plugin.engine.fit import Cost, fit, medians
+from isw_plugin.engine.fit import Cost, fit, medians, spare
 from isw_plugin.engine.layers import Layer, conv
-from isw_plugin.engine.lower import Decision, lower, lower_dense
+from isw_plugin.engine.lower import Decision, lower, lower_all_kept, lower_dense
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import arguments, trace
 from isw_plugin.errors import UnsupportedError
@@ -28,6 +28,7 @@ __all__ = ["BACKENDS", "Accelerated", "Fitted", "Plan", "Record", "accelerate"]
 BACKENDS = ("auto", "gated", "dense")
 _ROUNDS = 7
 _SECONDS = 25e-3
+_WORST = 1.15  # times the best dense form, with every channel kept
 
 
 class Record:
@@ -88,7 +89,8 @@ class Fitted:
         instances: In the batch.
         threads: CPU threads of torch.
         costs: Of every convolution, in the order of execution.
-        dense, gated: Of the whole model in its best dense form, and with its gates; None: not measured.
+        dense, gated, all_kept: Of the whole model in its best dense form, with its gates, and with gates that drop
+            nothing; None: not measured.
     """
 
     instances: int
@@ -96,6 +98,14 @@ class Fitted:
     costs: list[Cost] = field(default_factory=list)
     dense: float | None = None
     gated: float | None = None
+    all_kept: float | None = None
+
+    @property
+    def wins(self) -> bool:
+        """Whether gates gain, and lose little should every channel be kept."""
+        if self.dense is None or self.gated is None or self.all_kept is None:
+            return False
+        return self.gated < self.dense and self.all_kept <= _WORST * self.dense
 
 
 class Accelerated(nn.Module):
@@ -160,9 +170,14 @@ class Accelerated(nn.Module):
 
     def _conclusion(self) -> str:
         where = f"batch {self.fitted.instances}, {self.fitted.threads} threads"
-        if self.fitted.dense is None or self.fitted.gated is None:
+        seconds = {
+            "gated": self.fitted.gated,
+            "with all channels kept": self.fitted.all_kept,
+            "best dense form": self.fitted.dense,
+        }
+        if None in seconds.values():
             return f"{self.execution}{': ' if self.reason else ''}{self.reason} ({where})"
-        times = f"gated {1e3 * self.fitted.gated:.2f} ms, best dense form {1e3 * self.fitted.dense:.2f} ms"
+        times = ", ".join(f"{form} {1e3 * taken:.2f} ms" for form, taken in seconds.items() if taken is not None)
         return f"{self.execution}: {times} ({where})"
 
     def train(self, mode: bool = True) -> Self:
@@ -244,6 +259,9 @@ class _Traced:
         graph, decisions = lower(self.graph, executions, self.count, self.sites)
         return Plan(graph, self.outputs, self.count, decisions)
 
+    def all_kept(self, executions: dict[str, nn.Module]) -> Plan:
+        return Plan(lower_all_kept(self.graph, executions, self.count, self.sites), self.outputs, self.count, [])
+
     def dense(self, executions: dict[str, nn.Module], channels_last: bool = True) -> Plan:
         return Plan(lower_dense(self.graph, executions, self.count, channels_last), self.outputs, self.count, [])
 
@@ -265,19 +283,25 @@ class _Traced:
 def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], dict[str, Any]], backend: str) -> None:
     flat = pytree.tree_leaves(inputs)
     fitted = fit(traced.graph, flat)
-    costs = [cost for cost, _ in fitted.values()]
-    modules = {name: modules for name, (_, modules) in fitted.items()}
-    chosen = {name: "gated" if cost.skips else "dense" for name, (cost, _) in fitted.items()}
-    gated = traced.gated({name: modules[name][way] for name, way in chosen.items()})
-    all_dense = {name: ways["dense"] for name, ways in modules.items()}
-    plans = [gated, *(traced.dense(all_dense, channels_last) for channels_last in (False, True))]
-    seconds = medians([partial(plan.graph, *flat) for plan in plans], _ROUNDS, _SECONDS)
-    best, dense = min(zip(seconds[1:], plans[1:], strict=True), key=lambda timed: timed[0])
-    fast.choices = {cost.layer: cost.skips for cost in costs}
-    fast.fitted = Fitted(_instances(flat), torch.get_num_threads(), costs, best, seconds[0])
-    wins = backend == "gated" or (backend == "auto" and seconds[0] < best)
+    costs = {name: cost for name, (cost, _) in fitted.items()}
+    all_dense = {name: modules["dense"] for name, (_, modules) in fitted.items()}
+    skipping = [name for name, cost in costs.items() if cost.gain >= 0]
+    dense = [traced.dense(all_dense, channels_last) for channels_last in (False, True)]
+    while True:
+        executions = all_dense | {name: fitted[name][1]["gated"] for name in skipping}
+        gated = traced.gated(executions)
+        plans = [gated, traced.all_kept(executions), *dense]
+        seconds = medians([partial(plan.graph, *flat) for plan in plans], _ROUNDS, _SECONDS)
+        best, best_dense = min(zip(seconds[2:], dense, strict=True), key=lambda timed: timed[0])
+        fewer = spare(costs, skipping, seconds[1] - _WORST * best)
+        if fewer == skipping:
+            break
+        skipping, dense = fewer, [best_dense]
+    fast.choices = {cost.layer: name in skipping for name, cost in costs.items()}
+    fast.fitted = Fitted(_instances(flat), torch.get_num_threads(), list(costs.values()), best, *seconds[:2])
+    wins = backend == "gated" or (backend == "auto" and fast.fitted.wins)
     fast.execution = "accelerated" if wins else "dense"
-    fast.plans[_form(*inputs)] = gated if wins else dense
+    fast.plans[_form(*inputs)] = gated if wins else best_dense
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,8 +1,9 @@
 """The cost model: for every convolution, the time of the dense layer and of the gated one as a + b * kept channels."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,10 @@ from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
 from isw_plugin.engine.layers import Layer, conv
 from isw_plugin.engine.simplify import constants_of
 
-__all__ = ["Cost", "fit", "medians"]
+__all__ = ["Cost", "fit", "medians", "spare"]
 
 _ROUNDS = 5
 _SECONDS = 1e-3  # a timing repeats a layer for about this long
-_WORST = 1.15  # times the dense layer, with every channel kept
 _FEW = 0.25  # the second share of kept channels that the line is fitted through
 
 
@@ -30,7 +30,6 @@ class Cost:
         keep_ratio: Share of its input's channels that were kept; 1 where nothing gates it.
         dense: All channels; dropped ones are set to zero first.
         gated_all, gated: The engine's kernel with every channel kept, and at ``keep_ratio``; None: it has none.
-        skips: Whether the engine's kernel was chosen.
     """
 
     layer: str
@@ -40,11 +39,14 @@ class Cost:
     gated: float | None
 
     @property
-    def skips(self) -> bool:
-        """Where it is faster, and not much slower should every channel be kept."""
-        if self.gated is None or self.gated_all is None:
-            return False
-        return self.gated <= self.dense and self.gated_all <= _WORST * self.dense
+    def gain(self) -> float:
+        """Seconds that the engine's kernel saves at the keep ratio; below 0 where the dense layer is the faster."""
+        return self.dense - self.gated if self.gated is not None else -math.inf
+
+    @property
+    def risk(self) -> float:
+        """Seconds that it loses should every channel be kept; below 0 where it is the faster even then."""
+        return self.gated_all - self.dense if self.gated_all is not None else math.inf
 
 
 def fit(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, tuple[Cost, dict[str, nn.Module]]]:
@@ -124,6 +126,21 @@ def _gated(module: nn.Module, read: _Read, share: float) -> Callable[[], object]
         draw = torch.rand(read.keep.shape, generator=torch.Generator().manual_seed(0))
         forced = draw.argsort(1) < share * read.keep.shape[1]
     return lambda: module(read.x, forced, 0.0, 0.0, read.residual, read.residual_keep, 0.0, 0.0)
+
+
+def spare(costs: Mapping[str, Cost], skipping: Collection[str], excess: float) -> list[str]:
+    """Which layers go on skipping, so that the model takes ``excess`` seconds less with every channel kept.
+
+    Those go back to their dense form first that gain least for what they risk.
+    """
+    risky = sorted((name for name in skipping if costs[name].risk > 0), key=lambda n: costs[n].gain / costs[n].risk)
+    dense = set()
+    for name in risky:
+        if excess <= 0:
+            break
+        dense.add(name)
+        excess -= costs[name].risk
+    return [name for name in skipping if name not in dense]
 
 
 def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:

@@ -16,7 +16,7 @@ from isw_plugin.engine.execution import GatedConv
 from isw_plugin.engine.layers import conv, mask
 from isw_plugin.engine.reference import DTYPES
 
-__all__ = ["Decision", "lower", "lower_dense"]
+__all__ = ["Decision", "lower", "lower_all_kept", "lower_dense"]
 
 _isw, _aten = torch.ops.isw, torch.ops.aten
 _LAST = torch.channels_last
@@ -43,12 +43,16 @@ def lower(
         A graph that gives the outputs, then one tensor or two for every site (see ``Decision``).
     """
     lowering = _Lowering(graph_module, executions)
-    lowering.replace_layers()
-    decisions = lowering.replace_outputs(outputs, sites)
-    lowering.replace_decisions()
-    lowering.replace_masks()
-    lowering.replace_pools()
-    return lowering.finish(), decisions
+    return lowering.gated(outputs, sites)
+
+
+def lower_all_kept(
+    graph_module: fx.GraphModule, executions: Mapping[str, nn.Module], outputs: int, sites: list[str]
+) -> fx.GraphModule:
+    """The gated graph as ``lower`` makes it, but that its gates drop nothing: the most that it takes."""
+    lowering = _Lowering(graph_module, executions)
+    lowering.keep_all()
+    return lowering.gated(outputs, sites)[0]
 
 
 def lower_dense(
@@ -76,6 +80,14 @@ class _Lowering:
         self.source = graph_module
         self.squares: dict[fx.Node, fx.Node] = {}  # by map
         self.keeps: dict[fx.Node, fx.Node] = {}  # by decision
+
+    def gated(self, outputs: int, sites: list[str]) -> tuple[fx.GraphModule, list[Decision]]:
+        self.replace_layers()
+        decisions = self.replace_outputs(outputs, sites)
+        self.replace_decisions()
+        self.replace_masks()
+        self.replace_pools()
+        return self.finish(), decisions
 
     def finish(self) -> fx.GraphModule:
         self.sweep()
@@ -193,6 +205,16 @@ class _Lowering:
             masked.meta = dict(node.meta)
             node.replace_all_uses_with(masked)
             self.graph.erase_node(node)
+
+    def keep_all(self) -> None:
+        for node in self._calls(_isw.decide.default):
+            node.args = (*node.args[:3], 0.0)
+        readers = [(node, node.args[4:6]) for node in self._calls(conv)]
+        readers += [(node, node.args[1:2]) for node in self._calls(mask)]
+        for node, keeps in readers:
+            for keep in {keep for keep in keeps if keep is not None and keep.target is not _isw.decide.default}:
+                with self.graph.inserting_before(node):
+                    node.replace_input_with(keep, self.graph.call_function(_aten.ones_like.default, (keep,)))
 
     def open_gates(self) -> None:
         for node in self._calls(conv):
