@@ -3,7 +3,8 @@
     python -m benchmarks.engine --quick                      # under two minutes: batch 8, no compiling
     python -m benchmarks.engine --out docs/results/engine    # everything; what is in the table already is left out
 
-Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios).
+Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios). The first call of each
+turn is not counted: it finds memory and caches as another network left them.
 best eager: the faster of NCHW and channels_last; prepacked: batch norms folded, weights reordered once by oneDNN,
 channels_last; compiled: torch.compile with freezing; floor: the convolutions alone, each dense and prepacked on a ready
 map of as many channels as gates kept on average; all kept: the accelerated model with gates that drop nothing;

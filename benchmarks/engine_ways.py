@@ -13,16 +13,15 @@ from benchmarks.networks import gate_at, gate_by, network
 from isw_plugin import InstanceWisePruner, count_macs
 from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.engine.execution import DenseConv
+from isw_plugin.engine.fit import turns
 from isw_plugin.engine.layers import Layer, conv
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import trace
 from isw_plugin.gates import Gate
-from isw_plugin.measure.latency import timed
 
 __all__ = ["TRAINED", "Row", "measure"]
 
-CPU = torch.device("cpu")
-SECONDS = 0.02  # a timing repeats a short run for about this long
+SECONDS = 0.04  # a timing repeats a short run for about this long
 TRAINED = "trained"  # instead of a keep ratio: the masks of a trained network
 Run = Callable[[], object]
 
@@ -71,7 +70,7 @@ def measure(name: str, side: int, batch: int, masks: Sequence[float | str], roun
     Args:
         name: See ``networks.network``.
         masks: Keep ratios, and TRAINED for the decisions stored with the network.
-        rounds: Timed, after two that warm up.
+        rounds: Timed, after one that warms up; the first call of every turn is not counted.
         compiles: Whether torch.compile with freezing is among the dense ways.
 
     Returns:
@@ -83,7 +82,7 @@ def measure(name: str, side: int, batch: int, masks: Sequence[float | str], roun
         gatings = {str(ratio): _gating(model, images, ratio, name) for ratio in masks}
         dense = _dense(model, images, compiles)
         runs = dense | {f"{way} {key}": run for key, gating in gatings.items() for way, run in gating.runs.items()}
-        seconds = _in_turns(runs, rounds)
+        seconds = dict(zip(runs, turns(list(runs.values()), rounds, SECONDS), strict=True))
     return [_row((name, side, batch, key), gating, list(dense), seconds) for key, gating in gatings.items()]
 
 
@@ -192,16 +191,6 @@ def _compact(layer: Layer, x: Tensor, keep: Tensor | None) -> tuple[DenseConv, T
     elif not grouped:
         layer = dataclasses.replace(layer, weight=layer.weight[:, :count].contiguous())
     return DenseConv(layer, x), x
-
-
-def _in_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    repeats = {name: max(1, int(SECONDS / timed(run, CPU)[1])) for name, run in runs.items()}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 2):
-        for name, run in runs.items():
-            seconds = timed(lambda run=run, name=name: [run() for _ in range(repeats[name])], CPU)[1]  # type: ignore[misc]
-            taken[name].append(seconds / repeats[name])
-    return {name: column[2:] for name, column in taken.items()}  # the first two warm up
 
 
 def _row(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isw_plugin.engine import cpu, fit
 from isw_plugin.engine.execution import DenseConv, GatedConv
-from isw_plugin.engine.fit import Cost, medians, spare
+from isw_plugin.engine.fit import Cost, medians, spare, turns
 from isw_plugin.engine.simplify import simplify
 from isw_plugin.engine.trace import trace
 
@@ -46,15 +46,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_medians_are_over_rounds_in_which_runs_take_turns(clock: Clock) -> None:
-    runs = [clock.run("a", 9.0, 9.0, 1.0, 2.0, 6.0), clock.run("b", 3.0)]
+    runs = [clock.run("a", 9.0, 9.0, 9.0, 9.0, 1.0, 9.0, 2.0, 9.0, 6.0), clock.run("b", 3.0)]
     assert medians(runs, 3, 1e-3) == [2.0, 3.0]
-    assert "".join(clock.log) == "ab" + 4 * "ab"  # once to see how long it takes, one round to warm up
+    # Once to see how long it takes, one round to warm up; the first call of a turn is not counted.
+    assert "".join(clock.log) == "ab" + 4 * "aabb"
+
+
+def test_turns_keep_every_round(clock: Clock) -> None:
+    assert turns([clock.run("a", *(9.0,) * 4, 1.0, 9.0, 2.0), clock.run("b", 3.0)], 2, 1e-3) == [[1.0, 2.0], [3.0, 3.0]]
 
 
 def test_short_runs_are_repeated(clock: Clock) -> None:
     assert medians([clock.run("a", 0.25), clock.run("b", 2.0)], 2, 1.0) == [0.25, 2.0]
     assert clock.log.count("a") == 1 + 3 * (1 + 4)  # one before every turn
-    assert clock.log.count("b") == 1 + 3 * 1
+    assert clock.log.count("b") == 1 + 3 * (1 + 1)
     clock.log.clear()
     medians([clock.run("c", 0.0)], 1, 1.0)
     assert clock.log.count("c") == 1 + 2 * (1 + 100)

@@ -26,7 +26,7 @@ from isw_plugin.sites import Inputs, Site
 __all__ = ["BACKENDS", "Accelerated", "Fitted", "Plan", "Record", "accelerate"]
 
 BACKENDS = ("auto", "gated", "dense")
-_ROUNDS = 7
+_ROUNDS = 5
 _SECONDS = 25e-3
 _WORST = 1.15  # times the best dense form, with every channel kept
 

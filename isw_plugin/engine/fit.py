@@ -14,7 +14,7 @@ from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
 from isw_plugin.engine.layers import Layer, conv
 from isw_plugin.engine.simplify import constants_of
 
-__all__ = ["Cost", "fit", "medians", "spare"]
+__all__ = ["Cost", "fit", "medians", "spare", "turns"]
 
 _ROUNDS = 5
 _SECONDS = 1e-3  # a timing repeats a layer for about this long
@@ -144,9 +144,14 @@ def spare(costs: Mapping[str, Cost], skipping: Collection[str], excess: float) -
 
 
 def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
-    """Seconds of each run, median over rounds in which they take turns; short ones are repeated.
+    """Seconds of each run, median over ``turns``."""
+    return [statistics.median(taken) for taken in turns(runs, rounds, least)]
 
-    The first of repeated calls is not counted: it finds caches, and memory that malloc gave back, as another left them.
+
+def turns(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[list[float]]:
+    """Seconds of each run in every round, in which they take turns; short ones are repeated.
+
+    The first call of a turn is not counted: it finds caches, and memory that malloc gave back, as another left them.
 
     Args:
         rounds: Timed rounds, after one that warms up.
@@ -154,12 +159,11 @@ def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> 
     """
     repeats = [max(1, min(100, int(least / max(_seconds(run, 1), 1e-7)))) for run in runs]
     taken = [[_turn(run, count) for run, count in zip(runs, repeats, strict=True)] for _ in range(rounds + 1)]
-    return [statistics.median(column) for column in zip(*taken[1:], strict=True)]
+    return [list(column) for column in zip(*taken[1:], strict=True)]
 
 
 def _turn(run: Callable[[], object], repeats: int) -> float:
-    if repeats > 1:
-        run()
+    run()
     return _seconds(run, repeats)
 
 
