@@ -87,7 +87,10 @@ def randomise(model: nn.Module, images: Tensor) -> None:
 
 
 def _settle(model: nn.Module, images: Tensor) -> None:
-    """Set running statistics to those of the images, so that activations keep their size through deep models."""
+    """Set running statistics to those of the images, so that activations keep their size through deep models.
+
+    A channel that hardly varies gets a tenth of the mean variance: its own would multiply rounding by hundreds.
+    """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -95,4 +98,6 @@ def _settle(model: nn.Module, images: Tensor) -> None:
     model.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        if norm.running_var is not None:
+            norm.running_var.clamp_(min=0.1 * norm.running_var.mean().item())
     model.eval()

@@ -162,6 +162,20 @@ def test_an_accelerated_model_that_decides_something_else_is_seen(monkeypatch: p
     assert check_engine(net, net.images(2))["accelerate"].startswith("decisions differ at ['c1'")
 
 
+class Chaos(nn.Module):
+    """A map that rounding alone decides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(1e9 * x)
+
+
+def test_a_model_whose_decisions_rounding_turns_is_skipped() -> None:
+    layers = nn.Conv2d(3, 32, 3), Chaos(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 5, 1), nn.Flatten()
+    images = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    result = check_engine(nn.Sequential(*layers).eval(), images)["accelerate"]
+    assert result == "skipped: the masked model in float64 decides otherwise too"
+
+
 def test_a_gated_model_whose_graph_gives_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def eager(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: model(x) + has_hooks(model)
