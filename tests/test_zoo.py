@@ -215,12 +215,15 @@ def test_random_weights_make_strong_and_weak_channels_that_the_output_depends_on
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
     nn.init.zeros_(model[-1].weight)  # as some heads start
+    nn.init.zeros_(model[0].weight[3])
     images = torch.randn(2, 3, 4, 4)
     randomise(model, images)
     assert not model.training
     assert model[1].momentum == 0.1
     assert not torch.equal(model[1].running_mean, torch.zeros(16))
-    rows = model[0].weight.flatten(1).norm(dim=1)
+    others = [channel for channel in range(16) if channel != 3]
+    assert 0.05 * model[1].running_var.mean() < model[1].running_var[3] <= model[1].running_var[others].min()
+    rows = model[0].weight[others].flatten(1).norm(dim=1)
     assert rows.max() > 3 * rows.min()
     first, second = model(images)
     assert not torch.equal(first, second)
