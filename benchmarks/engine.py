@@ -4,7 +4,8 @@
     python -m benchmarks.engine --out docs/results/engine    # everything; what is in the table already is left out
 
 Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios). The first call of each
-turn is not counted: it finds memory and caches as another network left them.
+turn is not counted: it finds memory and caches as another network left them. Rounds count that other guests of the
+machine did not disturb (benchmarks/steady.py): "steady" says how many there were, "x, all rounds" what all give.
 best eager: the faster of NCHW and channels_last; prepacked: batch norms folded, weights reordered once by oneDNN,
 channels_last; compiled: torch.compile with freezing; floor: the convolutions alone, each dense and prepacked on a ready
 map of as many channels as gates kept on average; all kept: the accelerated model with gates that drop nothing;
@@ -26,6 +27,7 @@ import torch
 
 from benchmarks.engine_ways import TRAINED, Row, measure
 from benchmarks.networks import NETWORKS, trained_networks
+from benchmarks.steady import Probe
 from isw_plugin.engine import cpu
 from isw_plugin.measure import hardware
 
@@ -33,7 +35,7 @@ __all__ = ["line", "main", "write"]
 
 HEADER = (
     "network side batch masks | keep | best eager ms | prepacked ms | compiled ms | floor ms | all kept ms | "
-    "gated ms | x best dense | bound | share | all kept / dense | gated / floor | error | auto"
+    "gated ms | x best dense | bound | share | all kept / dense | gated / floor | x, all rounds | error | auto | steady"
 )
 
 
@@ -42,8 +44,9 @@ def line(row: Row) -> str:
     times = (row.best_eager, row.prepacked, row.compiled, row.floor, row.all_kept, row.gated)
     cells = [f"{row.network} {row.side} b{row.batch} {row.masks}", f"{row.keep:.2f}"]
     cells += ["-" if time is None else f"{time:.2f}" for time in times]
-    ratios = (row.speedup, row.bound, row.share, row.all_kept_over_dense, row.gated_over_floor)
-    return f"| {' | '.join([*cells, *(f'{r:.2f}' for r in ratios), f'{row.error:.0e}', row.execution])} |"
+    ratios = (row.speedup, row.bound, row.share, row.all_kept_over_dense, row.gated_over_floor, row.all_rounds)
+    about = (f"{row.error:.0e}", row.execution, f"{row.steady}")
+    return f"| {' | '.join([*cells, *(f'{ratio:.2f}' for ratio in ratios), *about])} |"
 
 
 def facts(rounds: int) -> dict[str, Any]:
@@ -58,9 +61,10 @@ def facts(rounds: int) -> dict[str, Any]:
 
 
 def read(out: Path | None) -> list[Row]:
-    """The rows of a table that was begun."""
+    """The rows of a table that was begun; those without a steady round are to be taken again."""
     path = out / "engine.json" if out else None
-    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path and path.exists() else []
+    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path and path.exists() else []
+    return [row for row in rows if row.steady]
 
 
 def write(rows: Sequence[Row], rounds: int, out: Path) -> None:
@@ -132,9 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", sep="\n", flush=True)
     rows = read(args.out)
     known = {(row.network, row.side, row.batch, row.masks) for row in rows}
+    probe = Probe()
     for name, side, batch, masks in _settings(args):
         missing = [ratio for ratio in masks if (name, side, batch, str(ratio)) not in known]
-        for row in measure(name, side, batch, missing, args.rounds, not args.no_compile) if missing else ():
+        for row in measure(name, side, batch, missing, args.rounds, not args.no_compile, probe) if missing else ():
             print(line(row), flush=True)
             rows.append(row)
         if args.out and missing:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.networks import gate_at, gate_by, network
+from benchmarks.steady import Probe, taken_rounds
 from isw_plugin import InstanceWisePruner, count_macs
 from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.engine.execution import DenseConv
-from isw_plugin.engine.fit import turns
 from isw_plugin.engine.layers import Layer, conv
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import trace
@@ -21,14 +21,20 @@ from isw_plugin.gates import Gate
 
 __all__ = ["TRAINED", "Row", "measure"]
 
-SECONDS = 0.04  # a timing repeats a short run for about this long
+_SECONDS = 0.04  # a timing repeats a short run for about this long
+_PATIENCE = 20.0  # seconds to wait for other guests of the machine
 TRAINED = "trained"  # instead of a keep ratio: the masks of a trained network
 Run = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table; times in milliseconds a batch, ratios are medians of per-round ones."""
+    """One line of the table; times in milliseconds a batch, ratios are medians of per-round ones.
+
+    Attributes:
+        steady: Rounds in which nothing else disturbed (``benchmarks.steady``); figures are of these, if there are any.
+        all_rounds: ``speedup`` over all rounds.
+    """
 
     network: str
     side: int
@@ -47,6 +53,8 @@ class Row:
     gated_over_floor: float
     error: float
     execution: str
+    steady: int
+    all_rounds: float
 
     @property
     def share(self) -> float:
@@ -64,13 +72,15 @@ class _Gating:
     execution: str
 
 
-def measure(name: str, side: int, batch: int, masks: Sequence[float | str], rounds: int, compiles: bool) -> list[Row]:
+def measure(
+    name: str, side: int, batch: int, masks: Sequence[float | str], rounds: int, compiles: bool, probe: Probe
+) -> list[Row]:
     """Time the network's dense ways and its gated ones, all in turns.
 
     Args:
         name: See ``networks.network``.
         masks: Keep ratios, and TRAINED for the decisions stored with the network.
-        rounds: Timed, after one that warms up; the first call of every turn is not counted.
+        rounds: Timed while the machine was steady, after one that warms up; a turn's first call is not counted.
         compiles: Whether torch.compile with freezing is among the dense ways.
 
     Returns:
@@ -79,11 +89,13 @@ def measure(name: str, side: int, batch: int, masks: Sequence[float | str], roun
     model = network(name, side)
     images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
+        probe.wait(_PATIENCE)
         gatings = {str(ratio): _gating(model, images, ratio, name) for ratio in masks}
         dense = _dense(model, images, compiles)
         runs = dense | {f"{way} {key}": run for key, gating in gatings.items() for way, run in gating.runs.items()}
-        seconds = dict(zip(runs, turns(list(runs.values()), rounds, SECONDS), strict=True))
-    return [_row((name, side, batch, key), gating, list(dense), seconds) for key, gating in gatings.items()]
+        probe.wait(_PATIENCE)
+        timing = _Timing(list(runs), *taken_rounds(list(runs.values()), rounds, _SECONDS, probe.is_steady))
+    return [_row((name, side, batch, key), gating, list(dense), timing) for key, gating in gatings.items()]
 
 
 def _dense(model: nn.Module, images: Tensor, compiles: bool) -> dict[str, Run]:
@@ -193,16 +205,25 @@ def _compact(layer: Layer, x: Tensor, keep: Tensor | None) -> tuple[DenseConv, T
     return DenseConv(layer, x), x
 
 
-def _row(
-    about: tuple[str, int, int, str], gating: _Gating, dense: Sequence[str], seconds: dict[str, list[float]]
-) -> Row:
+@dataclasses.dataclass(frozen=True)
+class _Timing:
+    runs: list[str]
+    rounds: list[list[float]]
+    steady: list[bool]
+
+    def of(self, run: str, every: bool = False) -> list[float]:
+        """Seconds in the steady rounds; in all where none was, or if asked."""
+        place, every = self.runs.index(run), every or not any(self.steady)
+        return [taken[place] for taken, steady in zip(self.rounds, self.steady, strict=True) if steady or every]
+
+    def ratio(self, a: str, b: str, every: bool = False) -> float:
+        return statistics.median(x / y for x, y in zip(self.of(a, every), self.of(b, every), strict=True))
+
+
+def _row(about: tuple[str, int, int, str], gating: _Gating, dense: Sequence[str], timing: _Timing) -> Row:
     *_, key = about
-    middle = {way: 1e3 * statistics.median(column) for way, column in seconds.items()}
+    middle = {run: 1e3 * statistics.median(timing.of(run)) for run in timing.runs}
     best = min(dense, key=middle.__getitem__)
-
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-
     return Row(
         *about,
         keep=gating.keep,
@@ -212,10 +233,12 @@ def _row(
         floor=middle[f"floor {key}"],
         all_kept=middle[f"all kept {key}"],
         gated=middle[f"gated {key}"],
-        speedup=ratio(best, f"gated {key}"),
+        speedup=timing.ratio(best, f"gated {key}"),
         bound=gating.bound,
-        all_kept_over_dense=ratio(f"all kept {key}", best),
-        gated_over_floor=ratio(f"gated {key}", f"floor {key}"),
+        all_kept_over_dense=timing.ratio(f"all kept {key}", best),
+        gated_over_floor=timing.ratio(f"gated {key}", f"floor {key}"),
         error=gating.error,
         execution=gating.execution,
+        steady=sum(timing.steady),
+        all_rounds=timing.ratio(best, f"gated {key}", every=True),
     )

@@ -1,5 +1,6 @@
 """The engine's benchmark gives a whole row, and a table that fits its head; what it times is not tested."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,20 @@ import torch
 from benchmarks import engine
 from benchmarks.engine_ways import TRAINED, Row, measure
 from benchmarks.networks import NETWORKS, gate_at, network, trained_networks
+from benchmarks.steady import Probe
 from isw_plugin import InstanceWisePruner
+
+
+class Alone(Probe):
+    """A machine that nobody else uses."""
+
+    def is_steady(self) -> bool:
+        return True
 
 
 @pytest.fixture(scope="module")
 def row() -> Row:
-    (row,) = measure("slimmed vgg16", 32, batch=2, masks=[0.5], rounds=1, compiles=False)
+    (row,) = measure("slimmed vgg16", 32, batch=2, masks=[0.5], rounds=1, compiles=False, probe=Alone())
     return row
 
 
@@ -24,13 +33,15 @@ def test_a_row_is_whole(row: Row) -> None:
     assert row.error < 1e-4
     assert row.compiled is None
     assert row.share == row.speedup / row.bound
+    assert row.steady == 1
+    assert row.all_rounds == row.speedup
 
 
 def test_trained_masks_are_those_that_are_stored() -> None:
     from benchmarks import decisions
 
     name, path = next(iter(trained_networks().items()))
-    (row,) = measure(name, 32, batch=2, masks=[TRAINED], rounds=1, compiles=False)
+    (row,) = measure(name, 32, batch=2, masks=[TRAINED], rounds=1, compiles=False, probe=Alone())
     masks = torch.cat(list(decisions.load(path)[0].values()), dim=1)
     assert row.masks == TRAINED
     assert row.keep == pytest.approx(masks[[0, -1]].float().mean().item(), abs=1e-6)
@@ -39,11 +50,16 @@ def test_trained_masks_are_those_that_are_stored() -> None:
 
 def test_a_second_run_goes_on(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.write([row], 1, tmp_path)
-    asked: list[object] = []
+    asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(engine, "measure", lambda *args: asked.append(args) or [])
     only = ["--networks", "slimmed vgg16", "--sides", "32", "--batches", "2", "--out", str(tmp_path)]
     engine.main([*only, "--keeps", "0.5", "0.7"])
-    assert asked == [("slimmed vgg16", 32, 2, [0.7], 15, True)]
+    assert [call[:-1] for call in asked] == [("slimmed vgg16", 32, 2, [0.7], 15, True)]
+    assert engine.read(tmp_path) == [row]
+
+
+def test_disturbed_rows_are_taken_again(row: Row, tmp_path: Path) -> None:
+    engine.write([row, dataclasses.replace(row, masks="0.7", steady=0)], 1, tmp_path)
     assert engine.read(tmp_path) == [row]
 
 

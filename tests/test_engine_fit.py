@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isw_plugin.engine import cpu, fit
 from isw_plugin.engine.execution import DenseConv, GatedConv
-from isw_plugin.engine.fit import Cost, medians, spare, turns
+from isw_plugin.engine.fit import Cost, Turns, medians, spare
 from isw_plugin.engine.simplify import simplify
 from isw_plugin.engine.trace import trace
 
@@ -52,8 +52,9 @@ def test_medians_are_over_rounds_in_which_runs_take_turns(clock: Clock) -> None:
     assert "".join(clock.log) == "ab" + 4 * "aabb"
 
 
-def test_turns_keep_every_round(clock: Clock) -> None:
-    assert turns([clock.run("a", *(9.0,) * 4, 1.0, 9.0, 2.0), clock.run("b", 3.0)], 2, 1e-3) == [[1.0, 2.0], [3.0, 3.0]]
+def test_a_round_gives_the_seconds_of_each_run(clock: Clock) -> None:
+    turns = Turns([clock.run("a", 9.0, 9.0, 1.0, 9.0, 2.0), clock.run("b", 3.0)], 1e-3)
+    assert [turns.round(), turns.round()] == [[1.0, 3.0], [2.0, 3.0]]
 
 
 def test_short_runs_are_repeated(clock: Clock) -> None:

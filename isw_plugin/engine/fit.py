@@ -14,7 +14,7 @@ from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
 from isw_plugin.engine.layers import Layer, conv
 from isw_plugin.engine.simplify import constants_of
 
-__all__ = ["Cost", "fit", "medians", "spare", "turns"]
+__all__ = ["Cost", "Turns", "fit", "medians", "spare"]
 
 _ROUNDS = 5
 _SECONDS = 1e-3  # a timing repeats a layer for about this long
@@ -144,22 +144,25 @@ def spare(costs: Mapping[str, Cost], skipping: Collection[str], excess: float) -
 
 
 def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
-    """Seconds of each run, median over ``turns``."""
-    return [statistics.median(taken) for taken in turns(runs, rounds, least)]
+    """Seconds of each run, median over rounds in which they take turns, after one that warms up."""
+    turns = Turns(runs, least)
+    taken = [turns.round() for _ in range(rounds + 1)][1:]
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
 
 
-def turns(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[list[float]]:
-    """Seconds of each run in every round, in which they take turns; short ones are repeated.
+class Turns:
+    """Times runs one after another; those that take less than ``least`` seconds are repeated.
 
     The first call of a turn is not counted: it finds caches, and memory that malloc gave back, as another left them.
-
-    Args:
-        rounds: Timed rounds, after one that warms up.
-        least: Seconds that a timing should take.
     """
-    repeats = [max(1, min(100, int(least / max(_seconds(run, 1), 1e-7)))) for run in runs]
-    taken = [[_turn(run, count) for run, count in zip(runs, repeats, strict=True)] for _ in range(rounds + 1)]
-    return [list(column) for column in zip(*taken[1:], strict=True)]
+
+    def __init__(self, runs: Sequence[Callable[[], object]], least: float) -> None:
+        self.runs = runs
+        self.repeats = [max(1, min(100, int(least / max(_seconds(run, 1), 1e-7)))) for run in runs]
+
+    def round(self) -> list[float]:
+        """Seconds of each run."""
+        return [_turn(run, count) for run, count in zip(self.runs, self.repeats, strict=True)]
 
 
 def _turn(run: Callable[[], object], repeats: int) -> float:
