@@ -129,7 +129,7 @@ class Block(nn.Module):
         y = self.act(y)
         if self.form == "squeeze":
             return y * self.scale(y.mean((2, 3), keepdim=True)).sigmoid()
-        if self.form == "pool":
+        if self.form == "pool" and min(y.shape[2:]) > 1:  # a window has to fit
             return self.pool(y)
         return torch.cat([x, y], 1) if self.form == "cat" else y
 

@@ -23,6 +23,7 @@ from isw_plugin.engine.accelerate import Accelerated, Record
 from isw_plugin.hooks import has_hooks
 from isw_plugin.sites import Consumer, Found, default_inputs, find_sites
 
+WRITTEN_FOR = (1, 0, 31)  # the timm whose models these are
 KINDS = [
     "test_byobnet",
     "test_convnext",  # channels-last MLPs
@@ -41,22 +42,31 @@ KINDS = [
 GRAPHS = [pytest.param(name, marks=() if name in ("test_resnet", "test_vit4") else pytest.mark.slow) for name in KINDS]
 
 
+def built(name: str) -> tuple[nn.Module, Tensor]:
+    try:
+        return build(name)
+    except RuntimeError as error:  # unknown, or not to be made on meta
+        if tuple(map(int, timm.__version__.split(".")[:3])) < WRITTEN_FOR:
+            pytest.skip(f"timm {timm.__version__}, {name}: {error}")
+        raise
+
+
 @pytest.mark.filterwarnings("ignore")  # of timm and torch, which a released timm may add
 @pytest.mark.parametrize("name", KINDS)
 def test_models_of_every_kind_pass_every_step(name: str) -> None:
-    assert set(check(*build(name)).items()) == {(step, "ok") for step in zoo_checks.STEPS}
+    assert set(check(*built(name)).items()) == {(step, "ok") for step in zoo_checks.STEPS}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", KINDS)
 def test_models_of_every_kind_are_accelerated(name: str) -> None:
-    assert check_engine(*build(name)) == {"execution": "accelerated", "accelerate": "ok"}
+    assert check_engine(*built(name)) == {"execution": "accelerated", "accelerate": "ok"}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", GRAPHS)
 def test_models_of_every_kind_are_exported_and_compiled(name: str) -> None:
-    assert check_graphs(*build(name)) == {"export": "ok", "compile": "ok"}
+    assert check_graphs(*built(name)) == {"export": "ok", "compile": "ok"}
 
 
 def parameters(model: nn.Module) -> int:
@@ -72,7 +82,7 @@ def test_a_pruned_model_passes_every_step() -> None:
 
 
 def test_where_attention_stops_torch_pruning_its_mlps_are_pruned() -> None:
-    model, images = build("test_vit")
+    model, images = built("test_vit")
     small, which = pruned(model, images)
     assert which.startswith("layers that share no channels, since all layers: ")
     before, after = model.blocks[0], small.blocks[0]
