@@ -310,7 +310,8 @@ def _seconds(runs: list[Callable[[], object]]) -> list[float]:
     Other programs slow kernels down for a second or longer, the engine's by more than oneDNN's.
     """
     seconds = medians(runs, _ROUNDS, _SECONDS)
-    if _gains(*seconds[:2], min(seconds[2:])):
+    gated, all_kept, *dense = seconds
+    if _gains(gated, all_kept, min(dense)):
         return seconds
     return [min(pair) for pair in zip(seconds, medians(runs, _ROUNDS, _SECONDS), strict=True)]
 
