@@ -4,8 +4,8 @@
     python -m benchmarks.engine --out docs/results/engine    # everything; what is in the table already is left out
 
 Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios). The first call of each
-turn is not counted: it finds memory and caches as another network left them. Rounds count that other guests of the
-machine did not disturb (benchmarks/steady.py): "steady" says how many there were, "x, all rounds" what all give.
+turn is not counted: it finds memory and caches as another network left them. Rounds count in which the machine was
+not seen to be disturbed (benchmarks/steady.py): "steady" says how many there were, "x, all rounds" what all give.
 best eager: the faster of NCHW and channels_last; prepacked: batch norms folded, weights reordered once by oneDNN,
 channels_last; compiled: torch.compile with freezing; floor: the convolutions alone, each dense and prepacked on a ready
 map of as many channels as gates kept on average; all kept: the accelerated model with gates that drop nothing;

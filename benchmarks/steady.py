@@ -1,7 +1,7 @@
-"""Rounds of timing in which the machine was ours.
+"""Rounds of timing that nothing seems to disturb.
 
-Other guests of a shared machine slow code down for seconds or minutes, and not all code alike: the engine's kernels
-by a quarter or more, oneDNN's by a tenth. Ratios move with that. A layer of either, timed between rounds, tells.
+A shared machine is slow for seconds or minutes at a time, and not for all code alike: the engine's kernels by a
+quarter or more, oneDNN's by a tenth. Ratios move with that. A layer of either, timed between rounds, tells some of it.
 """
 
 import statistics

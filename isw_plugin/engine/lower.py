@@ -207,6 +207,7 @@ class _Lowering:
             self.graph.erase_node(node)
 
     def keep_all(self) -> None:
+        """Gates that decide and drop nothing, at the same cost."""
         for node in self._calls(_isw.decide.default):
             node.args = (*node.args[:3], 0.0)
         readers = [(node, node.args[4:6]) for node in self._calls(conv)]
