@@ -1,6 +1,7 @@
 """Tiny networks that carry their own expected answers: which sites they have, and what gating them computes."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import pytest
@@ -235,6 +236,15 @@ def on_meta(name: str, **options: object) -> nn.Module:
             return timm.create_model(name, **options)
     except RuntimeError:  # constructors of older timm compute with weights
         return timm.create_model(name, **options)
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerate() -> Iterator[None]:
+    """Accelerate keeps the precision of its first user for the whole process."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state()
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(params=NETS, ids=lambda kind: kind.__name__)

@@ -63,6 +63,42 @@ def test_disturbed_rows_are_taken_again(row: Row, tmp_path: Path) -> None:
     assert engine.read(tmp_path) == [row]
 
 
+def test_the_middle_take_stands_for_all(row: Row) -> None:
+    slow, fast = (dataclasses.replace(row, speedup=row.speedup * times) for times in (0.5, 2.0))
+    (found,) = engine.middle([[fast], [slow], [row]])
+    assert found == dataclasses.replace(row, takes=[fast.speedup, slow.speedup, row.speedup])
+    assert engine.middle([[fast], [slow]])[0].speedup == slow.speedup
+    assert engine.middle([[row], []]) == [dataclasses.replace(row, takes=[row.speedup])]
+
+
+def test_takes_are_processes_of_their_own(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> None:
+        called.append(command[1:])
+        count = len(called)
+        args = engine.arguments(command[3:])
+        engine.write([dataclasses.replace(row, speedup=count, masks=str(keep)) for keep in args.keeps], 1, args.out)
+
+    monkeypatch.setattr(engine.subprocess, "run", run)
+    only = ["--networks", "slimmed vgg16", "--sides", "32", "--batches", "2", "--keeps", "0.5", "0.7", "--no-compile"]
+    for _ in range(2):
+        engine.main([*only, "--takes", "3", "--out", str(tmp_path)])
+    assert len(called) == 3
+    assert called[0][:2] == ["-m", "benchmarks.engine"]
+    assert "--no-compile" in called[0]
+    assert [(row.masks, row.speedup, row.takes) for row in engine.read(tmp_path)] == [
+        ("0.5", 2, [1, 2, 3]),
+        ("0.7", 2, [1, 2, 3]),
+    ]
+
+
+def test_takes_need_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        engine.main(["--takes", "3"])
+    assert "--out" in capsys.readouterr().err
+
+
 def test_table_fits_its_head(row: Row) -> None:
     assert engine.line(row).count(" | ") == engine.HEADER.count(" | ")
 

@@ -78,10 +78,7 @@ def step_of_timm(parts: list[Tensor]) -> Net:
 
 def step_of_accelerate(parts: list[Tensor]) -> Net:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
     net, pruner = network()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(parts))
     model, optimizer = accelerator.prepare(net, sgd(net))
