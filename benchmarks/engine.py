@@ -2,6 +2,7 @@
 
     python -m benchmarks.engine --quick                      # under two minutes: batch 8, no compiling
     python -m benchmarks.engine --out docs/results/engine    # everything; what is in the table already is left out
+    python -m benchmarks.engine --takes 3 --out DIR          # the same in three processes a row, one after another
 
 Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios). The first call of each
 turn is not counted: it finds memory and caches as another network left them. Rounds count in which the machine was
@@ -10,14 +11,17 @@ best eager: the faster of NCHW and channels_last; prepacked: batch norms folded,
 channels_last; compiled: torch.compile with freezing; floor: the convolutions alone, each dense and prepacked on a ready
 map of as many channels as gates kept on average; all kept: the accelerated model with gates that drop nothing;
 gated: with the gates. "x" is the fastest dense time over gated, "bound" dense over gated MACs, "share" x / bound.
+takes: a process can be slow as a whole, so a row of several is that of the middle speed-up; "takes" has all of them.
 masks: the keep ratio that thresholds were set for, or "trained", the stored decisions of that network on test images,
 handed in as masks.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,11 +35,12 @@ from benchmarks.steady import Probe
 from isw_plugin.engine import cpu
 from isw_plugin.measure import hardware
 
-__all__ = ["line", "main", "write"]
+__all__ = ["line", "main", "middle", "write"]
 
 HEADER = (
     "network side batch masks | keep | best eager ms | prepacked ms | compiled ms | floor ms | all kept ms | "
-    "gated ms | x best dense | bound | share | all kept / dense | gated / floor | x, all rounds | error | auto | steady"
+    "gated ms | x best dense | bound | share | all kept / dense | gated / floor | x, all rounds | error | auto | "
+    "steady | takes"
 )
 
 
@@ -45,7 +50,8 @@ def line(row: Row) -> str:
     cells = [f"{row.network} {row.side} b{row.batch} {row.masks}", f"{row.keep:.2f}"]
     cells += ["-" if time is None else f"{time:.2f}" for time in times]
     ratios = (row.speedup, row.bound, row.share, row.all_kept_over_dense, row.gated_over_floor, row.all_rounds)
-    about = (f"{row.error:.0e}", row.execution, f"{row.steady}")
+    takes = " ".join(f"{speedup:.2f}" for speedup in row.takes) or "-"
+    about = (f"{row.error:.0e}", row.execution, f"{row.steady}", takes)
     return f"| {' | '.join([*cells, *(f'{ratio:.2f}' for ratio in ratios), *about])} |"
 
 
@@ -80,6 +86,29 @@ def write(rows: Sequence[Row], rounds: int, out: Path) -> None:
     table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(line(row) for row in rows)]
     (out / "engine.md").write_text(f"{about}\n\n" + "\n".join(table) + "\n")
     _plot(rows, out / "engine.png")
+
+
+def middle(takes: Sequence[Sequence[Row]]) -> list[Row]:
+    """Of every row the take of middle speed-up (of two, the lower), in the order of the first take."""
+    found: dict[tuple[str, int, int, str], list[Row]] = {}
+    for row in itertools.chain(*takes):
+        found.setdefault(row.key, []).append(row)
+    rows = [(sorted(same, key=lambda row: row.speedup)[(len(same) - 1) // 2], same) for same in found.values()]
+    return [dataclasses.replace(row, takes=[take.speedup for take in same]) for row, same in rows]
+
+
+def take_apart(args: argparse.Namespace) -> None:
+    """Every row in processes of its own, one pass over all rows after another; a second run goes on."""
+    folders = [args.out / "takes" / str(number) for number in range(args.takes)]
+    for folder, (name, side, batch, masks) in itertools.product(folders, list(_settings(args))):
+        keeps = [str(ratio) for ratio in masks if ratio != TRAINED]
+        if {(name, side, batch, str(ratio)) for ratio in masks} <= {row.key for row in read(folder)}:
+            continue
+        command = [sys.executable, "-m", "benchmarks.engine", "--networks", name, "--out", str(folder)]
+        command += ["--sides", str(side), "--batches", str(batch), "--rounds", str(args.rounds)]
+        command += [*(["--keeps", *keeps] if keeps else []), *(["--no-compile"] if args.no_compile else [])]
+        subprocess.run(command, check=True)
+        write(middle([read(folder) for folder in folders]), args.rounds, args.out)
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
@@ -120,8 +149,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled column out")
     quick = "batch 8 at 32 pixels, keep 0.5, 5 rounds, no compile, no trained masks"
     parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--takes", type=int, default=1, help="processes a row; above 1 they need --out")
     parser.add_argument("--out", type=Path, help="folder for the table, JSON and plot")
     args = parser.parse_args(argv)
+    if args.takes > 1 and not args.out:
+        parser.error("--takes: say where the takes go, with --out")
     if args.quick:
         args.sides, args.batches, args.keeps, args.rounds, args.no_compile = [32], [8], [0.5], 5, True
     args.networks = args.networks or (list(NETWORKS) if args.quick else everything)
@@ -130,12 +162,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
+    if args.takes > 1:
+        return take_apart(args)
     cpu.load()
     print(", ".join(f"{key} {value}" for key, value in facts(args.rounds).items()))
     heads = HEADER.split(" | ")
     print(f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", sep="\n", flush=True)
     rows = read(args.out)
-    known = {(row.network, row.side, row.batch, row.masks) for row in rows}
+    known = {row.key for row in rows}
     probe = Probe()
     for name, side, batch, masks in _settings(args):
         missing = [ratio for ratio in masks if (name, side, batch, str(ratio)) not in known]

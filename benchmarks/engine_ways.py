@@ -34,6 +34,7 @@ class Row:
     Attributes:
         steady: Rounds in which nothing else disturbed (``benchmarks.steady``); figures are of these, if there are any.
         all_rounds: ``speedup`` over all rounds.
+        takes: ``speedup`` in each process of several; the row is that of the middle one.
     """
 
     network: str
@@ -55,6 +56,12 @@ class Row:
     execution: str
     steady: int
     all_rounds: float
+    takes: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int, int, str]:
+        """What was timed."""
+        return self.network, self.side, self.batch, self.masks
 
     @property
     def share(self) -> float:
