@@ -16,7 +16,7 @@ from benchmarks.paper import __main__ as command
 from benchmarks.paper.measuring import OFF, Measurer, key_of
 from benchmarks.paper.networks import build
 from benchmarks.paper.recipes import SCALES, recipes
-from benchmarks.paper.tables import TABLES, markdown
+from benchmarks.paper.tables import TABLES, Row, Table, markdown
 from benchmarks.paper.training import Bench, as_pretrained
 from benchmarks.paper.writing import load_slimmed
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate, evaluate
@@ -87,6 +87,15 @@ def test_a_second_run_trains_and_measures_nothing(out: Path, monkeypatch: pytest
     monkeypatch.setattr(Measurer, "_measure", lambda *args, **kwargs: pytest.fail("measured again"))
     run(out, "table6")
     assert {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*.safetensors")} == before
+
+
+def test_an_earlier_table_may_have_fewer_columns() -> None:
+    older = Table("title", "corner", ["a", "c"], [Row("net", [1.0, 3.0], [0.1, 0.3], [None, None])])
+    newer = Table("title", "corner", ["a", "b", "c"], [Row("net", [None, 2.0, None], [None] * 3, [None] * 3)])
+    (row,) = newer.with_stored(older.to_dict()).rows
+    assert (row.ours, row.paper) == ([1.0, 2.0, 3.0], [0.1, None, 0.3])
+    with pytest.raises(ValueError, match="the stored table has columns"):
+        older.with_stored(newer.to_dict())
 
 
 def test_what_an_earlier_run_measured_is_kept_where_this_one_did_not_run(out: Path, tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ class Row:
 
         return Row(self.label, cells("ours"), cells("paper"), cells("measured"))
 
+    def spread(self, columns: list[str], wider: list[str]) -> "Row":
+        """The row of these columns in a table that has more; None there."""
+
+        def cells(values: list[Any]) -> list[Any]:
+            held = dict(zip(columns, values, strict=True))
+            return [held.get(column) for column in wider]
+
+        return Row(self.label, cells(self.ours), cells(self.paper), cells(self.measured))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -72,12 +81,12 @@ class Table:
         """Itself, with what an earlier run's ``to_dict`` has and this one has not run; ``self`` if that is nothing.
 
         Raises:
-            ValueError: That table has other columns.
+            ValueError: That table has columns that this one lacks.
         """
-        if stored["columns"] != self.columns:
+        if not set(stored["columns"]) <= set(self.columns):
             raise ValueError(f"the stored table has columns {stored['columns']}, this one {self.columns}")
         rows = {row.label: row for row in self.rows}
-        for row in (Row(**row) for row in stored["rows"]):
+        for row in (Row(**row).spread(stored["columns"], self.columns) for row in stored["rows"]):
             own = rows.get(row.label, Row(row.label, *[[None] * len(self.columns)] * 3))
             if any(mine is None and other is not None for mine, other in zip(own.ours, row.ours, strict=True)):
                 rows[row.label] = own.completed(row)
