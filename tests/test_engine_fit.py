@@ -73,8 +73,8 @@ def test_what_a_layer_gains_and_risks() -> None:
     assert (without.gain, without.risk) == (-math.inf, math.inf)
 
 
-def cost(gain: float, risk: float, dense: float = 10) -> Cost:
-    return Cost("", 0.5, dense, dense + risk, dense - gain)
+def cost(gain: float, risk: float) -> Cost:
+    return Cost("", 0.5, 10.0, 10 + risk, 10 - gain)
 
 
 COSTS = {"a": cost(4, 2), "b": cost(1, 1), "c": cost(3, 4), "safe": cost(0, -1), "even": cost(1, 0)}
@@ -93,22 +93,12 @@ COSTS = {"a": cost(4, 2), "b": cost(1, 1), "c": cost(3, 4), "safe": cost(0, -1),
     ],
 )
 def test_layers_that_gain_least_for_their_risk_go_dense_first(excess: float, left: list[str]) -> None:
-    assert spare(COSTS, list(COSTS), 6.0, excess) == left
+    assert spare(COSTS, list(COSTS), excess) == left
 
 
 def test_layers_that_are_dense_already_save_nothing_more() -> None:
-    assert spare(COSTS, ["b", "a"], 3.0, 1.5) == []
-    assert spare(COSTS, ["b", "a"], 3.0, 1.0) == ["a"]
-    assert spare(COSTS, [], 3.0, 1.0) == []
-
-
-def test_what_layers_alone_do_not_show_is_shared_out_by_their_time() -> None:
-    """Their risks add up to -2 and the model loses 6: 8 more, of which each takes as much as of 80 seconds."""
-    costs = {"long": cost(4, -2, dense=62), "short": cost(1, 0, dense=20)}
-    assert spare(costs, list(costs), 6.0, 0.0) == ["long", "short"]
-    assert spare(costs, list(costs), 6.0, 0.1) == ["long"]  # 4 / (-2 + 6) against 1 / 2
-    assert spare(costs, list(costs), 6.0, 2.0) == ["long"]
-    assert spare(costs, list(costs), 6.0, 2.1) == []
+    assert spare(COSTS, ["b", "a"], 1.5) == []
+    assert spare(COSTS, ["b", "a"], 1.0) == ["a"]
 
 
 def seconds(*given: float) -> Any:

@@ -293,7 +293,7 @@ def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], d
         plans = [gated, traced.all_kept(executions), *dense]
         seconds = _seconds([partial(plan.graph, *flat) for plan in plans])
         best, best_dense = min(zip(seconds[2:], dense, strict=True), key=lambda timed: timed[0])
-        fewer = spare(costs, skipping, seconds[1] - best, seconds[1] - _WORST * best)
+        fewer = spare(costs, skipping, seconds[1] - _WORST * best)
         if fewer == skipping:
             break
         skipping, dense = fewer, [best_dense]

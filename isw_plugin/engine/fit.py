@@ -128,25 +128,18 @@ def _gated(module: nn.Module, read: _Read, share: float) -> Callable[[], object]
     return lambda: module(read.x, forced, 0.0, 0.0, read.residual, read.residual_keep, 0.0, 0.0)
 
 
-def spare(costs: Mapping[str, Cost], skipping: Collection[str], loss: float, excess: float) -> list[str]:
+def spare(costs: Mapping[str, Cost], skipping: Collection[str], excess: float) -> list[str]:
     """Which layers go on skipping, so that the model takes ``excess`` seconds less with every channel kept.
 
-    Those go back to their dense form first that gain least for what they risk. What the model loses beyond the sum of
-    these risks, as layers timed alone do not show it, is shared out by the time that they take.
-
-    Args:
-        loss: Seconds that the whole model, ``skipping``, takes longer than its dense form with every channel kept.
+    Those go back to their dense form first that gain least for what they risk.
     """
-    together = sum(costs[name].gated_all or 0.0 for name in skipping)
-    unseen = max(0.0, loss - sum(costs[name].risk for name in skipping)) / together if together else 0.0
-    risks = {name: costs[name].risk + unseen * (costs[name].gated_all or 0.0) for name in skipping}
-    risky = sorted((name for name in skipping if risks[name] > 0), key=lambda name: costs[name].gain / risks[name])
+    risky = sorted((name for name in skipping if costs[name].risk > 0), key=lambda n: costs[n].gain / costs[n].risk)
     dense = set()
     for name in risky:
         if excess <= 0:
             break
         dense.add(name)
-        excess -= risks[name]
+        excess -= costs[name].risk
     return [name for name in skipping if name not in dense]
 
 
