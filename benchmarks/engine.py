@@ -152,6 +152,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--takes", type=int, default=1, help="processes a row; above 1 they need --out")
     parser.add_argument("--out", type=Path, help="folder for the table, JSON and plot")
     args = parser.parse_args(argv)
+    if args.takes < 1:
+        parser.error(f"--takes: expected at least 1, got {args.takes}")
     if args.takes > 1 and not args.out:
         parser.error("--takes: say where the takes go, with --out")
     if args.quick:

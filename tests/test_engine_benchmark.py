@@ -93,10 +93,11 @@ def test_takes_are_processes_of_their_own(row: Row, tmp_path: Path, monkeypatch:
     ]
 
 
-def test_takes_need_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("takes", "said"), [("3", "--out"), ("0", "at least 1")])
+def test_takes_need_a_folder_and_a_number(takes: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        engine.main(["--takes", "3"])
-    assert "--out" in capsys.readouterr().err
+        engine.main(["--takes", takes])
+    assert said in capsys.readouterr().err
 
 
 def test_table_fits_its_head(row: Row) -> None:
