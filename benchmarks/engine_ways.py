@@ -209,7 +209,7 @@ def _compact(layer: Layer, x: Tensor, keep: Tensor | None) -> tuple[DenseConv, T
         )
     elif not grouped:
         layer = dataclasses.replace(layer, weight=layer.weight[:, :count].contiguous())
-    return DenseConv(layer, x), x
+    return DenseConv(layer, x.shape), x
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Probe:
         generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn(size, generator=generator) for size in ((8, 128, 16, 16), (128, 128, 3, 3)))
         layer = Layer(weight, torch.zeros(128), (1, 1), (1, 1), (1, 1), 1, "relu")
-        gated, dense = GatedConv(layer), DenseConv(layer, x)
+        gated, dense = GatedConv(layer), DenseConv(layer, x.shape)
         keep = torch.ones(8, 128, dtype=torch.bool)
         self.runs: list[Callable[[], object]] = [
             lambda: gated(x, keep, 0.0, 0.0, None, None, 0.0, 0.0),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from conftest import Net, Preactivation, Residual, SqueezeExcite, Tokens
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate
 from isw_plugin.engine.accelerate import Accelerated
@@ -225,17 +225,19 @@ def attached(net: nn.Module, images: Any, **settings: Any) -> InstanceWisePruner
 Medians = Callable[[Sequence[Callable[[], object]], int, float], list[float]]
 
 
-def clock(*winners: str) -> Medians:
+def clock(*winners: str) -> Callable[..., list[dict[str, float]]]:
     """Instead of timing layers: runs everything once and says who is fast, one layer after another."""
-    turns = list(winners)
 
-    def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
-        for run in runs:
-            run()
-        winner = turns.pop(0) if len(turns) > 1 else turns[0]
-        return [2e-3, *([1e-3, 5e-4] if winner == "gated" else [4e-3, 3e-3])][: len(runs)]
+    def seconds_in_place(graphs: Sequence[fx.GraphModule], inputs: Sequence[Tensor]) -> list[dict[str, float]]:
+        for graph in graphs:
+            graph(*inputs)
+        turns, seconds = list(winners), []
+        for name, _ in graphs[0].named_children():
+            winner = turns.pop(0) if len(turns) > 1 else turns[0]
+            seconds.append((name, 2e-3, *((5e-4, 1e-3) if winner == "gated" else (3e-3, 4e-3))))
+        return [{name: taken[form] for name, *taken in seconds} for form in range(3)]
 
-    return medians
+    return seconds_in_place
 
 
 def whole_clock(winner: str) -> Medians:

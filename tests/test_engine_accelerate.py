@@ -25,7 +25,7 @@ from engine_nets import (
 from engine_nets import Downsampled as Down
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate
 from isw_plugin.engine import accelerate as module
@@ -38,7 +38,7 @@ GATES = [CVGate(0.1, 0.9), CVGate(0.4, 1.2), MinNorm(0.45), RandomGate(0.4, seed
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, *winners: str) -> None:
-    monkeypatch.setattr(fit, "medians", clock(*winners))
+    monkeypatch.setattr(fit, "seconds_in_place", clock(*winners))
     monkeypatch.setattr(module, "medians", whole_clock(winners[-1]))
 
 
@@ -283,10 +283,11 @@ def test_layers_run_dense_until_little_is_lost_with_everything_kept(
     def whole(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
         return [1e-3, all_kept.pop(0), 2e-3, 3e-3][: len(runs)]
 
-    def layer(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
-        return [2e-3, 2.5e-3, 1e-3][: len(runs)] if len(runs) == 3 else [2e-3, 2e-3]  # the stem risks nothing
+    def layers(graphs: Sequence[fx.GraphModule], inputs: Sequence[Tensor]) -> list[dict[str, float]]:
+        stem, *others = (name for name, _ in graphs[0].named_children())
+        return [{stem: 2e-3} | dict.fromkeys(others, seconds) for seconds in (2e-3, 1e-3, 2.5e-3)]
 
-    monkeypatch.setattr(fit, "medians", layer)
+    monkeypatch.setattr(fit, "seconds_in_place", layers)
     monkeypatch.setattr(module, "medians", whole)
     net, images = seeded(Down), images_for(seeded(Down))
     pruner, fast = accelerated(net, images, backend="auto")
@@ -316,7 +317,7 @@ def test_the_summary_shows_every_layer() -> None:
     _, fast = accelerated(net, images)
     rows = [line.split() for line in fast.summary().splitlines()[1:-1]]
     assert [row[0] for row in rows] == ["stem", "a1", "a2", "b1", "short", "b2"]
-    assert rows[0] == ["stem", "1.00", "2000", "1000", "1000", "gated"]
+    assert rows[0] == ["stem", "1.00", "2000", "500", "1000", "gated"]
     assert float(rows[1][1]) == pytest.approx(record_of(fast, images).keep["stem"].float().mean().item(), abs=0.006)
 
 

@@ -1,13 +1,13 @@
 """bfloat16: the kernels of every instruction set against reference.py, and accelerated networks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Net, Plain, Residual, SqueezeExcite, made
-from engine_nets import whole_clock
+from engine_nets import clock, whole_clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -337,12 +337,7 @@ def thirds(feature: Tensor, norms: Tensor) -> Tensor:
 
 @pytest.fixture
 def _engine_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
-        for run in runs:
-            run()
-        return [2e-3, 1e-3, 5e-4][: len(runs)]
-
-    monkeypatch.setattr(fit, "medians", medians)
+    monkeypatch.setattr(fit, "seconds_in_place", clock("gated"))
     monkeypatch.setattr(whole, "medians", whole_clock("gated"))
 
 

@@ -45,7 +45,7 @@ def reference(layer: Layer, x: Tensor, residual: Tensor | None, keep: Any, resid
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_dense_form(kind: str, act: str) -> None:
     layer, x, keep = layer_of(kind, act), 3 * normal(3, 5, 8, 9), normal(3, 5, seed=3) > 0
-    dense = DenseConv(layer, x)
+    dense = DenseConv(layer, x.shape)
     assert dense.reordered is not None
     wanted = reference(layer, x, None, keep, None)
     assert_close(dense(x, keep, None, None), wanted)
@@ -95,7 +95,7 @@ def test_what_has_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
     double = Layer(layer.weight.double(), layer.bias.double(), (1, 1), (1, 1), (1, 1), 1, "relu")
     assert not can_skip(double)
     x = normal(2, 5, 6, 6).double()
-    dense = DenseConv(double, x)
+    dense = DenseConv(double, x.shape)
     assert dense.reordered is None
     assert_close(dense(x, None, None, None), double.dense(x))
     monkeypatch.setattr(cpu, "load", lambda: False)
@@ -105,7 +105,7 @@ def test_what_has_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_of_the_dense_form_are_ordered_again(copied: Any) -> None:
     x = normal(3, 5, 8, 9)
-    dense = DenseConv(layer_of("3x3"), x)
+    dense = DenseConv(layer_of("3x3"), x.shape)
     other = copied(dense)
     assert other.reordered is not None
     assert torch.equal(other(x, None, None, None), dense(x, None, None, None))
@@ -114,7 +114,7 @@ def test_copies_of_the_dense_form_are_ordered_again(copied: Any) -> None:
 
 def test_an_empty_example_is_no_reason_to_fail() -> None:
     layer, x = layer_of("3x3"), normal(3, 5, 8, 9)
-    dense = DenseConv(layer, x[:0])
+    dense = DenseConv(layer, x[:0].shape)
     assert dense.reordered is None
     assert_close(dense(x, None, None, None), layer.dense(x))
 

@@ -29,8 +29,8 @@ def executions(graph: fx.GraphModule, images: Tensor, dense: tuple[str, ...] = (
     for node in graph.graph.nodes:
         layer = Layer.of(node, constants) if node.target is conv else None
         if layer is not None:
-            like = torch.zeros(len(images), *node.args[0].meta["val"].shape[1:])
-            found[node.name] = DenseConv(layer, like) if node.meta["layer"] in dense else GatedConv(layer)
+            shape = (len(images), *node.args[0].meta["val"].shape[1:])
+            found[node.name] = DenseConv(layer, shape) if node.meta["layer"] in dense else GatedConv(layer)
     return found
 
 

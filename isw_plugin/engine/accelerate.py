@@ -211,7 +211,7 @@ class Accelerated(nn.Module):
                     traced = _Traced(self.masked, self.sites, kwargs if kwargs else args)
                 except UnsupportedError:
                     return None
-                self.plans[form] = traced.plan(self.execution, self.choices, flat)
+                self.plans[form] = traced.plan(self.execution, self.choices, _instances(flat))
             return self.plans[form]
 
 
@@ -265,30 +265,41 @@ class _Traced:
     def dense(self, executions: dict[str, nn.Module], channels_last: bool = True) -> Plan:
         return Plan(lower_dense(self.graph, executions, self.count, channels_last), self.outputs, self.count, [])
 
-    def plan(self, execution: str, choices: dict[str, bool], flat: list[Any]) -> Plan:
-        """Without timing anything."""
+    def executions(self, instances: int, skips: Callable[[str], bool]) -> dict[str, nn.Module]:
+        """By node, a module for every layer: one that skips where it can and ``skips`` says so of its name."""
         executions: dict[str, nn.Module] = {}
         constants = constants_of(self.graph)
         for node in self.graph.graph.nodes:
             layer = Layer.of(node, constants) if node.target is conv else None
             if layer is None:
                 continue
-            skips = execution == "accelerated" and choices.get(node.meta["layer"], True) and can_skip(layer)
-            shape = [_instances(flat), *node.args[0].meta["val"].shape[1:]]
-            like = torch.empty(shape)
-            executions[node.name] = GatedConv(layer) if skips else DenseConv(layer, like)
-        return self.gated(executions) if execution == "accelerated" else self.dense(executions)
+            shape = (instances, *node.args[0].meta["val"].shape[1:])
+            gated = skips(node.meta["layer"]) and can_skip(layer)
+            executions[node.name] = GatedConv(layer) if gated else DenseConv(layer, shape)
+        return executions
+
+    def plan(self, execution: str, choices: dict[str, bool], instances: int) -> Plan:
+        """Without timing anything."""
+        if execution == "dense":
+            return self.dense(self.executions(instances, lambda name: False))
+        return self.gated(self.executions(instances, lambda name: choices.get(name, True)))
 
 
 def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], dict[str, Any]], backend: str) -> None:
     flat = pytree.tree_leaves(inputs)
-    fitted = fit(traced.graph, flat)
-    costs = {name: cost for name, (cost, _) in fitted.items()}
-    all_dense = {name: modules["dense"] for name, (_, modules) in fitted.items()}
-    skipping = [name for name, cost in costs.items() if cost.gain >= 0]
+    instances = _instances(flat)
+    all_dense = traced.executions(instances, lambda name: False)
+    able = {
+        node: module
+        for node, module in traced.executions(instances, lambda name: True).items()
+        if isinstance(module, GatedConv)
+    }
+    forms = traced.gated(all_dense), traced.gated(all_dense | able), traced.all_kept(all_dense | able)
+    costs = fit(traced.graph, forms[0].graph, forms[1].graph, forms[2].graph, flat)
+    skipping = [node for node, cost in costs.items() if cost.gain >= 0]
     dense = [traced.dense(all_dense, channels_last) for channels_last in (False, True)]
     while True:
-        executions = all_dense | {name: fitted[name][1]["gated"] for name in skipping}
+        executions = all_dense | {node: able[node] for node in skipping}
         gated = traced.gated(executions)
         plans = [gated, traced.all_kept(executions), *dense]
         seconds = _seconds([partial(plan.graph, *flat) for plan in plans])
@@ -297,8 +308,8 @@ def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], d
         if fewer == skipping:
             break
         skipping, dense = fewer, [best_dense]
-    fast.choices = {cost.layer: name in skipping for name, cost in costs.items()}
-    fast.fitted = Fitted(_instances(flat), torch.get_num_threads(), list(costs.values()), best, *seconds[:2])
+    fast.choices = {cost.layer: node in skipping for node, cost in costs.items()}
+    fast.fitted = Fitted(instances, torch.get_num_threads(), list(costs.values()), best, *seconds[:2])
     wins = backend == "gated" or (backend == "auto" and fast.fitted.wins)
     fast.execution = "accelerated" if wins else "dense"
     fast.plans[_form(*inputs)] = gated if wins else best_dense

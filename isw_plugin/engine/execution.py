@@ -1,6 +1,7 @@
 """Ways to run one ``layers.conv``: the engine's kernel, which skips dropped channels, or oneDNN on all of them."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,11 +89,11 @@ class GatedConv(nn.Module):
 class DenseConv(nn.Module):
     """Computes all channels, with weights that oneDNN reordered once where it can."""
 
-    def __init__(self, layer: Layer, like: Tensor) -> None:
-        """``like`` is the input that oneDNN chooses the order of the weights for."""
+    def __init__(self, layer: Layer, shape: Sequence[int]) -> None:
+        """``shape`` is that of the input that oneDNN chooses the order of the weights for."""
         super().__init__()
         self.layer = layer
-        self.shape = list(like.shape)
+        self.shape = list(shape)
         self.reordered = _reordered(layer, self.shape)
 
     def __getstate__(self) -> dict[str, Any]:

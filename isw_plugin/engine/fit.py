@@ -1,46 +1,47 @@
-"""The cost model: for every convolution, the time of the dense layer and of the gated one as a + b * kept channels."""
+"""The cost model: what every convolution takes where it stands in the network, dense and in the engine's kernel."""
 
 import math
+import operator
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
-from isw_plugin.engine.layers import Layer, conv
-from isw_plugin.engine.simplify import constants_of
+from isw_plugin.engine.execution import GatedConv
+from isw_plugin.engine.layers import conv
 
 __all__ = ["Cost", "Turns", "fit", "medians", "spare"]
 
-_ROUNDS = 5
-_SECONDS = 1e-3  # a timing repeats a layer for about this long
-_FEW = 0.25  # the second share of kept channels that the line is fitted through
+_ROUNDS = (5, 25)  # at least, at most
+_SECONDS = 0.5  # that the rounds take, within these limits
+_BEHIND = {operator.getitem, torch.ops.isw.sum_squares.default, torch.ops.isw.max_pool2d.default}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer was seen to cost, in seconds a batch.
+    """What a layer was seen to cost in the whole network, in seconds a batch.
 
     Attributes:
         layer: Its name in the model.
         keep_ratio: Share of its input's channels that were kept; 1 where nothing gates it.
         dense: All channels; dropped ones are set to zero first.
-        gated_all, gated: The engine's kernel with every channel kept, and at ``keep_ratio``; None: it has none.
+        gated, gated_all: The engine's kernel as its gate decides, and with every channel kept; None: it has none.
     """
 
     layer: str
     keep_ratio: float
     dense: float
-    gated_all: float | None
     gated: float | None
+    gated_all: float | None
 
     @property
     def gain(self) -> float:
-        """Seconds that the engine's kernel saves at the keep ratio; below 0 where the dense layer is the faster."""
+        """Seconds that the engine's kernel saves; below 0 where the dense layer is the faster."""
         return self.dense - self.gated if self.gated is not None else -math.inf
 
     @property
@@ -49,83 +50,107 @@ class Cost:
         return self.gated_all - self.dense if self.gated_all is not None else math.inf
 
 
-def fit(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, tuple[Cost, dict[str, nn.Module]]]:
-    """Run the graph once and time every convolution on what it reads there.
+def fit(
+    graph_module: fx.GraphModule,
+    dense: fx.GraphModule,
+    gated: fx.GraphModule,
+    all_kept: fx.GraphModule,
+    inputs: Sequence[Tensor],
+) -> dict[str, Cost]:
+    """Time every convolution inside the running network: alone, its weights would wait in the cache.
 
     Args:
         graph_module: Simplified.
+        dense: Lowered, no layer skips.
+        gated: Lowered, those skip that can.
+        all_kept: The same, with gates that drop nothing.
         inputs: Flat, at the size that will run.
 
     Returns:
-        By node: its cost, and its modules: "dense" and, where there is one, "gated".
+        Costs by node, in the order of execution.
     """
-    fitter = _Fitter(graph_module)
-    fitter.run(*inputs)
-    return fitter.costs
+    ratios = _KeepRatios(graph_module)
+    ratios.run(*inputs)
+    seconds, *skipping = seconds_in_place([dense, gated, all_kept], inputs)
+    costs = {}
+    for node, taken in seconds.items():
+        skips = isinstance(getattr(gated, node), GatedConv)
+        others = [form[node] if skips else None for form in skipping]
+        costs[node] = Cost(ratios.layers[node], ratios.kept[node], taken, *others)
+    return costs
 
 
-class _Fitter(fx.Interpreter):
+class _KeepRatios(fx.Interpreter):
+    """Names of layers and the kept shares of their inputs, by node."""
+
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self.constants = constants_of(graph_module)
-        self.costs: dict[str, tuple[Cost, dict[str, nn.Module]]] = {}
+        self.layers: dict[str, str] = {}
+        self.kept: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        layer = Layer.of(n, self.constants) if n.target is conv else None
+        if n.target is conv:
+            keep = self.fetch_args_kwargs_from_env(n)[0][4]
+            self.layers[n.name] = n.meta["layer"]
+            self.kept[n.name] = keep.float().mean().item() if keep is not None and keep.numel() else 1.0
+        return super().run_node(n)
+
+
+def seconds_in_place(graphs: Sequence[fx.GraphModule], inputs: Sequence[Tensor]) -> list[dict[str, float]]:
+    """Seconds of the layers of each lowered graph, by node: medians over rounds in which the graphs take turns.
+
+    The first run of a turn is not counted, as in ``Turns``, nor is the first round.
+    """
+    clocks = [_Clock(graph) for graph in graphs]
+    start = time.perf_counter()
+    for clock in clocks:
+        clock.turn(inputs)
+    rounds = min(max(int(_SECONDS / max(time.perf_counter() - start, 1e-7)), _ROUNDS[0]), _ROUNDS[1])
+    taken = [[clock.turn(inputs) for clock in clocks] for _ in range(rounds)]
+    return [
+        {name: statistics.median(seconds[name] for seconds in column) for name in column[0]}
+        for column in zip(*taken, strict=True)
+    ]
+
+
+class _Clock(fx.Interpreter):
+    """Times the layers of a lowered graph, each with the sums of squares and the pool that follow it."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.layer_of: dict[fx.Node, str] = {}
+        for node in graph_module.graph.nodes:
+            if node.op == "call_module":
+                self.layer_of[node] = str(node.target)
+            elif node.target in _BEHIND and node.args[0] in self.layer_of:
+                self.layer_of[node] = self.layer_of[node.args[0]]
+        self.current: fx.Node | None = None
+        self.taken: dict[str, float] = defaultdict(float)
+
+    def turn(self, inputs: Sequence[Tensor]) -> dict[str, float]:
+        """Seconds by layer, of the second of two runs."""
+        self.run(*inputs)
+        self.taken.clear()
+        self.run(*inputs)
+        return dict(self.taken)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        return super().run_node(n)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._timed(super().call_module, target, args, kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._timed(super().call_function, target, args, kwargs)
+
+    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*args)
+        layer = self.layer_of.get(self.current)  # type: ignore[arg-type]  # None has none
         if layer is not None:
-            x, _, _, residual, keep, residual_keep = self.fetch_args_kwargs_from_env(n)[0][:6]
-            decided = any(user.target is torch.ops.isw.decide.default for user in n.users)
-            read = _Read(x, residual, keep, residual_keep)
-            self.costs[n.name] = _fit_layer(n.meta["layer"], layer, read, decided)
+            self.taken[layer] += time.perf_counter() - start
         return result
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What a convolution reads."""
-
-    x: Tensor
-    residual: Tensor | None
-    keep: Tensor | None
-    residual_keep: Tensor | None
-
-    @property
-    def keep_ratio(self) -> float:
-        return self.keep.float().mean().item() if self.keep is not None and self.keep.numel() else 1.0
-
-
-def _fit_layer(name: str, layer: Layer, read: _Read, decided: bool) -> tuple[Cost, dict[str, nn.Module]]:
-    dense = DenseConv(layer, read.x)
-    runs = [_dense(dense, read, decided)]
-    modules: dict[str, nn.Module] = {"dense": dense}
-    if can_skip(layer):
-        gated = modules["gated"] = GatedConv(layer)
-        runs += [_gated(gated, read, share) for share in ((1.0, _FEW) if read.keep is not None else (1.0,))]
-    seconds = medians(runs, _ROUNDS, _SECONDS)
-    if len(seconds) == 1:
-        return Cost(name, read.keep_ratio, seconds[0], None, None), modules
-    slope = (seconds[1] - seconds[-1]) / (1 - _FEW)
-    expected = seconds[1] - slope * (1 - read.keep_ratio)
-    return Cost(name, read.keep_ratio, seconds[0], seconds[1], expected), modules
-
-
-def _dense(module: nn.Module, read: _Read, decided: bool) -> Callable[[], object]:
-    def run() -> None:
-        y = module(read.x, read.keep, read.residual, read.residual_keep)
-        if decided:  # the engine's kernel gives the sums with its output
-            torch.ops.isw.sum_squares(y)
-
-    return run
-
-
-def _gated(module: nn.Module, read: _Read, share: float) -> Callable[[], object]:
-    """The kernel at a forced share of kept channels, as many in every instance but others."""
-    forced = None
-    if read.keep is not None:
-        draw = torch.rand(read.keep.shape, generator=torch.Generator().manual_seed(0))
-        forced = draw.argsort(1) < share * read.keep.shape[1]
-    return lambda: module(read.x, forced, 0.0, 0.0, read.residual, read.residual_keep, 0.0, 0.0)
 
 
 def spare(costs: Mapping[str, Cost], skipping: Collection[str], excess: float) -> list[str]:
