@@ -10,8 +10,8 @@ from engine_nets import assert_close
 from torch import Tensor
 
 from isw_plugin.engine import cpu
-from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
-from isw_plugin.engine.layers import Layer, conv
+from isw_plugin.engine.execution import DenseConv, DenseLinear, GatedConv, can_skip
+from isw_plugin.engine.layers import Layer, Linear, conv
 
 LAYERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {  # weight, window
     "3x3": ((9, 5, 3, 3), {"padding": (1, 1)}),
@@ -123,3 +123,40 @@ def test_weights_are_kept_once() -> None:
     layer = layer_of("1x1")
     assert sum(buffer.numel() for buffer in GatedConv(layer).buffers()) == 64 * 5 + 37  # whole blocks of 32
     assert sum(buffer.numel() for buffer in GatedConv(layer_of("depthwise")).buffers()) == 5 * 9 + 5
+
+
+def linear_of(act: str = "none", bias: bool = True, dtype: torch.dtype = torch.float32) -> Linear:
+    weight, added = normal(96, 128, seed=1) / 11, normal(96, seed=2)
+    return Linear(weight.to(dtype), added.to(dtype) if bias else None, act)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu", "hardswish", "gelu"])
+def test_the_dense_form_of_a_linear_layer(act: str, bias: bool) -> None:
+    layer = linear_of(act, bias)
+    dense = DenseLinear(layer, 100)
+    assert dense.reordered is not None
+    for shape in ((100, 128), (4, 25, 128), (2, 3, 5, 128), (1, 128), (0, 7, 128)):  # others than it was ordered for
+        x = 3 * normal(*shape)
+        assert dense(x).shape == (*shape[:-1], 96)
+        assert_close(dense(x), layer.dense(x))
+    transposed = normal(128, 50, seed=3).T
+    assert_close(dense(transposed), layer.dense(transposed))
+
+
+def test_small_and_double_linear_layers_stay_with_pytorch() -> None:
+    few, many = ((1 << 19) // (96 * 128) + extra for extra in (0, 1))
+    assert DenseLinear(linear_of(), few).reordered is None
+    assert DenseLinear(linear_of(), many).reordered is not None
+    double = DenseLinear(linear_of(dtype=torch.float64), many)
+    assert double.reordered is None
+    x = normal(3, 128).double()
+    assert torch.equal(double(x), double.layer.dense(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_of_a_linear_layer_are_ordered_again(copied: Any) -> None:
+    dense, x = DenseLinear(linear_of("gelu"), 100), normal(100, 128)
+    other = copied(dense)
+    assert other.reordered is not None
+    assert torch.equal(other(x), dense(x))

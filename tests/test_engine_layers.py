@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from isw_plugin.engine.layers import Layer, conv, mask
+from isw_plugin.engine.layers import Layer, Linear, conv, linear, mask
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -89,3 +89,20 @@ def test_kinds_of_layers(shape: tuple[int, ...], window: dict[str, object], plai
     layer = Layer.of(*node_of(normal(*shape), **window))
     assert layer is not None
     assert (layer.is_plain, layer.is_depthwise) == (plain, depthwise)
+
+
+def test_a_linear_layer_activates() -> None:
+    x, weight, bias = normal(2, 3, 4), normal(5, 4, seed=1), normal(5, seed=2)
+    torch.testing.assert_close(linear(x, weight, bias, "gelu"), F.gelu(x @ weight.T + bias))
+    torch.testing.assert_close(linear(x, weight, None, "none"), x @ weight.T)
+
+
+@pytest.mark.parametrize("known", ["wb", "w", "b", ""])
+def test_a_linear_layer_holds_a_nodes_constants(known: str) -> None:
+    graph = fx.Graph()
+    x, w, b = graph.placeholder("x"), graph.placeholder("w"), graph.placeholder("b")
+    held = {node: tensor for node, tensor in ((w, normal(5, 4)), (b, normal(5))) if node.name in known}
+    found = Linear.of(graph.call_function(linear, (x, w, b, "relu")), held)
+    assert (found == Linear(held[w], held[b], "relu")) if known == "wb" else found is None
+    bare = Linear.of(graph.call_function(linear, (x, w, None, "none")), held)
+    assert (bare == Linear(held[w], None, "none")) if "w" in known else bare is None

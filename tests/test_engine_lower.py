@@ -9,8 +9,8 @@ from engine_nets import Downsampled, above, assert_close, attached, images_for, 
 from torch import Tensor, fx, nn
 
 from isw_plugin import InstanceWisePruner
-from isw_plugin.engine.execution import DenseConv, GatedConv
-from isw_plugin.engine.layers import Layer, conv, mask
+from isw_plugin.engine.execution import DenseConv, DenseLinear, GatedConv
+from isw_plugin.engine.layers import Layer, Linear, conv, linear, mask
 from isw_plugin.engine.lower import Decision, lower, lower_all_kept, lower_dense
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import trace
@@ -31,6 +31,9 @@ def executions(graph: fx.GraphModule, images: Tensor, dense: tuple[str, ...] = (
         if layer is not None:
             shape = (len(images), *node.args[0].meta["val"].shape[1:])
             found[node.name] = DenseConv(layer, shape) if node.meta["layer"] in dense else GatedConv(layer)
+        flat = Linear.of(node, constants) if node.target is linear else None
+        if flat is not None:
+            found[node.name] = DenseLinear(flat, len(images))
     return found
 
 
@@ -60,7 +63,7 @@ def test_the_gated_graph_gives_outputs_and_statistics(scope: str, dense: tuple[s
     for site, squares in zip(SITES, given, strict=True):
         assert_close(squares.sum(1).sqrt(), pruner.norms[site])
         assert torch.equal(isw.keep_mask(squares, 0.1, 0.9), pruner.keep[site])
-    assert not {mask, conv, isw.decide.default} & set(targets(lowered))
+    assert not {mask, conv, linear, isw.decide.default} & set(targets(lowered))
     # A kernel leaves the statistics of its map; those of other maps are summed once.
     assert targets(lowered).count(isw.sum_squares.default) == len({"stem", "a1", "a2", "b1", "b2"} & set(dense))
 

@@ -12,7 +12,7 @@ from engine_nets import CASES, assert_close, attached, images_for, near_ties, se
 from torch import Tensor, fx, nn
 
 from isw_plugin import InstanceWisePruner
-from isw_plugin.engine.layers import conv, mask
+from isw_plugin.engine.layers import conv, linear, mask
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import trace
 
@@ -67,7 +67,7 @@ def test_a_resnet_is_convolutions_with_everything_in_them(scope: str) -> None:
     (last,) = calls(graph, mask)
     (reader,) = last.users
     (reader,) = reader.users if reader.target is aten.reshape.default else (reader,)
-    assert reader.target is aten.linear.default
+    assert reader.target is linear
     assert sum(layer.args[KEEP] is not None for layer in layers) == 19
     assert sum(layer.args[RESIDUAL] is not None for layer in layers) == 8
     # The other three blocks add a convolution of the map.
@@ -90,6 +90,8 @@ class One(nn.Module):
         self.stem, self.act, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
         self.depth, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
         self.dilated, self.head = nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Linear(8, 5)
+        self.mixer, self.scale = nn.Linear(8, 8), nn.Parameter(torch.linspace(-1.0, 2.0, 8))
+        self.bare = nn.Conv2d(8, 8, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.part(self, self.act(self.stem(x))).mean((2, 3)))
@@ -111,6 +113,14 @@ def pixels(net: One, x: Tensor) -> Tensor:
 def standardised(net: One, x: Tensor) -> Tensor:
     weight = net.c.weight
     return F.conv2d(x, (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std(), padding=1) + net.depth(x)
+
+
+def mixed(net: One, x: Tensor) -> Tensor:
+    return F.gelu(net.mixer(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+def mixed_by_itself(net: One, x: Tensor) -> Tensor:
+    return F.relu(F.linear(net.c(x).permute(0, 2, 3, 1), net.mixer.weight * x.mean())).permute(0, 3, 1, 2)
 
 
 def both(net: One, x: Tensor) -> Tensor:
@@ -165,6 +175,27 @@ PARTS: dict[str, tuple[Callable[[One, Tensor], Tensor], dict[str, int]]] = {  # 
     "activated, then residual": (lambda net, x: F.relu(net.c(x)) + x, {"conv": 2, "add.Tensor": 1, "mask": 2}),
     "pixels masked": (pixels, {"conv": 2, "masked_fill.Scalar": 1}),
     "weights of weights": (standardised, {"conv": 3}),
+    "scaled channels": (lambda net, x: net.c(x) * net.scale[:, None, None] + x, {"conv": 2}),
+    "scaled channels, from the left": (lambda net, x: net.scale.view(1, 8, 1, 1) * net.c(x) + x, {"conv": 2}),
+    "scaled map of a site": (lambda net, x: net.scale.view(1, 8, 1, 1) * net.c(x), {"conv": 2, "mul.Tensor": 1}),
+    "scaled channels without a bias": (
+        lambda net, x: F.relu(net.bare(x) * net.scale.view(8, 1, 1)),
+        {"conv": 2},
+    ),
+    "scaled tokens": (
+        lambda net, x: (net.mixer(x.permute(0, 2, 3, 1)) * net.scale).permute(0, 3, 1, 2) + x,
+        {"conv": 1, "linear": 2, "add.Tensor": 1},
+    ),
+    "scaled columns": (lambda net, x: net.c(x) * net.scale, {"conv": 2, "mul.Tensor": 1}),
+    "scaled rows": (lambda net, x: net.c(x) * net.scale[:, None], {"conv": 2, "mul.Tensor": 1}),
+    "scaled map and map": (
+        lambda net, x: (lambda y: y * net.scale[:, None, None] + y)(net.c(x)),
+        {"conv": 2, "mul.Tensor": 1, "add.Tensor": 1},
+    ),
+    "scaled input": (lambda net, x: net.c(x * net.scale[:, None, None]), {"conv": 2, "mul.Tensor": 1}),
+    "scaled by one for all": (lambda net, x: net.c(x) * net.scale[:1], {"conv": 2, "mul.Tensor": 1}),
+    "linear": (mixed, {"conv": 1, "linear": 2, "gelu.default": 0}),
+    "linear of computed weights": (mixed_by_itself, {"conv": 2, "linear": 2, "mul.Tensor": 1}),
     "dropout": (lambda net, x: F.dropout(net.c(x), 0.5, net.training), {"conv": 2}),
     "max pool": (lambda net, x: net.c(F.max_pool2d(x, 3, 2, 1)), {"conv": 2, "max_pool2d.default": 1}),
     "average pool": (lambda net, x: net.c(F.avg_pool2d(x, 3, 2, 1)), {"conv": 2, "avg_pool2d.default": 1}),
@@ -194,7 +225,7 @@ def test_a_gate_moves_past_pools_to_the_layer(pool: str) -> None:
     assert isinstance(layer.args[KEEP], fx.Node)
     assert layer.args[KEEP].target is torch.ops.isw.decide.default
     assert layer.args[X].target is not mask  # type: ignore[union-attr]  # a node
-    read = (aten.linear.default, aten.sigmoid.default)
+    read = (linear, aten.sigmoid.default)
     assert all(user.target in read for node in calls(graph, mask) for user in node.users)
 
 

@@ -1,5 +1,6 @@
 """A gated model that really skips: a copy as a graph of the engine's layers, each as fast as it was seen to be."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from isw_plugin.copies import copy_of
-from isw_plugin.engine.execution import DenseConv, GatedConv, can_skip
+from isw_plugin.engine.execution import DenseConv, DenseLinear, GatedConv, can_skip
 from isw_plugin.engine.fit import Cost, fit, medians, spare
-from isw_plugin.engine.layers import Layer, conv
+from isw_plugin.engine.layers import Layer, Linear, conv, linear
 from isw_plugin.engine.lower import Decision, lower, lower_all_kept, lower_dense
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import arguments, trace
@@ -270,12 +271,13 @@ class _Traced:
         executions: dict[str, nn.Module] = {}
         constants = constants_of(self.graph)
         for node in self.graph.graph.nodes:
-            layer = Layer.of(node, constants) if node.target is conv else None
-            if layer is None:
-                continue
-            shape = (instances, *node.args[0].meta["val"].shape[1:])
-            gated = skips(node.meta["layer"]) and can_skip(layer)
-            executions[node.name] = GatedConv(layer) if gated else DenseConv(layer, shape)
+            if node.target is conv and (layer := Layer.of(node, constants)):
+                shape = (instances, *node.args[0].meta["val"].shape[1:])
+                gated = skips(node.meta["layer"]) and can_skip(layer)
+                executions[node.name] = GatedConv(layer) if gated else DenseConv(layer, shape)
+            elif node.target is linear and (flat := Linear.of(node, constants)):
+                tokens = [size for size in node.args[0].meta["val"].shape[1:-1] if isinstance(size, int)]
+                executions[node.name] = DenseLinear(flat, instances * math.prod(tokens))
         return executions
 
     def plan(self, execution: str, choices: dict[str, bool], instances: int) -> Plan:

@@ -1,4 +1,4 @@
-"""Ways to run one ``layers.conv``: the engine's kernel, which skips dropped channels, or oneDNN on all of them."""
+"""Ways to run a layer: the engine's kernel, which skips dropped channels, or oneDNN on all of them."""
 
 import copy
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import isw_plugin.engine.cpu as cpu
-from isw_plugin.engine.layers import Layer, mask
+from isw_plugin.engine.layers import Layer, Linear, mask
 from isw_plugin.engine.reference import ACTS, DTYPES, pack_weight
 
-__all__ = ["DenseConv", "GatedConv", "can_skip"]
+__all__ = ["DenseConv", "DenseLinear", "GatedConv", "can_skip"]
 
 _ONEDNN_ACTS: dict[str, tuple[str, list[float], str]] = {  # name, bounds, algorithm
     "none": ("none", [], ""),
@@ -21,6 +21,9 @@ _ONEDNN_ACTS: dict[str, tuple[str, list[float], str]] = {  # name, bounds, algor
     "hardswish": ("hardswish", [], ""),
     "gelu": ("gelu", [], "none"),
 }
+
+
+_WORTHWHILE = 1 << 19  # multiply-adds of a linear layer; a call of oneDNN takes 10 us longer than PyTorch's
 
 
 def can_skip(layer: Layer) -> bool:
@@ -125,6 +128,33 @@ class DenseConv(nn.Module):
         return result
 
 
+class DenseLinear(nn.Module):
+    """A linear layer with weights that oneDNN reordered once, where it can and the layer is large."""
+
+    def __init__(self, layer: Linear, rows: int) -> None:
+        """``rows`` are those of the input that it is expected to read, N times tokens."""
+        super().__init__()
+        self.layer = layer
+        self.rows = rows
+        self.reordered = _reordered_linear(layer, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"reordered": None}  # oneDNN's order cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
+        self.reordered = _reordered_linear(self.layer, self.rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (N, ..., C_out)."""
+        if self.reordered is None or _traced(x) or not x.numel():
+            return self.layer.dense(x)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.reordered, self.layer.bias, *_ONEDNN_ACTS[self.layer.act]
+        )
+        return y
+
+
 def _traced(x: Tensor) -> bool:
     # is_compiling() is true in every thread while one exports; an export runs on a subclass of Tensor.
     return torch.compiler.is_dynamo_compiling() or type(x) is not Tensor
@@ -143,3 +173,10 @@ def _reordered(layer: Layer, shape: list[int]) -> Any:
     window = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # stubbed without the shape
     return reorder(layer.weight.to_mkldnn(), *window, shape)
+
+
+def _reordered_linear(layer: Linear, rows: int) -> Any:
+    weight = layer.weight
+    if rows * weight.numel() < _WORTHWHILE or not (weight.is_cpu and _has_onednn(weight.dtype)):
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)

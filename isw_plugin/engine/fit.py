@@ -73,10 +73,10 @@ def fit(
     ratios.run(*inputs)
     seconds, *skipping = seconds_in_place([dense, gated, all_kept], inputs)
     costs = {}
-    for node, taken in seconds.items():
+    for node in (node for node in ratios.layers if node in seconds):
         skips = isinstance(getattr(gated, node), GatedConv)
         others = [form[node] if skips else None for form in skipping]
-        costs[node] = Cost(ratios.layers[node], ratios.kept[node], taken, *others)
+        costs[node] = Cost(ratios.layers[node], ratios.kept[node], seconds[node], *others)
     return costs
 
 

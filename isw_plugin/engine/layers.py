@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from isw_plugin.engine.reference import ACTS
 
-__all__ = ["Layer", "conv", "mask"]
+__all__ = ["Layer", "Linear", "conv", "linear", "mask"]
 
 
 def mask(x: Tensor, keep: Tensor, axis: int) -> Tensor:
@@ -40,6 +40,12 @@ def conv(
     if residual is not None:
         y = y + (residual if residual_keep is None else mask(residual, residual_keep, 1))
     activated: Tensor = ACTS[act](y)
+    return activated
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    """Linear layer on the last axis of (N, ..., C_in), activated."""
+    activated: Tensor = ACTS[act](F.linear(x, weight, bias))
     return activated
 
 
@@ -96,6 +102,27 @@ class Layer:
             self.groups,
             self.act,
         )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A ``linear`` node's constants."""
+
+    weight: Tensor
+    bias: Tensor | None
+    act: str
+
+    @classmethod
+    def of(cls, node: fx.Node, constants: dict[fx.Node, Tensor]) -> "Linear | None":
+        """The layer of a node; None where its weight is computed from its inputs."""
+        _, weight, bias, act = node.args
+        if weight not in constants or (bias is not None and bias not in constants):
+            return None
+        return cls(constants[weight], None if bias is None else constants[bias], str(act))  # type: ignore[index]  # nodes
+
+    def dense(self, x: Tensor) -> Tensor:
+        """All channels."""
+        return linear(x, self.weight, self.bias, self.act)
 
 
 def _pair(value: object) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""From the simplified graph to one that runs: a module for every convolution, statistics instead of decisions.
+"""From the simplified graph to one that runs: a module for every layer, statistics instead of decisions.
 
 A producer's kernel leaves the sums of squares of what it made; whoever reads the map gets those and the
 thresholds, and decides inside its own kernel. Where the map comes from elsewhere, one operator sums its squares.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from isw_plugin.engine.execution import GatedConv
-from isw_plugin.engine.layers import conv, mask
+from isw_plugin.engine.layers import conv, linear, mask
 from isw_plugin.engine.reference import DTYPES
 
 __all__ = ["Decision", "lower", "lower_all_kept", "lower_dense"]
@@ -37,7 +37,7 @@ def lower(
 
     Args:
         graph_module: Simplified; gives ``outputs`` outputs, then the keep masks, then the norms of the sites.
-        executions: By name of a ``conv`` node.
+        executions: By name of a ``conv`` or ``linear`` node.
 
     Returns:
         A graph that gives the outputs, then one tensor or two for every site (see ``Decision``).
@@ -114,27 +114,34 @@ class _Lowering:
     # -- layers ------------------------------------------------------------------------------------
 
     def replace_layers(self) -> None:
-        """Every ``conv`` by the call of its module."""
-        for node in self._calls(conv):
+        """Every ``conv`` and ``linear`` by the call of its module."""
+        for node in self._calls(conv) + self._calls(linear):
             module = self.executions.get(self.names[node])
             if module is not None:
                 self._replace_layer(node, module)
 
     def _replace_layer(self, node: Any, module: nn.Module) -> None:
-        x, _, _, residual, keep, residual_keep = node.args[:6]
         name = self.names[node]
         self.root.add_module(name, module)
+        y = self._call_linear(node, name) if node.target is linear else self._call_conv(node, name, module)
+        y.meta = dict(node.meta)
+        node.replace_all_uses_with(y)
+        self.graph.erase_node(node)
+
+    def _call_linear(self, node: Any, name: str) -> fx.Node:
+        with self.graph.inserting_before(node):
+            return self.graph.call_module(name, node.args[:1])
+
+    def _call_conv(self, node: Any, name: str, module: nn.Module) -> fx.Node:
+        x, _, _, residual, keep, residual_keep = node.args[:6]
         with self.graph.inserting_before(node):
             if isinstance(module, GatedConv):
                 args = (x, *self._gate(keep), residual, *self._gate(residual_keep))
                 call = self.graph.call_module(name, args)
                 y = self.graph.call_function(operator.getitem, (call, 0))
                 self.squares[y] = self.graph.call_function(operator.getitem, (call, 1))
-            else:
-                y = self.graph.call_module(name, (x, keep, residual, residual_keep))
-        y.meta = dict(node.meta)
-        node.replace_all_uses_with(y)
-        self.graph.erase_node(node)
+                return y
+            return self.graph.call_module(name, (x, keep, residual, residual_keep))
 
     def replace_pools(self) -> None:
         """Max-pooling into the layer before it, or by the engine's, which is the faster one on maps in NCHW order."""

@@ -1,5 +1,5 @@
 """From the exported graph to few nodes: constants and batch norms folded, activations and residual adds fused
-into convolutions, gates linked to the convolutions that read them.
+into layers, gates linked to the convolutions that read them.
 
 Every step leaves an executable graph with the same results. A mask is moved only through operations that
 keep channels apart and zeros zero; where no convolution takes it in, it stays: always right.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from isw_plugin.engine.layers import conv, mask
+from isw_plugin.engine.layers import conv, linear, mask
 
 __all__ = ["constants_of", "simplify"]
 
@@ -48,6 +48,7 @@ def simplify(graph_module: fx.GraphModule) -> fx.GraphModule:
         step(graph)
     _fold_constants(graph_module)
     _fold_batch_norms(graph_module)
+    _fold_scales(graph_module)
     for step in (_name_layers, _name_masks, _fuse_residuals, _fuse_activations, _drop_open_gates, _link):
         step(graph)
     for node in _calls(graph, _aten.view.default):
@@ -162,6 +163,37 @@ def _wide(tensor: Tensor | None) -> Any:
     return tensor if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+# -- layer scale -----------------------------------------------------------------------------------
+
+
+def _fold_scales(graph_module: fx.GraphModule) -> None:
+    """A layer's map times a constant of every channel: that of its weights."""
+    for node in _calls(graph_module.graph, _aten.mul.Tensor):
+        known = constants_of(graph_module)
+        layer, scale = node.args if node.args[1] in known else node.args[::-1]
+        if scale not in known or not _is_foldable(layer, known) or _only_user(layer) is not node:
+            continue
+        behind = 2 if layer.target is _aten.conv2d.default else 0  # axes
+        weight, factors = known[layer.args[1]], known[scale]
+        if factors.numel() != len(weight) or factors.shape[-1 - behind :] != (len(weight), *[1] * behind):
+            continue
+        factors = _wide(factors).flatten()
+        tensors = [_wide(weight) * factors.view(-1, *[1] * (weight.dim() - 1))]
+        if len(layer.args) > 2 and layer.args[2] is not None:
+            tensors.append(_wide(known[layer.args[2]]) * factors)
+        new = [_constant(graph_module, layer, tensor.to(weight.dtype)) for tensor in tensors]
+        layer.args = (layer.args[0], *new, *layer.args[1 + len(new) :])
+        node.replace_all_uses_with(layer)
+        graph_module.graph.erase_node(node)
+
+
+def _is_foldable(layer: Any, known: dict[fx.Node, Tensor]) -> bool:
+    """Whether it is a layer whose weight and bias are constants."""
+    if getattr(layer, "target", None) not in (_aten.conv2d.default, _aten.linear.default):
+        return False
+    return all(held is None or held in known for held in layer.args[1:3])
+
+
 # -- layers ----------------------------------------------------------------------------------------
 
 
@@ -173,6 +205,10 @@ def _name_layers(graph: fx.Graph) -> None:
             args = (x, weight, bias, None, None, None, stride, padding, dilation, groups, "none")
             layer = graph.call_function(conv, args)
         layer.meta["layer"] = _module_of(node)
+        _replace(node, layer)
+    for node in _calls(graph, _aten.linear.default):
+        with graph.inserting_before(node):
+            layer = graph.call_function(linear, (*node.args[:2], node.args[2] if len(node.args) > 2 else None, "none"))
         _replace(node, layer)
 
 
@@ -228,7 +264,7 @@ def _fuse_activations(graph: fx.Graph) -> None:
     for node in _calls(graph, *_ACTIVATIONS, _aten.hardtanh.default, _aten.clamp.default):
         layer = node.args[0]
         act = _activation(node)
-        if act and layer.target is conv and _only_user(layer) is node and _is_open(layer):
+        if act and layer.target in (conv, linear) and _only_user(layer) is node and _is_open(layer):
             layer.args = (*layer.args[:-1], act)
             node.replace_all_uses_with(layer)
             graph.erase_node(node)
