@@ -125,6 +125,34 @@ def test_weights_are_kept_once() -> None:
     assert sum(buffer.numel() for buffer in GatedConv(layer_of("depthwise")).buffers()) == 5 * 9 + 5
 
 
+@pytest.mark.parametrize("width", [37, 2048])  # narrow: PyTorch's linear layer; wide: oneDNN's
+def test_the_dense_form_on_maps_of_one_pixel(width: int) -> None:
+    weight, bias = normal(width, 512, 1, 1, seed=1) / 23, normal(width, seed=2)
+    layer = Layer(weight, bias, (1, 1), (0, 0), (1, 1), 1, "silu")
+    x, keep = 3 * normal(3, 512, 1, 1), normal(3, 512, seed=3) > 0
+    dense = DenseConv(layer, x.shape)
+    assert dense.linear is not None
+    assert (dense.reordered, dense.linear.reordered is None) == (None, width == 37)
+    assert_close(dense(x, keep, None, None), reference(layer, x, None, keep, None))
+    residual, residual_keep = normal(3, width, 1, 1, seed=4), normal(3, width, seed=5) > 0
+    wanted = reference(layer, x, residual, keep, residual_keep)
+    assert_close(dense(x, keep, residual, residual_keep), wanted)
+    larger = normal(3, 512, 2, 3)
+    assert_close(dense(larger, None, None, None), layer.dense(larger))
+    other = pickle.loads(pickle.dumps(dense))
+    assert_close(other(x, keep, None, None), reference(layer, x, None, keep, None))
+
+
+@pytest.mark.parametrize(
+    "window", [{"stride": (2, 2)}, {"padding": (1, 1)}, {"groups": 2}, {"weight": normal(8, 4, 1, 2)}]
+)
+def test_only_pointwise_layers_are_linear_on_one_pixel(window: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "act": "none"}
+    settings |= {"weight": normal(8, 4, 1, 1), "bias": normal(8)}
+    assert Layer(**settings).is_pointwise
+    assert not Layer(**settings | window).is_pointwise
+
+
 def linear_of(act: str = "none", bias: bool = True, dtype: torch.dtype = torch.float32) -> Linear:
     weight, added = normal(96, 128, seed=1) / 11, normal(96, seed=2)
     return Linear(weight.to(dtype), added.to(dtype) if bias else None, act)

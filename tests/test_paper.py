@@ -89,13 +89,17 @@ def test_a_second_run_trains_and_measures_nothing(out: Path, monkeypatch: pytest
     assert {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*.safetensors")} == before
 
 
-def test_an_earlier_table_may_have_fewer_columns() -> None:
+def test_an_earlier_table_may_have_fewer_columns_or_more() -> None:
     older = Table("title", "corner", ["a", "c"], [Row("net", [1.0, 3.0], [0.1, 0.3], [None, None])])
     newer = Table("title", "corner", ["a", "b", "c"], [Row("net", [None, 2.0, None], [None] * 3, [None] * 3)])
     (row,) = newer.with_stored(older.to_dict()).rows
     assert (row.ours, row.paper) == ([1.0, 2.0, 3.0], [0.1, None, 0.3])
+    joined = older.with_stored(newer.to_dict())
+    assert joined.columns == newer.columns
+    assert (joined.rows[0].ours, joined.rows[0].paper) == (row.ours, row.paper)
+    assert older.with_stored(dataclasses.replace(newer, rows=[]).to_dict()) is older
     with pytest.raises(ValueError, match="the stored table has columns"):
-        older.with_stored(newer.to_dict())
+        dataclasses.replace(older, columns=["a", "d"]).with_stored(newer.to_dict())
 
 
 def test_what_an_earlier_run_measured_is_kept_where_this_one_did_not_run(out: Path, tmp_path: Path) -> None:

@@ -81,16 +81,18 @@ class Table:
         """Itself, with what an earlier run's ``to_dict`` has and this one has not run; ``self`` if that is nothing.
 
         Raises:
-            ValueError: That table has columns that this one lacks.
+            ValueError: Each of the tables has columns that the other lacks.
         """
-        if not set(stored["columns"]) <= set(self.columns):
+        columns = max(self.columns, stored["columns"], key=len)
+        if not {*self.columns, *stored["columns"]} <= set(columns):
             raise ValueError(f"the stored table has columns {stored['columns']}, this one {self.columns}")
-        rows = {row.label: row for row in self.rows}
-        for row in (Row(**row).spread(stored["columns"], self.columns) for row in stored["rows"]):
-            own = rows.get(row.label, Row(row.label, *[[None] * len(self.columns)] * 3))
+        before = [row.spread(self.columns, columns) for row in self.rows]
+        rows = {row.label: row for row in before}
+        for row in (Row(**row).spread(stored["columns"], columns) for row in stored["rows"]):
+            own = rows.get(row.label, Row(row.label, *[[None] * len(columns)] * 3))
             if any(mine is None and other is not None for mine, other in zip(own.ours, row.ours, strict=True)):
                 rows[row.label] = own.completed(row)
-        return self if list(rows.values()) == self.rows else replace(self, rows=list(rows.values()))
+        return self if list(rows.values()) == before else replace(self, columns=columns, rows=list(rows.values()))
 
 
 def markdown(table: Table) -> str:

@@ -90,27 +90,35 @@ class GatedConv(nn.Module):
 
 
 class DenseConv(nn.Module):
-    """Computes all channels, with weights that oneDNN reordered once where it can."""
+    """Computes all channels, with weights that oneDNN reordered once where it can.
+
+    On maps of one pixel, those of squeeze-excite, it is a linear layer, which takes a fraction of the time.
+    """
 
     def __init__(self, layer: Layer, shape: Sequence[int]) -> None:
         """``shape`` is that of the input that oneDNN chooses the order of the weights for."""
         super().__init__()
         self.layer = layer
         self.shape = list(shape)
-        self.reordered = _reordered(layer, self.shape)
+        one_pixel = layer.is_pointwise and self.shape[2:] == [1, 1]
+        self.linear = DenseLinear(layer.as_linear(), self.shape[0]) if one_pixel else None
+        self.reordered = None if one_pixel else _reordered(layer, self.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"reordered": None}  # oneDNN's order cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
-        self.reordered = _reordered(self.layer, self.shape)
+        self.reordered = None if self.linear else _reordered(self.layer, self.shape)
 
     def forward(self, x: Tensor, keep: Tensor | None, residual: Tensor | None, residual_keep: Tensor | None) -> Tensor:
         """y (N, C_out, OH, OW)."""
         x = x if keep is None else mask(x, keep, 1)
         if residual is not None and residual_keep is not None:
             residual = mask(residual, residual_keep, 1)
+        if self.linear is not None and residual is None and x.shape[2:] == (1, 1):
+            flat: Tensor = self.linear(x.flatten(1))
+            return flat[:, :, None, None]
         if self.reordered is None or _traced(x):  # a compiler fuses and reorders by itself
             return self.layer.dense(x, residual)
         layer = self.layer

@@ -87,6 +87,16 @@ class Layer:
     def is_plain(self) -> bool:
         return self.groups == 1 and self.dilation == (1, 1)
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether pixels do not see each other, nor are any left out."""
+        alone = self.weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+        return alone and self.groups == 1
+
+    def as_linear(self) -> "Linear":
+        """A pointwise layer as one of its pixels, (N, C_in) to (N, C_out)."""
+        return Linear(self.weight.flatten(1), self.bias, self.act)
+
     def dense(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """All channels."""
         return conv(
