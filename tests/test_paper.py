@@ -98,6 +98,9 @@ def test_an_earlier_table_may_have_fewer_columns_or_more() -> None:
     assert joined.columns == newer.columns
     assert (joined.rows[0].ours, joined.rows[0].paper) == (row.ours, row.paper)
     assert older.with_stored(dataclasses.replace(newer, rows=[]).to_dict()) is older
+    rows = [Row(label, [1.0, 1.0, 1.0], [None] * 3, [None] * 3) for label in ("first", "net", "last")]
+    longer = older.with_stored(dataclasses.replace(newer, rows=rows).to_dict())
+    assert [row.label for row in longer.rows] == ["first", "net", "last"]
     with pytest.raises(ValueError, match="the stored table has columns"):
         dataclasses.replace(older, columns=["a", "d"]).with_stored(newer.to_dict())
 

@@ -88,11 +88,15 @@ class Table:
             raise ValueError(f"the stored table has columns {stored['columns']}, this one {self.columns}")
         before = [row.spread(self.columns, columns) for row in self.rows]
         rows = {row.label: row for row in before}
-        for row in (Row(**row).spread(stored["columns"], columns) for row in stored["rows"]):
+        others = [Row(**row).spread(stored["columns"], columns) for row in stored["rows"]]
+        for row in others:
             own = rows.get(row.label, Row(row.label, *[[None] * len(columns)] * 3))
             if any(mine is None and other is not None for mine, other in zip(own.ours, row.ours, strict=True)):
                 rows[row.label] = own.completed(row)
-        return self if list(rows.values()) == before else replace(self, columns=columns, rows=list(rows.values()))
+        if list(rows.values()) == before:
+            return self
+        order = dict.fromkeys(row.label for row in [*max(before, others, key=len), *rows.values()])
+        return replace(self, columns=columns, rows=[rows[label] for label in order if label in rows])
 
 
 def markdown(table: Table) -> str:
