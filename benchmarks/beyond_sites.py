@@ -46,8 +46,9 @@ def site_rows(args: argparse.Namespace, splits: ImageSplits) -> Iterator[dict[st
     for path, drop in itertools.product(args.models, args.max_drops):
         pruner = InstanceWisePruner(stored_vgg16(path), torch.zeros(1, 3, 32, 32))
         dense = evaluate(pruner.model, test)
-        found = calibrate(pruner, held_out, max_drop=drop, max_instances=args.images, per_site=True)
-        pair = Choice(found.accuracy, drop, None).best([c for c in found.candidates if not c.per_site])
+        aim = {"by_channels": args.by_channels}
+        found = calibrate(pruner, held_out, max_drop=drop, max_instances=args.images, per_site=True, **aim)
+        pair = Choice(found.accuracy, drop, None, **aim).best([c for c in found.candidates if not c.per_site])
         for candidate in (pair, found.best):
             with pruner.gating(per_site=candidate.per_site, **candidate.parameters):
                 report = evaluate(pruner.model, test)
@@ -55,7 +56,12 @@ def site_rows(args: argparse.Namespace, splits: ImageSplits) -> Iterator[dict[st
                 "model": f"{path.absolute().parent.name}/{path.stem}",
                 "max_drop": drop,
                 "dense": {"held_out": found.accuracy, "test": dense.accuracy, "macs": dense.macs},
-                "held_out": {"images": found.instances, "accuracy": candidate.accuracy, "saved": candidate.macs_saved},
+                "held_out": {
+                    "images": found.instances,
+                    "accuracy": candidate.accuracy,
+                    "dropped": candidate.prune_ratio,
+                    "saved": candidate.macs_saved,
+                },
                 "test": {"images": report.instances, "accuracy": report.accuracy, "saved": report.macs_saved},
                 "prune_ratio": report.prune_ratio,
                 "parameters": candidate.parameters,
@@ -69,6 +75,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("models", type=Path, nargs="+", help="weights of VGG16s")
     parser.add_argument("--data", required=True, help="what they were trained on: digits, cifar10, or a folder")
     parser.add_argument("--max-drops", type=float, nargs="+", default=[0.005, 0.01], help="budgets of accuracy")
+    parser.add_argument("--by-channels", action="store_true", help="drop the most channels, not the most MACs")
     parser.add_argument("--images", type=int, default=1000, help="held-out images to calibrate on")
     parser.add_argument("--thin", type=int, default=5, help="take every n-th test image")
     parser.add_argument("--out", type=Path, default=Path("runs/beyond"), help="folder for sites.json")

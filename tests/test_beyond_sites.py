@@ -34,3 +34,10 @@ def test_the_pair_and_single_sites_are_written_for_every_budget(tmp_path: Path) 
     assert not pair["per_site"]
     assert pair["held_out"]["saved"] <= own["held_out"]["saved"]
     assert pair["held_out"]["images"] == pair["test"]["images"] == 20
+
+
+def test_the_aim_may_be_channels(tmp_path: Path) -> None:
+    options = ["--data", "digits", "--images", "20", "--thin", "18", "--max-drops", "1", "--out", str(tmp_path)]
+    arguments = beyond_sites.arguments([str(store(tmp_path / "vgg16-0")), *options, "--by-channels"])
+    pair, own = beyond_sites.main(arguments)["rows"]
+    assert pair["held_out"]["dropped"] <= own["held_out"]["dropped"]

@@ -337,3 +337,48 @@ def test_a_path_goes_from_the_smallest_loss_to_the_fewest_macs_a_site_at_a_time(
     }
     betas = [tuple(chosen["beta"] for chosen in step.values()) for step in path(found)]
     assert betas == [(0, -1), (1, -1), (1, 0), (1, 1)]
+
+
+# -- channels instead of MACs ----------------------------------------------------------------------
+
+
+class EitherOr(nn.Module):
+    """Two maps of which one must keep a channel of .55 of the mean norm: ten dear ones to read, or twenty-one cheap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.act_few, self.dear = nn.Conv2d(1, 10, 1, bias=False), nn.ReLU(), nn.Conv2d(10, 1, 3, padding=1)
+        self.many, self.act_many, self.cheap = nn.Conv2d(1, 21, 1, bias=False), nn.ReLU(), nn.Conv2d(21, 1, 1)
+        with torch.no_grad():
+            for layer, reader, channel in ((self.few, self.dear, 2), (self.many, self.cheap, 5)):
+                layer.weight.copy_(torch.arange(1.0, len(layer.weight) + 1).view(-1, 1, 1, 1))
+                for parameter in reader.parameters():
+                    parameter.zero_()
+                middle = reader.weight.shape[2] // 2
+                reader.weight[0, channel, middle, middle] = 3.0 / (channel + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.dear(self.act_few(self.few(x))) + self.cheap(self.act_many(self.many(x)))
+        return torch.cat([torch.full((len(x), 1), 2.0), found.mean((2, 3))], 1)
+
+
+@pytest.mark.parametrize("by_channels", [False, True])
+def test_the_aim_is_macs_or_channels(by_channels: bool) -> None:
+    pruner = InstanceWisePruner(EitherOr(), torch.zeros(1, 1, 4, 4))
+    found = calibrate(pruner, held_out(), max_drop=0.0, per_site=True, by_channels=by_channels)
+    assert found.best.accuracy == found.accuracy == 1.0
+    model = pruner.model
+    report = evaluate(model, held_out())
+    pruner.enable()
+    model(held_out()[0][0])
+    kept = {"few": bool(pruner.keep["few"][:, 2].all()), "many": bool(pruner.keep["many"][:, 5].all())}
+    assert kept == ({"few": True, "many": False} if by_channels else {"few": False, "many": True})
+    within = [c for c in found.candidates if c.accuracy == 1.0 and not c.emptied]
+    most = max(within, key=lambda c: c.prune_ratio if by_channels else c.macs_saved)
+    assert (found.best.prune_ratio, found.best.macs_saved) == (most.prune_ratio, most.macs_saved)
+    assert report.accuracy == 1.0
+
+
+def test_channels_and_macs_cannot_both_be_aimed_at() -> None:
+    with pytest.raises(SettingError, match="by_channels and target_macs"):
+        calibrate(attached(), held_out(), target_macs=1.0, by_channels=True)

@@ -136,15 +136,15 @@ def test_the_half_that_drops_most_is_the_more_accurate_one() -> None:
 
 def test_keep_decisions_are_small_and_of_256_images() -> None:
     files = sorted((STORED / "decisions").glob("*.npz"))
-    provenance = stored("table1")["provenance"]
-    trained = {name for run in (provenance, *provenance.get("earlier", [])) for name in run["networks"]}
-    assert {file.stem for file in files} == trained
+    runs = [stored(name)["provenance"] for name in ("table1", "table8")]
+    runs += [earlier for run in runs for earlier in run.get("earlier", [])]
+    assert {file.stem for file in files} == {name for run in runs for name in run["networks"]}
     for file in files:
         assert file.stat().st_size < 300_000
         keep, facts = decisions.load(file)
         assert {len(mask) for mask in keep.values()} == {256} == {len(facts["images"])}
         share = 1 - sum(int(mask.sum()) for mask in keep.values()) / sum(mask.numel() for mask in keep.values())
-        assert 0.01 < share < 0.99
+        assert 0 < share < 0.99  # MobileNetV2 drops .001 at the paper's thresholds
 
 
 def test_the_slimmed_network_can_be_loaded_and_gated() -> None:

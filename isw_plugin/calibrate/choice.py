@@ -11,16 +11,24 @@ __all__ = ["Choice"]
 
 @dataclass(frozen=True)
 class Choice:
-    """A budget: accuracy with gates off, what may be lost of it, and MACs, if they are the aim."""
+    """A budget: accuracy with gates off, what may be lost of it, and MACs, if they are the aim.
+
+    ``by_channels``: the more channels are dropped the better, whatever MACs they save.
+    """
 
     accuracy: float
     max_drop: float
     target_macs: float | None
+    by_channels: bool = False
+
+    def saved(self, candidate: Candidate) -> float:
+        """What the candidate saves, a share."""
+        return candidate.prune_ratio if self.by_channels else candidate.macs_saved
 
     def within(self, candidate: Candidate) -> bool:
-        """Whether it saves MACs within the budget."""
+        """Whether it saves something within the budget."""
         reached = self.target_macs is None or candidate.macs <= self.target_macs
-        return self._fits(candidate) and reached and candidate.macs_saved > 0
+        return self._fits(candidate) and reached and self.saved(candidate) > 0
 
     def may_go_on(self, candidate: Candidate) -> bool:
         """Whether the best, on a path of ever fewer MACs, lies behind this candidate."""
@@ -35,7 +43,7 @@ class Choice:
     def merit(self, candidate: Candidate) -> tuple[float, float]:
         """What is to be the largest among those within."""
         if self.target_macs is None:
-            return candidate.macs_saved, candidate.accuracy
+            return self.saved(candidate), candidate.accuracy
         return candidate.accuracy, candidate.macs_saved
 
     def nearest(self, candidates: Sequence[Candidate]) -> Candidate:
@@ -44,7 +52,7 @@ class Choice:
         if inside:
             return max(inside, key=self.merit)
         if self.target_macs is None:
-            return max(candidates, key=lambda c: (c.macs_saved > 0, not c.emptied, c.accuracy))
+            return max(candidates, key=lambda c: (self.saved(c) > 0, not c.emptied, c.accuracy))
         reached = [c for c in candidates if c.macs <= self.target_macs and not c.emptied]
         return max(reached, key=lambda c: c.accuracy) if reached else min(candidates, key=lambda c: c.macs)
 

@@ -1,4 +1,4 @@
-"""Thresholds of single sites, by MACs saved for loss that they cost.
+"""Thresholds of single sites, by MACs (or channels) saved for loss that they cost.
 
 In a round, every site in turn tries other values while the rest stays as it is, on some of the images:
 what does the loss rise, and how many MACs are saved? Added up over the sites, that predicts the best
@@ -30,7 +30,7 @@ Choices = dict[str, Parameters]  # by site
 
 @dataclass(frozen=True)
 class Corner:
-    """A value that a site may take: MACs saved and loss, against the site's present value."""
+    """A value that a site may take: share saved and loss, against the site's present value."""
 
     saved: float
     loss: float
@@ -48,7 +48,7 @@ def refined(trial: Trial, choice: Choice, start: Candidate, values: Mapping[str,
     sites = [site.name for site in trial.pruner.sites if not own.get(site.name, {}).keys() & values.keys()]
     for halvings in range(_ROUNDS if sites else 0):
         options = {site: _options(trial, start.at(site), values, 2**halvings) for site in sites}
-        steps = path(_corners(trial, start, options))
+        steps = path(_corners(trial, choice, start, options))
         found += bisected(trial, choice, start.parameters, steps)
         start = choice.nearest([start, *found])
     return found
@@ -87,7 +87,7 @@ def path(corners: Mapping[str, Sequence[Corner]]) -> list[Choices]:
 
 
 def hull(corners: Sequence[Corner]) -> list[Corner]:
-    """The lower convex hull, from the smallest loss to the most MACs saved."""
+    """The lower convex hull, from the smallest loss to the most saved."""
     chain: list[Corner] = []
     for corner in sorted(corners, key=lambda corner: (corner.saved, -corner.loss)):
         while chain and (chain[-1].loss >= corner.loss or _bends_down(chain, corner)):
@@ -103,17 +103,18 @@ def _bends_down(chain: Sequence[Corner], corner: Corner) -> bool:
     return (b.loss - a.loss) * (corner.saved - a.saved) >= (corner.loss - a.loss) * (b.saved - a.saved)
 
 
-def _corners(trial: Trial, start: Candidate, options: Mapping[str, Sequence[Parameters]]) -> dict[str, list[Corner]]:
+def _corners(
+    trial: Trial, choice: Choice, start: Candidate, options: Mapping[str, Sequence[Parameters]]
+) -> dict[str, list[Corner]]:
     """What each option does alone; options that empty a map where the start does not are left out."""
-    loss, macs, emptied = trial.loss(start.parameters, start.per_site, _cross_entropy, _INSTANCES)
+    present = trial.shown(start.parameters, start.per_site, _cross_entropy, _INSTANCES)
     corners = {site: [Corner(0.0, 0.0, start.at(site))] for site in options}
     for site, tried in options.items():
         for option in tried:
-            its_loss, its_macs, its_emptied = trial.loss(
-                start.parameters, start.per_site | {site: option}, _cross_entropy, _INSTANCES
-            )
-            if its_emptied <= emptied and math.isfinite(its_loss):
-                corners[site].append(Corner(macs - its_macs, its_loss - loss, option))
+            found = trial.shown(start.parameters, start.per_site | {site: option}, _cross_entropy, _INSTANCES)
+            if found.emptied <= present.emptied and math.isfinite(found.accuracy):
+                saved = choice.saved(found) - choice.saved(present)
+                corners[site].append(Corner(saved, found.accuracy - present.accuracy, option))
         trial.progress.set_postfix_str(f"sensitivity of {site}")
     return corners
 

@@ -42,22 +42,24 @@ class Trial:
 
     def candidate(self, parameters: Parameters, per_site: Mapping[str, Parameters]) -> Candidate:
         """What the gate does with these parameters, on all images."""
-        with self.pruner.gating(per_site=self.overlaid(per_site), **parameters):
-            report = evaluate(self.pruner.model, self.batches, across_ranks=self.across_ranks)
-        found = (report.accuracy, report.prune_ratio, report.macs, report.macs_saved, report.emptied)
-        candidate = Candidate(parameters, *found, dict(per_site))
+        candidate = self._run(self.batches, parameters, per_site)
         self.progress.update()
         self.progress.set_postfix_str(str(candidate))
         return candidate
 
-    def loss(
+    def shown(
         self, parameters: Parameters, per_site: Mapping[str, Parameters], metric: Metric, instances: int
-    ) -> tuple[float, float, int]:
-        """Mean of the metric, MACs of an image and emptied maps, on the first images alone."""
-        batches = list(first(self.batches, instances))
+    ) -> Candidate:
+        """The same on the first images alone, with the mean of the metric as accuracy."""
+        return self._run(list(first(self.batches, instances)), parameters, per_site, metric)
+
+    def _run(
+        self, batches: Batches, parameters: Parameters, per_site: Mapping[str, Parameters], metric: Metric | None = None
+    ) -> Candidate:
         with self.pruner.gating(per_site=self.overlaid(per_site), **parameters):
             report = evaluate(self.pruner.model, batches, metric=metric, across_ranks=self.across_ranks)
-        return report.accuracy, report.macs, report.emptied
+        found = (report.accuracy, report.prune_ratio, report.macs, report.macs_saved, report.emptied)
+        return Candidate(parameters, *found, dict(per_site))
 
     @property
     def own(self) -> dict[str, dict[str, Any]]:
