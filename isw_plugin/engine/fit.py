@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from isw_plugin.engine.execution import GatedConv
 from isw_plugin.engine.layers import conv
 
-__all__ = ["Cost", "Turns", "fit", "medians", "spare"]
+__all__ = ["Cost", "Turns", "fit", "medians", "seconds_in_place", "spare"]
 
 _ROUNDS = (5, 25)  # at least, at most
 _SECONDS = 0.5  # that the rounds take, within these limits
