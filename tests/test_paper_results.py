@@ -144,7 +144,8 @@ def test_keep_decisions_are_small_and_of_256_images() -> None:
         keep, facts = decisions.load(file)
         assert {len(mask) for mask in keep.values()} == {256} == {len(facts["images"])}
         share = 1 - sum(int(mask.sum()) for mask in keep.values()) / sum(mask.numel() for mask in keep.values())
-        assert 0 < share < 0.99  # MobileNetV2 drops .001 at the paper's thresholds
+        least = 0.0 if file.stem == "mobilenetv2-0" else 0.01  # that one drops .001 at the paper's thresholds
+        assert least < share < 0.99
 
 
 def test_the_slimmed_network_can_be_loaded_and_gated() -> None:
