@@ -1,0 +1,88 @@
+"""Fine-tuning with gates on."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from images import ImageSplits
+from images import load as load_images
+from run_folder import OtherRunError, RunFolder
+from torch import nn
+
+from benchmarks import beyond_gated
+from benchmarks.paper.networks import build
+from isw_plugin import InstanceWisePruner, calibrate
+
+
+def few(data: str, side: int, seed: int) -> ImageSplits:
+    splits = load_images(data, side, seed)
+    return dataclasses.replace(splits, train=splits.train.at(torch.arange(64)))
+
+
+def store(folder: Path, network: str) -> Path:
+    recipe = {"network": network, "width": 0.125, "seed": 0}
+    RunFolder(folder, recipe).save("trained", dict(build(network, 10, 0.125, 0).state_dict()), origin="random")
+    return folder / "trained.safetensors"
+
+
+def run(model: Path, out: Path, *aim: str) -> dict[str, Any]:
+    options = ["--data", "digits", "--epochs", "1", "--batch", "16", "--images", "20", "--thin", "18"]
+    more = ["--precision", "float32", "--out", str(out)]
+    return beyond_gated.main(beyond_gated.arguments([str(model), *options, *aim, *more]))
+
+
+@pytest.fixture(autouse=True)
+def _few_images_and_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beyond_gated, "load", few)
+    grid = {"beta": [0.0, 0.5, 1.0]}
+    monkeypatch.setattr(beyond_gated, "calibrate", lambda *args, **kwargs: calibrate(*args, grid=grid, **kwargs))
+
+
+@pytest.mark.parametrize("network", ["vgg16", "resnet18-pooled"])
+def test_a_stored_network_is_trained_with_the_gates_that_were_chosen(network: str, tmp_path: Path) -> None:
+    results = run(store(tmp_path / network, network), tmp_path / "out", "--max-drop", "1")
+    assert json.loads((tmp_path / "out" / "gated.json").read_text()) == results
+    assert results["off"]["prune_ratio"] == 0 < results["before"]["prune_ratio"]
+    assert results["test_images"] == 20
+    trained = beyond_gated.stored(tmp_path / "out" / "trained.safetensors", 10) if network == "vgg16" else None
+    if trained is not None:
+        assert gated_accuracy(trained, results) == results["after"]["accuracy"]
+
+
+def gated_accuracy(model: nn.Module, results: dict[str, Any]) -> float:
+    """Of the same 20 test images, with the thresholds that the file states."""
+    splits = few("digits", 32, 0)
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 32, 32))
+    pruner.enable(per_site=results["per_site"], **results["parameters"])
+    test = beyond_gated.Batches(splits.test.at(torch.arange(0, len(splits.test), 18)), splits, 250, beyond_gated.CPU)
+    return beyond_gated.measured(model, test)["accuracy"]
+
+
+def test_the_aim_may_be_macs(tmp_path: Path) -> None:
+    results = run(store(tmp_path / "vgg16", "vgg16"), tmp_path / "out", "--saved", "0.2")
+    assert results["before"]["macs_saved"] > 0.1  # of test images; 0.2 of the held-out ones
+
+
+def test_a_second_run_goes_on_with_the_same_thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = store(tmp_path / "vgg16", "vgg16")
+    first = run(model, tmp_path / "out", "--max-drop", "1")
+    monkeypatch.setattr(beyond_gated, "calibrate", None)
+    again = run(model, tmp_path / "out", "--max-drop", "1")
+    assert again["per_site"] == first["per_site"]
+    assert again["before"] == first["before"]
+
+
+def test_another_aim_needs_another_folder(tmp_path: Path) -> None:
+    model = store(tmp_path / "vgg16", "vgg16")
+    run(model, tmp_path / "out", "--max-drop", "1")
+    with pytest.raises(OtherRunError, match="max_drop"):
+        run(model, tmp_path / "out", "--max-drop", "0.5")
+
+
+def test_an_aim_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        beyond_gated.arguments(["model", "--data", "digits", "--out", "out"])
+    assert "--saved --max-drop is required" in capsys.readouterr().err
