@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from isw_plugin import functional
 from isw_plugin.functional import channel_norm, coefficient_of_variation, instance_penalty, keep_mask, mean_norm
 
 SHAPES = [((2, 3, 4, 5), 1), ((2, 4, 3), -1), ((2, 4, 5, 3), -1), ((2, 3, 6), 1), ((2, 3, 2, 2, 2), 1), ((2, 3), 1)]
@@ -155,6 +156,24 @@ def test_gradient_on_dead_channels_is_0(shape: tuple[int, ...], dtype: torch.dty
 def test_channel_norm_passes_gradcheck() -> None:
     feature = random(2, 3, 2, 2, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(channel_norm, (feature,))
+    assert torch.autograd.gradgradcheck(channel_norm, (feature,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("instances", [0, 1, 5])
+def test_norms_and_gradients_do_not_depend_on_how_many_instances_are_taken_at_a_time(
+    instances: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for cached in (1, 2 * 3 * 4 * 4, 1 << 18):
+        monkeypatch.setattr(functional, "_CACHED", cached)
+        feature = random(instances, 3, 4, 4).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        norms = channel_norm(feature)
+        norms.square().sum().backward()
+        results.append((norms, feature.grad))
+    for norms, gradient in results[1:]:
+        torch.testing.assert_close(norms, results[0][0])
+        torch.testing.assert_close(gradient, results[0][1])
 
 
 # -- properties of masks ---------------------------------------------------------------------------
