@@ -18,6 +18,7 @@ from isw_plugin.engine.layers import Layer, conv
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import trace
 from isw_plugin.gates import Gate
+from isw_plugin.hooks import memory_of
 
 __all__ = ["TRAINED", "Row", "measure"]
 
@@ -145,7 +146,7 @@ def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> 
         output = fast(images)
     error = ((output - model(images)).abs().max() / output.abs().max()).item()
     macs = count_macs(fast, images)
-    all_kept = _all_kept(pruner, images, fast)
+    all_kept = _all_kept(fast)
     runs: dict[str, Run] = {
         "floor": _floor(pruner, images),
         "all kept": lambda: all_kept(images),
@@ -160,16 +161,13 @@ def _automatic(fast: Accelerated) -> str:
     return "dense" if fast.execution == "accelerated" and not fast.fitted.wins else fast.execution
 
 
-def _all_kept(pruner: InstanceWisePruner, images: Tensor, fast: Accelerated) -> Accelerated:
+def _all_kept(fast: Accelerated) -> Accelerated:
     """The same layers with gates that drop nothing; those with beta = 0 would be taken out."""
-    gates = dict(pruner._memory.gates)
-    try:
-        pruner._memory.gates = {name: _open(gate) for name, gate in gates.items()}
-        opened = pruner.accelerate(images, backend="gated")
-    finally:
-        pruner._memory.gates = gates
-    opened.choices = fast.choices
-    opened.plans.clear()
+    opened = copy.deepcopy(fast)
+    memory = memory_of(opened.masked)
+    assert memory is not None
+    memory.gates = {name: _open(gate) for name, gate in memory.gates.items()}
+    opened.plans.clear()  # made anew, with the choices that were made
     return opened
 
 

@@ -291,6 +291,13 @@ def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], d
     flat = pytree.tree_leaves(inputs)
     instances = _instances(flat)
     all_dense = traced.executions(instances, lambda name: False)
+    dense = [traced.dense(all_dense, channels_last) for channels_last in (False, True)]
+    if backend == "dense":
+        seconds = medians([partial(plan.graph, *flat) for plan in dense], _ROUNDS, _SECONDS)
+        best, best_dense = min(zip(seconds, dense, strict=True), key=lambda timed: timed[0])
+        fast.fitted = Fitted(instances, torch.get_num_threads(), dense=best)
+        fast.execution, fast.plans[_form(*inputs)] = "dense", best_dense
+        return
     able = {
         node: module
         for node, module in traced.executions(instances, lambda name: True).items()
@@ -299,7 +306,6 @@ def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], d
     forms = traced.gated(all_dense), traced.gated(all_dense | able), traced.all_kept(all_dense | able)
     costs = fit(traced.graph, forms[0].graph, forms[1].graph, forms[2].graph, flat)
     skipping = [node for node, cost in costs.items() if cost.gain >= 0]
-    dense = [traced.dense(all_dense, channels_last) for channels_last in (False, True)]
     while True:
         executions = all_dense | {node: able[node] for node in skipping}
         gated = traced.gated(executions)

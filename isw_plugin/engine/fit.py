@@ -17,8 +17,8 @@ from isw_plugin.engine.layers import conv
 
 __all__ = ["Cost", "Turns", "fit", "medians", "seconds_in_place", "spare"]
 
-_ROUNDS = (5, 25)  # at least, at most
-_SECONDS = 0.5  # that the rounds take, within these limits
+_ROUNDS = (3, 25)  # at least, at most
+_SECONDS = 2.5  # that the rounds take, within these limits
 _BEHIND = {operator.getitem, torch.ops.isw.sum_squares.default, torch.ops.isw.max_pool2d.default}
 
 
