@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from isw_plugin import InstanceWisePruner, count_macs
 from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.engine.execution import DenseConv
 from isw_plugin.engine.layers import Layer, conv
+from isw_plugin.engine.replay import Replayed
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import trace
 from isw_plugin.gates import Gate
@@ -180,7 +182,9 @@ def _floor(pruner: InstanceWisePruner, images: Tensor) -> Run:
     """Every convolution, prepacked, on a map that holds the mean kept channels only."""
     layers = _CompactLayers(simplify(trace(pruner.model, pruner.sites, images)))
     layers.run(images)
-    return lambda: [module(x, None, None, None) for module, x in layers.compact]
+    modules, maps = zip(*layers.compact, strict=True)
+    run = Replayed(lambda *maps: [module(x, None, None, None) for module, x in zip(modules, maps, strict=True)])
+    return partial(run, *maps)
 
 
 class _CompactLayers(fx.Interpreter):

@@ -203,6 +203,14 @@ PARTS: dict[str, tuple[Callable[[One, Tensor], Tensor], dict[str, int]]] = {  # 
         lambda net, x: net.c(F.adaptive_avg_pool2d(F.relu(F.max_pool2d(x, 2)), 2)),
         {"conv": 2, "relu.default": 1},
     ),
+    "pool of its own size": (
+        lambda net, x: F.adaptive_avg_pool2d(net.c(x), x.shape[2:]),
+        {"conv": 2, "adaptive_avg_pool2d.default": 0},
+    ),
+    "pool to less": (
+        lambda net, x: F.adaptive_avg_pool2d(net.c(x), (1, x.shape[3])),
+        {"conv": 2, "adaptive_avg_pool2d.default": 1},
+    ),
     "pool and map": (lambda net, x: net.c(x) + F.max_pool2d(x, 3, 1, 1), {"conv": 2, "max_pool2d.default": 1}),
 }
 

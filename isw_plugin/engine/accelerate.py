@@ -18,6 +18,7 @@ from isw_plugin.engine.execution import DenseConv, DenseLinear, GatedConv, can_s
 from isw_plugin.engine.fit import Cost, fit, medians, spare
 from isw_plugin.engine.layers import Layer, Linear, conv, linear
 from isw_plugin.engine.lower import Decision, lower, lower_all_kept, lower_dense
+from isw_plugin.engine.replay import Replayed
 from isw_plugin.engine.simplify import constants_of, simplify
 from isw_plugin.engine.trace import arguments, trace
 from isw_plugin.errors import UnsupportedError
@@ -68,6 +69,9 @@ class Plan:
     outputs: Any  # how the flat outputs are packed
     count: int  # of them
     decisions: list[Decision]
+
+    def __post_init__(self) -> None:
+        self.run = Replayed(self.graph)
 
     def decided(self, given: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Keep masks and norms by site, from what the graph gives after its outputs."""
@@ -138,7 +142,7 @@ class Accelerated(nn.Module):
             if plan is None:
                 return self._masked(args, kwargs)
         with torch.no_grad():  # the engine's layers have no gradient, others' alone would be a wrong one
-            given = plan.graph(*flat)
+            given = plan.graph(*flat) if torch.compiler.is_dynamo_compiling() else plan.run(*flat)
         if not torch.compiler.is_dynamo_compiling():  # is_compiling() is true while another thread exports
             record = self._record()
             if record is not None:
@@ -293,7 +297,7 @@ def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], d
     all_dense = traced.executions(instances, lambda name: False)
     dense = [traced.dense(all_dense, channels_last) for channels_last in (False, True)]
     if backend == "dense":
-        seconds = medians([partial(plan.graph, *flat) for plan in dense], _ROUNDS, _SECONDS)
+        seconds = medians([partial(plan.run, *flat) for plan in dense], _ROUNDS, _SECONDS)
         best, best_dense = min(zip(seconds, dense, strict=True), key=lambda timed: timed[0])
         fast.fitted = Fitted(instances, torch.get_num_threads(), dense=best)
         fast.execution, fast.plans[_form(*inputs)] = "dense", best_dense
@@ -310,7 +314,7 @@ def _choose(fast: Accelerated, traced: _Traced, inputs: tuple[tuple[Any, ...], d
         executions = all_dense | {node: able[node] for node in skipping}
         gated = traced.gated(executions)
         plans = [gated, traced.all_kept(executions), *dense]
-        seconds = _seconds([partial(plan.graph, *flat) for plan in plans])
+        seconds = _seconds([partial(plan.run, *flat) for plan in plans])
         best, best_dense = min(zip(seconds[2:], dense, strict=True), key=lambda timed: timed[0])
         fewer = spare(costs, skipping, seconds[1] - _WORST * best)
         if fewer == skipping:

@@ -27,6 +27,7 @@ _OPERATOR_FLAGS = (
     "-std=c++20",
     "-O2",
     "-fopenmp",
+    "-DNDEBUG",  # as torch: its headers check in debug what it only then keeps
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     f"-I{_TORCH / 'include'}",
     f"-L{_TORCH / 'lib'}",
@@ -85,7 +86,8 @@ def build(isa: str) -> Build:
 
 
 def _commands(compiler: str, isa: str, result: Build) -> dict[Path, list[str]]:
-    operators = [compiler, *_SHARED, *_OPERATOR_FLAGS, str(_SOURCES / "operators.cpp"), *_LIBRARIES]
+    sources = [str(_SOURCES / name) for name in ("operators.cpp", "replay.cpp")]
+    operators = [compiler, *_SHARED, *_OPERATOR_FLAGS, *sources, *_LIBRARIES]
     kernels = [compiler, *_SHARED, *_KERNEL_FLAGS, *ISAS[isa], str(_SOURCES / "kernels.cpp")]
     commands = {result.operators: operators, result.kernels: kernels}
     return {target: command for target, command in commands.items() if not target.exists()}

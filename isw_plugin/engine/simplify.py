@@ -18,7 +18,13 @@ __all__ = ["constants_of", "simplify"]
 
 _aten = torch.ops.aten
 
-_SAME = {_aten.detach.default, _aten.alias.default, _aten.dropout.default, _aten.lift_fresh.default}
+_SAME = {
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.dropout.default,
+    _aten.lift_fresh.default,
+    _aten.adaptive_avg_pool2d.default,
+}
 _CHECKS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default, _aten.sym_constrain_range.default}
 _THROUGH = {  # keep channels apart and zeros zero
     _aten.max_pool2d.default,
@@ -104,6 +110,8 @@ def _drop_same(graph: fx.Graph) -> None:
     for node in _calls(graph, *_SAME):
         if node.target is _aten.dropout.default and node.args[2]:
             continue  # one that acts in eval mode too
+        if node.target is _aten.adaptive_avg_pool2d.default and _size(node) != _size(node.args[0]):
+            continue
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
 
