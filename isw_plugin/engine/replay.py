@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isw_plugin.engine import cpu
+import isw_plugin.engine.cpu as cpu
 
 __all__ = ["Replayed"]
 
