@@ -73,6 +73,13 @@ def test_two_inputs_keep_their_order() -> None:
         assert torch.equal(replayed(x, y)[0], x - y)
 
 
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    replayed = Replayed(lambda x, y: [x - y])
+    x, y = random(2, 3, seed=0), random(2, 3, seed=1)
+    for one, other in ((x, x), (x, y), (y, y), (y, x)):
+        assert torch.equal(replayed(one, other)[0], one - other)
+
+
 @pytest.mark.parametrize("kind", [Downsampled, Inverted, Patches])
 def test_accelerated_networks_are_replayed(kind: Callable[[], nn.Module]) -> None:
     net = seeded(kind)
