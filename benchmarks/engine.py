@@ -12,6 +12,7 @@ channels_last; compiled: torch.compile with freezing; floor: the convolutions al
 map of as many channels as gates kept on average; all kept: the accelerated model with gates that drop nothing;
 gated: with the gates. "x" is the fastest dense time over gated, "bound" dense over gated MACs, "share" x / bound.
 takes: a process can be slow as a whole, so a row of several is that of the middle speed-up; "takes" has all of them.
+hand-over: what a cache line takes from core to core (benchmarks/handover.py); above 100 ns they had no cache in common.
 masks: the keep ratio that thresholds were set for, or "trained", the stored decisions of that network on test images,
 handed in as masks.
 """
@@ -40,7 +41,7 @@ __all__ = ["line", "main", "middle", "write"]
 HEADER = (
     "network side batch masks | keep | best eager ms | prepacked ms | compiled ms | floor ms | all kept ms | "
     "gated ms | x best dense | bound | share | all kept / dense | gated / floor | x, all rounds | error | auto | "
-    "steady | takes"
+    "steady | takes | hand-over ns"
 )
 
 
@@ -51,7 +52,13 @@ def line(row: Row) -> str:
     cells += ["-" if time is None else f"{time:.2f}" for time in times]
     ratios = (row.speedup, row.bound, row.share, row.all_kept_over_dense, row.gated_over_floor, row.all_rounds)
     takes = " ".join(f"{speedup:.2f}" for speedup in row.takes) or "-"
-    about = (f"{row.error:.0e}", row.execution, f"{row.steady}", takes)
+    about = (
+        f"{row.error:.0e}",
+        row.execution,
+        f"{row.steady}",
+        takes,
+        "-" if row.handover is None else f"{row.handover:.0f}",
+    )
     return f"| {' | '.join([*cells, *(f'{ratio:.2f}' for ratio in ratios), *about])} |"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from benchmarks import handover
 from benchmarks.networks import gate_at, gate_by, network
 from benchmarks.steady import Probe, taken_rounds
 from isw_plugin import InstanceWisePruner, count_macs
@@ -38,6 +39,8 @@ class Row:
         steady: Rounds in which nothing else disturbed (``benchmarks.steady``); figures are of these, if there are any.
         all_rounds: ``speedup`` over all rounds.
         takes: ``speedup`` in each process of several; the row is that of the middle one.
+        handover: Nanoseconds in which a core handed a cache line to another, median over the rounds; None: one thread,
+            or not measured.
     """
 
     network: str
@@ -60,6 +63,7 @@ class Row:
     steady: int
     all_rounds: float
     takes: list[float] = dataclasses.field(default_factory=list)
+    handover: float | None = None
 
     @property
     def key(self) -> tuple[str, int, int, str]:
@@ -104,7 +108,14 @@ def measure(
         dense = _dense(model, images, compiles)
         runs = dense | {f"{way} {key}": run for key, gating in gatings.items() for way, run in gating.runs.items()}
         probe.wait(_PATIENCE)
-        timing = _Timing(list(runs), *taken_rounds(list(runs.values()), rounds, _SECONDS, probe.is_steady))
+        handovers: list[float] = []
+
+        def is_steady() -> bool:
+            if torch.get_num_threads() > 1:
+                handovers.append(handover.nanoseconds())
+            return probe.is_steady()
+
+        timing = _Timing(list(runs), *taken_rounds(list(runs.values()), rounds, _SECONDS, is_steady), handovers)
     return [_row((name, side, batch, key), gating, list(dense), timing) for key, gating in gatings.items()]
 
 
@@ -219,6 +230,7 @@ class _Timing:
     runs: list[str]
     rounds: list[list[float]]
     steady: list[bool]
+    handovers: list[float]
 
     def of(self, run: str, every: bool = False) -> list[float]:
         """Seconds in the steady rounds; in all where none was, or if asked."""
@@ -250,4 +262,5 @@ def _row(about: tuple[str, int, int, str], gating: _Gating, dense: Sequence[str]
         execution=gating.execution,
         steady=sum(timing.steady),
         all_rounds=timing.ratio(best, f"gated {key}", every=True),
+        handover=statistics.median(timing.handovers) if timing.handovers else None,
     )

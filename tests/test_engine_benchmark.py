@@ -35,6 +35,7 @@ def test_a_row_is_whole(row: Row) -> None:
     assert row.share == row.speedup / row.bound
     assert row.steady == 1
     assert row.all_rounds == row.speedup
+    assert (row.handover is None) == (torch.get_num_threads() == 1)
 
 
 def test_trained_masks_are_those_that_are_stored() -> None:

@@ -106,17 +106,19 @@ class DirectConv {
     return packed_.get() + (instance * a_.c_in + k / together<T>) * packing_.plane;
   }
 
+  // Weights as large as planes are read once, by one worker where there are as many blocks. Else a worker stays with its
+  // instances, or with its output channels where instances are fewer than workers, as the next layer's workers do.
   void compute(int64_t first, int64_t count) {
-    const int64_t batches = ceil_div(count, batch_), others = batches * a_.slots;
-    const bool blocks_outside = taps_ * block * a_.slots > packing_.plane;
-    parallel(runner_, blocks_ * others, [&](int64_t index, int64_t worker) {
-      const int64_t rest = blocks_outside ? index % others : index / blocks_;
+    const int64_t batches = ceil_div(count, batch_), slots = a_.slots;
+    const bool large_weights = taps_ * block * slots > packing_.plane, by_channels = batches < runner_.workers;
+    parallel(runner_, batches * blocks_ * slots, [&](int64_t index, int64_t worker) {
+      const int64_t rest = large_weights ? index % (batches * slots) : index % (blocks_ * slots);
       Task task;
-      task.block_index = blocks_outside ? index / others : index % blocks_;
-      task.slot = rest % a_.slots;
       task.worker = worker;
       task.group_first = first;
-      task.first = first + rest / a_.slots * batch_;
+      task.slot = large_weights || by_channels ? rest % slots : rest / blocks_;
+      task.block_index = large_weights ? index / (batches * slots) : by_channels ? rest / slots : rest % blocks_;
+      task.first = first + (large_weights ? rest / slots : index / (blocks_ * slots)) * batch_;
       task.count = smaller(batch_, first + count - task.first);
       compute_block(task);
     });

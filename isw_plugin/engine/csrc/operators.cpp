@@ -9,6 +9,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "api.h"
 #include "maps.h"
@@ -21,11 +22,27 @@ using MaybeTensor = std::optional<Tensor>;
 
 std::atomic<const isw::Kernels*> kernels{nullptr};
 
-// Tasks are handed out one by one: instances keep different numbers of channels.
+// The tasks that a worker begins with, on a cache line of their own.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Every worker has the same part of the tasks in every layer, so that it finds the instances that it wrote in its own
+// cache; between cores without a common one a map travels for longer than it takes to compute. When done it helps the
+// others, task by task: instances keep different numbers of channels.
 void run_tasks(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(workers, tasks), 1, [&](int64_t worker, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) body(state, task, worker);
+  const int64_t count = std::min(workers, tasks);
+  std::vector<Share> shares(count);
+  for (int64_t i = 0; i < count; ++i) {
+    shares[i].next = tasks * i / count;
+    shares[i].end = tasks * (i + 1) / count;
+  }
+  at::parallel_for(0, count, 1, [&](int64_t worker, int64_t) {
+    for (int64_t i = 0; i < count; ++i) {
+      Share& share = shares[(worker + i) % count];
+      for (int64_t task = share.next++; task < share.end; task = share.next++) body(state, task, worker);
+    }
   });
 }
 

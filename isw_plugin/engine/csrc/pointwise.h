@@ -167,8 +167,8 @@ class Pointwise {
   Pointwise(const ConvArgs<T>& args, const Runner& runner)
       : a_(args),
         runner_(runner),
-        part_channels_(strip_channels *
-                       units_per_part(ceil_div(args.c_out, strip_channels), args.n * args.slots, runner.workers)),
+        by_channels_(args.n < runner.workers && args.c_out > args.c_in),
+        part_channels_(strip_channels * strips_per_part()),
         parts_(ceil_div(args.c_out, part_channels_)),
         kept_(args.gate, args.n, args.c_in, runner),
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
@@ -181,9 +181,9 @@ class Pointwise {
     parallel(runner_, a_.n * a_.slots * parts_, [&](int64_t index, int64_t worker) {
       Task task;
       task.worker = worker;
-      task.channel = index % parts_ * part_channels_;
+      task.channel = (by_channels_ ? index / a_.slots % parts_ : index % parts_) * part_channels_;
       task.channels = smaller(part_channels_, a_.c_out - task.channel);
-      task.slot = index / parts_ % a_.slots;
+      task.slot = by_channels_ ? index % a_.slots : index / parts_ % a_.slots;
       task.n = index / parts_ / a_.slots;
       compute_task(task);
     });
@@ -201,6 +201,11 @@ class Pointwise {
   static constexpr int64_t packed_size = panel_channels * strip_pixels;
   static constexpr int64_t weights_size = panel_channels * strip_channels;
 
+  int64_t strips_per_part() const {
+    const int64_t strips = ceil_div(a_.c_out, strip_channels);
+    return by_channels_ ? ceil_div(strips, runner_.workers)
+                        : units_per_part(strips, a_.n * a_.slots, runner_.workers);
+  }
   int64_t pixels() const { return a_.window.oh * a_.window.ow; }
   int64_t sums_size() const { return a_.c_in > panel_channels ? part_channels_ * strip_pixels : 0; }
   int64_t squares_size() const { return ceil_div(part_channels_, lanes) * lanes * lanes; }
@@ -302,6 +307,7 @@ class Pointwise {
 
   const ConvArgs<T>& a_;
   const Runner& runner_;
+  const bool by_channels_;  // whether workers share out the channels of an instance, as a depthwise layer does its planes
   const int64_t part_channels_;  // of the output channels, so that few pixels still make tasks
   const int64_t parts_;
   const Kept kept_, residual_kept_;
