@@ -174,9 +174,12 @@ def test_what_is_not_a_tensor_is_not_recorded() -> None:
     "function", [lambda x: [x + torch.rand(2)], lambda x: [torch.zeros(2).add_(x)], lambda x: [WEIGHT[0, :2].mul_(x)]]
 )
 def test_what_would_not_be_the_same_is_not_recorded(function: Callable[[Tensor], Sequence[Tensor]]) -> None:
-    replayed = Replayed(function)
-    replayed(torch.ones(2))
-    assert not replayed._tapes
+    counted = Counted(function)
+    replayed = Replayed(counted)
+    for _ in range(3):
+        replayed(torch.ones(2))
+    assert counted.calls == 3
+    assert list(replayed._tapes.values()) == [None]  # and is not tried again
 
 
 def test_autocast_is_that_of_the_call() -> None:

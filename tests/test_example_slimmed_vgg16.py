@@ -60,7 +60,7 @@ def test_the_slimmed_model_can_be_rebuilt_from_its_file(finished: Path) -> None:
 
 def test_a_finished_run_trains_nothing_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in finished.glob("*.safetensors")}
-    main(arguments([*SMALL, "--lambda", "0", "1e-6", "--out", str(finished)]))
+    main(arguments([*SMALL, "--lambda", "1e-6", "--out", str(finished)]))
     assert {file.name: file.stat().st_mtime_ns for file in finished.glob("*.safetensors")} == before
     assert "[5/5] gate and measure" in capsys.readouterr().out
 
@@ -79,14 +79,15 @@ def test_a_missing_folder_makes_no_run(tmp_path: Path) -> None:
 def test_kill_9_loses_at_most_an_epoch(finished: Path, tmp_path: Path) -> None:
     """Killed in the second dense epoch, the run goes on and ends in the same weights, bit for bit."""
     out = tmp_path / "killed"
-    command = [sys.executable, str(SCRIPT), *SMALL, "--lambda", "0", "1e-6", "--out", str(out)]
+    options = [*SMALL, "--lambda", "1e-6", "--out", str(out)]
+    command = [sys.executable, str(SCRIPT), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 240
         while not (out / "dense.partial.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     assert not (out / "results.json").exists()
-    main(arguments([*SMALL, "--lambda", "0", "1e-6", "--out", str(out)]))
+    main(arguments(options))
     settings = json.loads((out / "settings.json").read_text())
     for name in ("dense", "slimmed", "finetuned-1e-06"):
         ours, theirs = (RunFolder(folder, settings).load(name)[0] for folder in (out, finished))

@@ -16,21 +16,22 @@ _SIZES = 16  # that a graph is held for
 class Replayed:
     """A function of tensors that calls the same operators whenever inputs have the same shapes, strides and dtypes.
 
-    The first call with such inputs writes down what it calls; later ones do that. Nothing is written down where a call
-    could not be repeated: it draws random numbers, or changes a tensor that is not its own. A copy begins anew.
+    The first call with such inputs writes down what it calls; later ones do that. A function that cannot be repeated,
+    since it draws random numbers or changes a tensor that is not its own, is called every time. A copy begins anew.
     """
 
     def __init__(self, function: Callable[..., Sequence[Any]]) -> None:
         self.function = function
-        self._tapes: dict[Any, Any] = {}
+        self._tapes: dict[Any, Any] = {}  # None: its calls cannot be repeated
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """What the function gives."""
         if not (all(type(each) is Tensor and each.is_cpu for each in inputs) and cpu.load()):
             return self.function(*inputs)
         size = tuple((each.shape, each.stride(), each.dtype) for each in inputs)
-        if (tape := self._tapes.get(size)) is not None:
-            given: Sequence[Tensor] = tape.run(inputs)
+        if size in self._tapes:
+            tape = self._tapes[size]
+            given: Sequence[Any] = self.function(*inputs) if tape is None else tape.run(inputs)
             return given
         apart = len({id(each) for each in inputs}) == len(inputs)  # or a tape would take them for one in every call
         return self._recorded(size, inputs) if apart and len(self._tapes) < _SIZES else self.function(*inputs)
@@ -44,8 +45,7 @@ class Replayed:
         finally:
             tensors = [output for output in outputs if type(output) is Tensor]
             complete = tape.stop(tensors)
-        if complete and len(tensors) == len(outputs):
-            self._tapes[size] = tape
+        self._tapes[size] = tape if complete and len(tensors) == len(outputs) else None
         return outputs
 
     def __getstate__(self) -> dict[str, Any]:
