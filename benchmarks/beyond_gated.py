@@ -4,12 +4,12 @@
         --saved 0.55 --epochs 4 --lambda 3e-7 --out runs/gated
 
 Thresholds of single sites are chosen on held-out images for --saved of the MACs, or for the most channels within
---max-drop; then training goes on with gates on at these thresholds. Writes OUT/gated.json, accuracy on test images;
+--max-drop; then training goes on with gates on at these thresholds, in which they drop more and more. With --again,
+thresholds are chosen anew afterwards, for another share of the MACs. Writes OUT/gated.json, accuracy on test images;
 saved after every epoch, so a second run goes on.
 """
 
 import argparse
-import itertools
 import json
 from datetime import date
 from pathlib import Path
@@ -24,7 +24,7 @@ from training import Schedule, finish, train
 from benchmarks.beyond_sites import stored_vgg16
 from benchmarks.command import command
 from benchmarks.paper.networks import build
-from isw_plugin import Calibration, InstanceWisePruner, calibrate, evaluate
+from isw_plugin import InstanceWisePruner, calibrate, count_macs, evaluate
 from isw_plugin.measure import hardware
 
 CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--saved", type=float, help="share of the MACs that the gates save before they are trained with")
     aim.add_argument("--max-drop", type=float, help="accuracy that they may lose then, for the most channels")
+    parser.add_argument("--again", type=float, help="share of the MACs to choose thresholds anew for, after training")
     parser.add_argument("--images", type=int, default=1000, help="held-out images to choose thresholds on")
     parser.add_argument("--lambda", dest="lambda_", type=float, default=0.0, help="of feature decay meanwhile")
     parser.add_argument("--epochs", type=int, default=4)
@@ -64,15 +65,20 @@ def measured(model: nn.Module, test: Batches) -> dict[str, float]:
     return {"accuracy": report.accuracy, "prune_ratio": report.prune_ratio, "macs_saved": report.macs_saved}
 
 
-def chosen(pruner: InstanceWisePruner, splits: ImageSplits, args: argparse.Namespace) -> Calibration:
-    """Thresholds of single sites for the aim of the command line; they are the pruner's from here."""
+def chosen(
+    pruner: InstanceWisePruner, splits: ImageSplits, images: int, saved: float | None, max_drop: float | None
+) -> dict[str, Any]:
+    """Thresholds of single sites for a share of the MACs or an accuracy; they are the pruner's from here."""
+    pruner.enable(per_site={})  # not those of an earlier choice
     order = torch.randperm(len(splits.held_out), generator=torch.Generator().manual_seed(0))
     held_out = Batches(splits.held_out.at(order), splits, 250, CPU)
-    few = {"max_instances": args.images, "per_site": True}
-    if args.saved is None:
-        return calibrate(pruner, held_out, max_drop=args.max_drop, by_channels=True, **few)
-    dense = evaluate(pruner.model, itertools.islice(held_out, 1)).macs
-    return calibrate(pruner, held_out, max_drop=1.0, target_macs=(1 - args.saved) * dense, **few)
+    few = {"max_instances": images, "per_site": True}
+    if saved is None:
+        best = calibrate(pruner, held_out, max_drop=max_drop, by_channels=True, **few).best
+    else:
+        dense = count_macs(pruner.model, torch.zeros(1, 3, 32, 32)).dense
+        best = calibrate(pruner, held_out, max_drop=1.0, target_macs=(1 - saved) * dense, **few).best
+    return {"parameters": best.parameters, "per_site": pruner.per_site}
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,26 +97,32 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if not before.exists():
         with autocast:
             off = measured(model, test)
-            best = chosen(pruner, splits, args).best
-            pruner.step()
+            thresholds = chosen(pruner, splits, args.images, args.saved, args.max_drop)
             gated = {"off": off, "before": measured(model, test)}
-        run.write(before.name, json.dumps(gated | {"parameters": best.parameters, "per_site": pruner.per_site}))
+        run.write(before.name, json.dumps(gated | thresholds))
     results: dict[str, Any] = settings | json.loads(before.read_text())
     pruner.enable(per_site=results["per_site"], **results["parameters"])
-    train(
-        model,
-        splits,
-        Schedule(args.epochs, args.peak, args.batch),
-        run,
-        "trained",
-        seed=0,
-        device=CPU,
-        bfloat16=bfloat16,
-        regularize=lambda loss: pruner.regularize(model, loss),
-    )
-    finish(model, run, "trained", origin=f"{origin}, fine-tuned {args.epochs} epochs with gates on")
+    if run.has("trained"):
+        model.load_state_dict(run.load("trained")[0])
+        model.eval()
+    else:
+        train(
+            model,
+            splits,
+            Schedule(args.epochs, args.peak, args.batch),
+            run,
+            "trained",
+            seed=0,
+            device=CPU,
+            bfloat16=bfloat16,
+            regularize=lambda loss: pruner.regularize(model, loss),
+        )
+        finish(model, run, "trained", origin=f"{origin}, fine-tuned {args.epochs} epochs with gates on")
     with autocast:
         results["after"] = measured(model, test)
+        if args.again is not None:
+            thresholds = chosen(pruner, splits, args.images, args.again, None)
+            results["again"] = {"saved": args.again} | measured(model, test) | thresholds
     results |= {
         "command": command("benchmarks.beyond_gated"),
         "test_images": len(test.images),
@@ -124,4 +136,4 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     found = main(arguments())
-    print(*(f"{name}: {found[name]}" for name in ("off", "before", "after")), sep="\n")
+    print(*(f"{name}: {found[name]}" for name in ("off", "before", "after", "again") if name in found), sep="\n")

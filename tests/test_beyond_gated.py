@@ -76,6 +76,21 @@ def test_a_second_run_goes_on_with_the_same_thresholds(tmp_path: Path, monkeypat
     assert again["before"] == first["before"]
 
 
+def test_thresholds_may_be_chosen_anew_after_training(tmp_path: Path) -> None:
+    model = store(tmp_path / "vgg16", "vgg16")
+    first = run(model, tmp_path / "out", "--saved", "0.2")
+    weights = (tmp_path / "out" / "trained.safetensors").stat().st_mtime_ns
+    more = run(model, tmp_path / "out", "--saved", "0.2", "--again", "0.4")
+    assert (tmp_path / "out" / "trained.safetensors").stat().st_mtime_ns == weights  # not trained again
+    assert "again" not in first
+    assert more["after"] == first["after"]
+    assert more["again"]["per_site"] != more["per_site"]
+    assert more["again"]["macs_saved"] > 0.3  # of test images; 0.4 of the held-out ones
+    trained = build("vgg16", 10, 0.125, 0)
+    trained.load_state_dict(load_file(tmp_path / "out" / "trained.safetensors"))
+    assert gated_accuracy(trained.eval(), more["again"]) == more["again"]["accuracy"]
+
+
 def test_another_aim_needs_another_folder(tmp_path: Path) -> None:
     model = store(tmp_path / "vgg16", "vgg16")
     run(model, tmp_path / "out", "--max-drop", "1")
