@@ -167,7 +167,8 @@ class Pointwise {
   Pointwise(const ConvArgs<T>& args, const Runner& runner)
       : a_(args),
         runner_(runner),
-        by_channels_(args.n < runner.workers && args.c_out > args.c_in),
+        by_channels_(args.n < runner.workers && args.c_out > args.c_in &&
+                     args.c_out >= least_strips * strip_channels * runner.workers),
         part_channels_(strip_channels * strips_per_part()),
         parts_(ceil_div(args.c_out, part_channels_)),
         kept_(args.gate, args.n, args.c_in, runner),
@@ -200,6 +201,7 @@ class Pointwise {
   };
   static constexpr int64_t packed_size = panel_channels * strip_pixels;
   static constexpr int64_t weights_size = panel_channels * strip_channels;
+  static constexpr int64_t least_strips = 4;  // of a worker that shares channels: it packs every panel, for half of one
 
   int64_t strips_per_part() const {
     const int64_t strips = ceil_div(a_.c_out, strip_channels);
