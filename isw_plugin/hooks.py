@@ -42,6 +42,7 @@ class Memory:
         recording: By site name; whether its norms enter the penalty.
         enabled: Whether gates act.
         min_keep: Channels that every instance keeps at every site, the largest.
+        channel_norm: What takes a map's norms (Eq. 3).
         tape: One dict a training forward: site name -> norms (N, C), in the graph.
         norms, keep: Of the last gated forward, by site name, (N, C), detached.
         owner: What the pruner of a copied model is rebuilt from; holds no module either.
@@ -53,6 +54,7 @@ class Memory:
         self.recording: dict[str, bool] = {}
         self.enabled = False
         self.min_keep = 0
+        self.channel_norm: Callable[[Tensor, int], Tensor] = channel_norm
         self.running = False
         self.training = False  # this forward, or the last, records
         self.repeats = False  # so did the last with grad, which is what a checkpoint recomputes
@@ -179,7 +181,7 @@ class _Observe:
         if not (recording or memory.enabled):
             return feature
         # What the gradient of the norms needs must outlive the forward.
-        norms = channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
+        norms = memory.channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
         if recording and memory.running:
             self._record(norms)
         return self._gate(feature, norms.detach()) if memory.enabled else feature

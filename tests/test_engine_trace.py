@@ -9,10 +9,9 @@ from conftest import Net, Plain, Residual, hooks_of, made
 from engine_nets import CASES, above, attached, images_for, seeded
 from torch import Tensor, nn
 
-from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate
-from isw_plugin.engine.trace import TRACED_INSTANCES, arguments, decide, trace
+from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate, functional
+from isw_plugin.engine.trace import TRACED_INSTANCES, arguments, channel_norm, decide, trace
 from isw_plugin.errors import UnsupportedError
-from isw_plugin.functional import channel_norm, keep_mask
 from isw_plugin.hooks import memory_of
 
 
@@ -25,6 +24,7 @@ def count(graph_module: torch.fx.GraphModule, target: object) -> int:
 
 
 DECIDE = torch.ops.isw.decide.default
+NORM = torch.ops.isw.channel_norm.default
 
 
 @pytest.mark.parametrize(("kind", "scope"), CASES[::3])
@@ -42,11 +42,12 @@ def test_the_graph_gives_what_the_hooks_give(kind: type[nn.Module], scope: str) 
         assert all(torch.equal(norms[site], values) for site, values in pruner.norms.items())
 
 
-def test_a_cv_gate_is_one_node_a_site() -> None:
+def test_a_cv_gate_is_two_nodes_a_site() -> None:
     net = made(Residual)
     graph = traced(attached(net, net.images()), net.images())
     nodes = [node for node in graph.graph.nodes if node.target is DECIDE]
-    assert [(node.args[1:]) for node in nodes] == [(1, 0.1, 0.9)] * 3
+    assert [node.args[1:] for node in nodes] == [(0.1, 0.9)] * 3
+    assert count(graph, NORM) == 3
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_every_site_has_its_own_thresholds() -> None:
     net = made(Residual)
     pruner = attached(net, net.images(), per_site={"stem": {"beta": 0.0}, "block.c1": {"alpha": 0.7}})
     nodes = [node for node in traced(pruner, net.images()).graph.nodes if node.target is DECIDE]
-    assert [node.args[2:] for node in nodes] == [(0.1, 0.0), (0.7, 0.9), (0.1, 0.9)]
+    assert [node.args[1:] for node in nodes] == [(0.1, 0.0), (0.7, 0.9), (0.1, 0.9)]
 
 
 def test_tracing_leaves_the_model_as_it_was() -> None:
@@ -82,6 +83,7 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert memory.gates == gates
     assert all(isinstance(gate, CVGate) for gate in memory.gates.values())
     assert not memory.enabled
+    assert memory.channel_norm is functional.channel_norm
     assert (memory.keep, memory.norms, memory.tape) == ({}, {}, [])
     assert hooks_of(net) == hooks
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -161,10 +163,14 @@ def test_numbers_and_scalars_are_inputs_too() -> None:
         torch.testing.assert_close(graph((), given)[0], net(**given))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "axis"), [((3, 5, 4, 4), 1), ((3, 7, 5), 2), ((3, 7, 5), -1), ((3, 5), 1)])
-def test_decide_is_the_gate_on_the_channel_norms(shape: tuple[int, ...], axis: int) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    keep = decide(x, axis, 0.1, 0.9)
-    assert torch.equal(keep, keep_mask(channel_norm(x, axis), 0.1, 0.9))
+def test_norms_and_decisions_as_nodes_are_the_hooks(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norms = functional.channel_norm(x, axis)
+    torch.testing.assert_close(channel_norm(x, axis), norms, rtol=0, atol=0)
+    torch.library.opcheck(NORM, (x, axis))
+    keep = decide(norms, 0.1, 0.9)
+    assert torch.equal(keep, functional.keep_mask(norms, 0.1, 0.9))
     assert not keep.all()
-    torch.library.opcheck(DECIDE, (x, axis, 0.1, 0.9))
+    torch.library.opcheck(DECIDE, (norms, 0.1, 0.9))

@@ -179,11 +179,11 @@ class _Lowering:
         """A decision as the engine's operators take it."""
         if keep is None or not _from_squares(keep):
             return keep, 0.0, 0.0
-        _, _, alpha, beta = keep.args
+        _, alpha, beta = keep.args
         return self._squares_of(keep), alpha, beta
 
     def _squares_of(self, decision: Any) -> fx.Node:
-        x = decision.args[0]
+        x = decision.args[0].args[0]
         if x not in self.squares:
             with self.graph.inserting_before(decision):
                 self.squares[x] = self.graph.call_function(_isw.sum_squares.default, (x,))
@@ -216,7 +216,7 @@ class _Lowering:
     def keep_all(self) -> None:
         """Gates that decide and drop nothing, at the same cost."""
         for node in self._calls(_isw.decide.default):
-            node.args = (*node.args[:3], 0.0)
+            node.args = (*node.args[:2], 0.0)
         readers = [(node, node.args[4:6]) for node in self._calls(conv)]
         readers += [(node, node.args[1:2]) for node in self._calls(mask)]
         for node, keeps in readers:
@@ -249,7 +249,7 @@ class _Lowering:
         for site, keep, norm in zip(sites, keeps, norms, strict=True):
             if _from_squares(keep):
                 kept.append(self._squares_of(keep))
-                decisions.append(Decision(site, (float(keep.args[2]), float(keep.args[3]))))
+                decisions.append(Decision(site, (float(keep.args[1]), float(keep.args[2]))))
             else:
                 kept += [keep, norm]
                 decisions.append(Decision(site, None))
@@ -259,9 +259,10 @@ class _Lowering:
 
 def _from_squares(keep: Any) -> bool:
     """Whether a keep mask is decided from the sums of squares of a convolution's map."""
-    if keep.target is not _isw.decide.default:
+    if keep.target is not _isw.decide.default or keep.args[0].target is not _isw.channel_norm.default:
         return False
-    return bool(keep.args[1] == 1) and _is_map(keep.args[0])
+    x, axis = keep.args[0].args
+    return bool(axis == 1) and _is_map(x)
 
 
 def _is_map(node: object) -> bool:

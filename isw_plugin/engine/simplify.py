@@ -291,7 +291,7 @@ def _drop_open_gates(graph: fx.Graph) -> None:
     """beta = 0 keeps everything."""
     for node in _calls(graph, mask):
         keep = node.args[1]
-        if keep.target is torch.ops.isw.decide.default and keep.args[3] == 0:
+        if keep.target is torch.ops.isw.decide.default and keep.args[2] == 0:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 

@@ -1,8 +1,8 @@
 """The masked model as a graph: a copy with its gates on is exported, decisions and masks become nodes.
 
-What the graph computes is by construction what the hooks compute. Only a CV gate without ``min_keep`` is
-put in as one node, ``isw.decide``, which later steps know how to take from a producer's statistics; any
-other gate is traced into the operations that it runs.
+What the graph computes is by construction what the hooks compute. Only norms and a CV gate without ``min_keep``
+are put in as one node each, ``isw.channel_norm`` and ``isw.decide``, which later steps know how to take from a
+producer's statistics; any other gate is traced into the operations that it runs.
 """
 
 import warnings
@@ -19,20 +19,31 @@ from isw_plugin.gates import CVGate, Gate
 from isw_plugin.hooks import Memory, memory_of
 from isw_plugin.sites import Inputs, Site
 
-__all__ = ["TRACED_INSTANCES", "arguments", "decide", "trace"]
+__all__ = ["TRACED_INSTANCES", "arguments", "channel_norm", "decide", "trace"]
 
 TRACED_INSTANCES = 2  # export takes a batch of 1 for a constant
 
 
+@torch.library.custom_op("isw::channel_norm", mutates_args=())
+def channel_norm(x: Tensor, axis: int) -> Tensor:
+    """Norms (N, C) of a map (Eq. 3)."""
+    return functional.channel_norm(x, axis)
+
+
+@channel_norm.register_fake
+def _(x: Tensor, axis: int) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[axis]), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.library.custom_op("isw::decide", mutates_args=())
-def decide(x: Tensor, axis: int, alpha: float, beta: float) -> Tensor:
-    """Keep mask (N, C) of the CV gate on a map (Eq. 6-7)."""
-    return functional.keep_mask(functional.channel_norm(x, axis), alpha, beta)
+def decide(norms: Tensor, alpha: float, beta: float) -> Tensor:
+    """Keep mask (N, C) of the CV gate (Eq. 6-7)."""
+    return functional.keep_mask(norms, alpha, beta)
 
 
 @decide.register_fake
-def _(x: Tensor, axis: int, alpha: float, beta: float) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[axis]), dtype=torch.bool)
+def _(norms: Tensor, alpha: float, beta: float) -> Tensor:
+    return norms.new_empty(norms.shape, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,9 @@ class _OneNode:
     """A CV gate that is traced as one node."""
 
     gate: CVGate
-    axis: int
 
     def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
-        keep: Tensor = decide(feature, self.axis, self.gate.alpha, self.gate.beta)
+        keep: Tensor = decide(norms, self.gate.alpha, self.gate.beta)
         return keep
 
 
@@ -78,9 +88,9 @@ def trace(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> fx.Graph
     assert memory is not None
     traced = tree_map_only(Tensor, _traced_instances, arguments(inputs))
     shapes = tree_map(_dynamic_instances, traced)
-    gates, enabled = memory.gates, memory.enabled
-    memory.gates = {site.name: _as_node(gates[site.name], site, memory.min_keep) for site in sites}
-    memory.enabled = True
+    gates, enabled, norm = memory.gates, memory.enabled, memory.channel_norm
+    memory.gates = {site.name: _as_node(gates[site.name], memory.min_keep) for site in sites}
+    memory.enabled, memory.channel_norm = True, channel_norm
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             exported = torch.export.export(_WithDecisions(model, memory), traced, dynamic_shapes=shapes)
@@ -92,7 +102,7 @@ def trace(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> fx.Graph
     except Exception as error:
         raise UnsupportedError(f"{type(model).__name__} cannot be exported: {error}") from error
     finally:
-        memory.gates, memory.enabled = gates, enabled
+        memory.gates, memory.enabled, memory.channel_norm = gates, enabled, norm
         memory.clear()
 
 
@@ -103,8 +113,8 @@ def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-def _as_node(gate: Gate, site: Site, min_keep: int) -> Gate:
-    return _OneNode(gate, site.axis) if isinstance(gate, CVGate) and not min_keep else gate
+def _as_node(gate: Gate, min_keep: int) -> Gate:
+    return _OneNode(gate) if isinstance(gate, CVGate) and not min_keep else gate
 
 
 def _traced_instances(tensor: Tensor) -> Tensor:
