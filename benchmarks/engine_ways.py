@@ -213,15 +213,16 @@ class _CompactLayers(fx.Interpreter):
 
 
 def _compact(layer: Layer, x: Tensor, keep: Tensor | None) -> tuple[DenseConv, Tensor]:
-    grouped = layer.groups > 1 and not layer.is_depthwise
-    count = x.shape[1] if keep is None or grouped else max(1, round(keep.float().sum(1).mean().item()))
+    count = x.shape[1] if keep is None else max(1, round(keep.float().sum(1).mean().item()))
+    if layer.is_grouped:
+        count = layer.groups * max(1, round(count / layer.groups))
     x = x[:, :count].contiguous(memory_format=torch.channels_last)
     if layer.is_depthwise:
         layer = dataclasses.replace(
             layer, weight=layer.weight[:count].contiguous(), bias=layer.bias[:count].contiguous(), groups=count
         )
-    elif not grouped:
-        layer = dataclasses.replace(layer, weight=layer.weight[:, :count].contiguous())
+    else:
+        layer = dataclasses.replace(layer, weight=layer.weight[:, : count // layer.groups].contiguous())
     return DenseConv(layer, x.shape), x
 
 

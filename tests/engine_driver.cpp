@@ -77,13 +77,19 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
   a.n = choose(random, {1, 1, 2, 3, 9});
   a.c_in = w.kh * w.kw == 1 ? choose(random, {1, 37, 150, 390}) : choose(random, {1, 3, 16, 37, 64, 150});
   a.c_out = depthwise ? a.c_in : choose(random, {1, 7, 16, 17, 32, 53, 70});
+  a.groups = depthwise ? a.c_in : 1;
+  if (!depthwise && sizeof(T) == 4 && random() % 3 == 0) {
+    a.groups = choose(random, {2, 3, 5});
+    a.c_in = a.groups * choose(random, {1, 4, 16, 33});
+    a.c_out = a.groups * choose(random, {1, 8, 16, 24, 40});
+  }
   a.slots = depthwise ? 1 : isw::slots_of(w.oh, w.ow);
   a.act = static_cast<isw::Act>(random() % 6);
   a.pooled = !depthwise && w.oh > 1 && w.ow > 1 && random() % 3 == 0;
-  const int64_t blocks = (a.c_out + isw::block - 1) / isw::block, unit = a.pooled ? 2 : 1;
+  const int64_t blocks = a.groups * ((a.c_out / a.groups + isw::block - 1) / isw::block), unit = a.pooled ? 2 : 1;
   const int64_t outputs = a.n * a.c_out * (w.oh / unit) * (w.ow / unit);
   a.x = (c.x = numbers<T>(a.n * a.c_in * w.h * w.w, random)).get();
-  a.weight = (c.weight = numbers<T>((depthwise ? a.c_in : blocks * a.c_in * isw::block) * w.kh * w.kw, random)).get();
+  a.weight = (c.weight = numbers<T>((depthwise ? a.c_in : blocks * (a.c_in / a.groups) * isw::block) * w.kh * w.kw, random)).get();
   a.bias = (c.bias = numbers(a.c_out, random)).get();
   a.y = (c.y = Array<T>(new T[outputs])).get();
   a.squares = (c.squares = Array<float>(new float[a.n * a.slots * a.c_out])).get();

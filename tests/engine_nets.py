@@ -81,7 +81,7 @@ class Unusual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.c1, self.c2 = nn.Conv2d(3, 12, (1, 3), padding="same"), nn.Conv2d(12, 10, 3, padding=2, dilation=2)
-        self.c3, self.c4 = nn.Conv2d(10, 8, 3, padding=1, groups=2), nn.Conv2d(8, 16, 5, padding=2, groups=8)
+        self.c3, self.c4 = nn.Conv2d(10, 16, 3, padding=1, groups=2), nn.Conv2d(16, 16, 5, padding=2, groups=8)
         self.c5, self.c6 = nn.Conv2d(16, 6, 5, stride=(1, 2), padding=2), nn.Conv2d(6, 5, 1)
         self.acts = nn.ModuleList([nn.ReLU(), nn.SiLU(), nn.ReLU(), nn.LeakyReLU(), nn.ReLU()])
 

@@ -21,6 +21,12 @@ def depthwise(**changed: Any) -> Any:
     return ops.depthwise_conv2d(**(arguments | changed))
 
 
+def grouped(groups: int = 3, **changed: Any) -> Any:
+    packed = pack_weight(torch.zeros(6, 1, 3, 3), 3)
+    arguments = {"x": torch.zeros(2, 3, 6, 6), "weight": packed, "bias": torch.zeros(6), "groups": groups}
+    return ops.grouped_conv2d(**(arguments | changed))
+
+
 def keep(*shape: int) -> Tensor:
     return torch.ones(shape, dtype=torch.bool)
 
@@ -65,6 +71,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "gradient": (lambda: conv(x=learned()), "inference_mode"),
     "depthwise weight": (lambda: depthwise(weight=torch.zeros(4, 1, 3, 3)), r"weight: expected shape \(3, 1"),
     "depthwise bias": (lambda: depthwise(bias=torch.zeros(4)), r"bias: expected shape \(3\)"),
+    "groups": (lambda: grouped(groups=2), "groups=2: does not divide 3 input and 6 output channels"),
+    "no groups": (lambda: grouped(groups=0), "groups=0"),
+    "weight of other groups": (lambda: grouped(groups=1), r"weight: expected shape \(1, 3, any, any, 32\)"),
+    "grouped bfloat16": (lambda: grouped(x=torch.zeros(2, 3, 6, 6).bfloat16()), "x: expected float32"),
     "linear vector": (lambda: ops.linear(torch.zeros(3), torch.zeros(1), torch.zeros(1)), r"\(N, ..., C_in\)"),
     "linear kernel": (
         lambda: ops.linear(torch.zeros(2, 3), pack_weight(torch.zeros(5, 3, 3, 3)), torch.zeros(5)),
@@ -108,6 +118,10 @@ RAW: dict[str, Callable[[], Any]] = {  # torch.ops.isw itself, past the checks i
     "depthwise": lambda: torch.ops.isw.depthwise_conv2d(
         torch.zeros(2, 3, 6, 6), torch.zeros(4, 1, 3, 3), torch.zeros(3), [1, 1], [0, 0], "none", None, 0.0, 0.0
     ),
+    "groups": lambda: raw_grouped(2),
+    "no groups": lambda: raw_grouped(0),
+    "other groups": lambda: raw_grouped(1),
+    "grouped bfloat16": lambda: raw_grouped(3, torch.bfloat16),
     "squares": lambda: torch.ops.isw.sum_squares(torch.zeros(3)),
     "mask": lambda: torch.ops.isw.keep_mask(keep(1, 2), 0.0, 1.0),
 }
@@ -130,6 +144,11 @@ def raw(**changed: Any) -> Any:
         "residual_beta": 0.0,
     }
     return torch.ops.isw.conv2d(*(arguments | changed).values())
+
+
+def raw_grouped(groups: int, dtype: torch.dtype = torch.float32) -> Any:
+    x, weight = torch.zeros(2, 3, 6, 6, dtype=dtype), pack_weight(torch.zeros(6, 1, 3, 3, dtype=dtype), 3)
+    return torch.ops.isw.grouped_conv2d(x, weight, torch.zeros(6), groups, [1, 1], [0, 0], "none", None, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("case", RAW)

@@ -1,6 +1,7 @@
 """Both ways to run a layer against the layer itself."""
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -21,9 +22,11 @@ LAYERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {  # weight, window
     "depthwise": ((5, 1, 3, 3), {"padding": (1, 1), "groups": 5}),
     "depthwise stride 2": ((5, 1, 5, 5), {"padding": (2, 2), "stride": (2, 2), "groups": 5}),
     "dilated": ((9, 5, 3, 3), {"padding": (2, 2), "dilation": (2, 2)}),
-    "grouped": ((10, 1, 3, 3), {"groups": 5}),
+    "grouped": ((40, 1, 3, 3), {"groups": 5, "padding": (1, 1)}),
+    "grouped with few outputs": ((35, 1, 3, 3), {"groups": 5}),
+    "grouped and dilated": ((40, 1, 3, 3), {"groups": 5, "dilation": (2, 2)}),
 }
-SKIPPED = ("3x3", "1x1", "stride 2", "1x5", "depthwise", "depthwise stride 2")
+SKIPPED = ("3x3", "1x1", "stride 2", "1x5", "depthwise", "depthwise stride 2", "grouped")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -98,6 +101,8 @@ def test_what_has_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = DenseConv(double, x.shape)
     assert dense.reordered is None
     assert_close(dense(x, None, None, None), double.dense(x))
+    grouped = layer_of("grouped")
+    assert not can_skip(dataclasses.replace(grouped, weight=grouped.weight.bfloat16()))
     monkeypatch.setattr(cpu, "load", lambda: False)
     assert not can_skip(layer)
 

@@ -75,20 +75,19 @@ def test_a_computed_weight_makes_no_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "window", "plain", "depthwise"),
+    ("shape", "window", "grouped", "depthwise"),
     [
-        ((5, 4, 3, 3), {}, True, False),
-        ((1, 1, 3, 3), {}, True, False),
-        ((5, 4, 3, 3), {"dilation": (2, 1)}, False, False),
+        ((5, 4, 3, 3), {}, False, False),
+        ((1, 1, 3, 3), {}, False, False),
         ((6, 1, 3, 3), {"groups": 6}, False, True),
-        ((6, 2, 3, 3), {"groups": 3}, False, False),
-        ((12, 1, 3, 3), {"groups": 6}, False, False),
+        ((6, 2, 3, 3), {"groups": 3}, True, False),
+        ((12, 1, 3, 3), {"groups": 6}, True, False),
     ],
 )
-def test_kinds_of_layers(shape: tuple[int, ...], window: dict[str, object], plain: bool, depthwise: bool) -> None:
+def test_kinds_of_layers(shape: tuple[int, ...], window: dict[str, object], grouped: bool, depthwise: bool) -> None:
     layer = Layer.of(*node_of(normal(*shape), **window))
     assert layer is not None
-    assert (layer.is_plain, layer.is_depthwise) == (plain, depthwise)
+    assert (layer.is_grouped, layer.is_depthwise) == (grouped, depthwise)
 
 
 def test_a_linear_layer_activates() -> None:

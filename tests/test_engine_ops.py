@@ -116,6 +116,44 @@ def test_residual_carries_its_own_decision(conv: str, keep: str, act: str) -> No
     check_conv(2, 40, 21, (6, 6), CONVS[conv], "random", act=act, residual=residual, residual_gating=gating)
 
 
+def check_grouped(
+    n: int, groups: int, c_in: int, c_out: int, size: tuple[int, int], conv: Any, keep: str, **options: Any
+) -> None:
+    """c_in and c_out are of a group."""
+    kernel, stride, padding = conv
+    kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
+    x = normal(n, groups * c_in, *size) * (0.2 + normal(1, groups * c_in, 1, 1, seed=3).abs())
+    weight = pack_weight(normal(groups * c_out, c_in, kh, kw, seed=1) / (c_in * kh * kw) ** 0.5, groups)
+    arguments = dict(stride=stride, padding=padding, gating=gating_of(keep, x), **options)
+    bias = normal(groups * c_out, seed=2)
+    found = ops.grouped_conv2d(x, weight, bias, groups, **arguments)
+    assert_close(found, reference.grouped_conv2d(x, weight, bias, groups, **arguments))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("conv", CONVS)
+def test_groups_agree_for_every_kernel_and_mask(conv: str, keep: str) -> None:
+    check_grouped(3, 4, 9, 13, (9, 11), CONVS[conv], keep, act="relu")
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (8, 8), (16, 16), (24, 24), (1, 40), (33, 16), (40, 70)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4), (7, 7), (8, 8), (33, 29)])
+def test_groups_agree_for_every_map_and_width(size: tuple[int, int], widths: tuple[int, int]) -> None:
+    for groups in (1, 2, 5):
+        check_grouped(2, groups, *widths, size, CONVS["3x3"], "random", act="relu6")
+
+
+def test_a_group_may_lose_all_its_channels() -> None:
+    x, weight, bias = normal(1, 12, 6, 6), pack_weight(normal(12, 4, 3, 3), 3), normal(12)
+    keep = torch.ones(1, 12, dtype=torch.bool)
+    keep[:, 4:8] = False
+    y, _ = ops.grouped_conv2d(x, weight, bias, 3, padding=1, gating=keep)
+    torch.testing.assert_close(y[0, 4:8], bias[4:8, None, None].expand(4, 6, 6))
+    dense, _ = ops.grouped_conv2d(x, weight, bias, 3, padding=1)
+    assert torch.equal(y[0, :4], dense[0, :4])
+    assert torch.equal(y[0, 8:], dense[0, 8:])
+
+
 POOLED = {  # map, conv
     "3x3": ((9, 13), "3x3"),
     "3x3 even": ((32, 32), "3x3"),
@@ -334,6 +372,10 @@ SAMPLES = {
         *(normal(2, 5, 6, 6), pack_weight(normal(7, 5, 3, 3)), normal(7), *WINDOW),
         *(gate, 0.0, 1.0, normal(2, 7, 6, 6), None, 0.0, 0.0),
     ),
+    "grouped_conv2d": lambda gate: (
+        *(normal(2, 5, 6, 6), pack_weight(normal(10, 1, 3, 3), 5), normal(10), 5, *WINDOW),
+        *(gate, 0.0, 1.0),
+    ),
     "pooled_conv2d": lambda gate: (
         *(normal(2, 5, 7, 6), pack_weight(normal(7, 5, 3, 3)), normal(7), *WINDOW),
         *(gate, 0.0, 1.0),
@@ -360,9 +402,11 @@ def gating_tensor(keep: str) -> Tensor | None:
 def test_flops_are_two_per_multiply_add() -> None:
     with FlopCounterMode(display=False) as counter:
         ops.conv2d(normal(2, 5, 6, 6), pack_weight(normal(7, 5, 3, 3)), normal(7))
+        ops.grouped_conv2d(normal(2, 6, 6, 6), pack_weight(normal(8, 3, 3, 3), 2), normal(8), 2)
         ops.depthwise_conv2d(normal(2, 5, 6, 6), normal(5, 1, 3, 3), normal(5))
         ops.pooled_conv2d(normal(2, 5, 6, 7), pack_weight(normal(7, 5, 3, 3)), normal(7))
-    assert counter.get_total_flops() == 2 * (2 * 7 * 16 * 45) + 2 * (2 * 5 * 16 * 9) + 2 * (2 * 7 * 20 * 45)
+    plain, grouped, depthwise, pooled = 2 * 7 * 16 * 45, 2 * 8 * 16 * 27, 2 * 5 * 16 * 9, 2 * 7 * 20 * 45
+    assert counter.get_total_flops() == 2 * (plain + grouped + depthwise + pooled)
 
 
 def test_compiles_into_one_graph() -> None:

@@ -21,6 +21,14 @@ def test_packing_can_be_undone(out_channels: int) -> None:
     assert torch.equal(unpack_weight(packed, out_channels), weight)
 
 
+@pytest.mark.parametrize(("groups", "outputs"), [(2, 1), (3, 16), (2, 40)])
+def test_groups_are_packed_one_by_one(groups: int, outputs: int) -> None:
+    weight = normal(groups * outputs, 5, 3, 2)
+    packed = pack_weight(weight, groups)
+    assert torch.equal(packed, torch.cat([pack_weight(part) for part in weight.chunk(groups)]))
+    assert torch.equal(unpack_weight(packed, groups * outputs, groups), weight)
+
+
 def test_one_input_channel_of_a_block_is_contiguous() -> None:
     weight = normal(40, 5, 3, 3)
     assert torch.equal(pack_weight(weight)[1, 2, 0, 1, :8], weight[32:, 2, 0, 1])
@@ -51,6 +59,15 @@ def test_conv_is_the_convolution_of_the_masked_map() -> None:
     wanted = F.conv2d(x * keep[:, :, None, None], weight, bias, padding=1) + residual * residual_keep[:, :, None, None]
     torch.testing.assert_close(y, wanted.relu())
     torch.testing.assert_close(squares.sum(1).sqrt(), torch.linalg.vector_norm(y, dim=(2, 3)))
+
+
+def test_groups_are_convolutions_side_by_side() -> None:
+    x, weight, bias, keep = normal(2, 6, 7, 7), normal(9, 2, 3, 3), normal(9), normal(2, 6) > 0
+    y, squares = reference.grouped_conv2d(x, pack_weight(weight, 3), bias, 3, stride=2, act="relu", gating=keep)
+    parts = zip(*(t.chunk(3, axis) for t, axis in ((x, 1), (weight, 0), (bias, 0), (keep, 1))), strict=True)
+    alone = [reference.conv2d(a, pack_weight(w), b, stride=2, act="relu", gating=k) for a, w, b, k in parts]
+    torch.testing.assert_close(y, torch.cat([part for part, _ in alone], 1))
+    torch.testing.assert_close(squares, torch.cat([sums for _, sums in alone], 2))
 
 
 def test_statistics_stand_for_their_mask() -> None:

@@ -54,14 +54,17 @@ def check_like(x: Tensor, tensor: Tensor, name: str, shape: Sequence[int | None]
     _check_shape(tensor, name, shape)
 
 
-def check_packed(weight: object, bias: Tensor, channels: int, x: Tensor) -> None:
+def check_packed(weight: object, bias: Tensor, channels: int, x: Tensor, groups: int = 1) -> None:
     """A bias, and weights that `pack_weight` made for it and for so many channels of x, of the type of x."""
     check_tensor(bias, "bias", (None,), x.device, (torch.float32, x.dtype))
     if isinstance(weight, Tensor) and weight.dim() in (2, 4):
         raise EngineInputError(f"weight: shape {tuple(weight.shape)} is not packed; call pack_weight once, at set-up")
     if channels == 0 or bias.shape[0] == 0:
         raise EngineInputError(f"a layer with {channels} input and {bias.shape[0]} output channels; remove the layer")
-    check_tensor(weight, "weight", (-(-bias.shape[0] // BLOCK), channels, None, None, BLOCK), x.device, (x.dtype,))
+    if groups < 1 or channels % groups or bias.shape[0] % groups:
+        raise EngineInputError(f"groups={groups}: does not divide {channels} input and {bias.shape[0]} output channels")
+    blocks = groups * -(-bias.shape[0] // groups // BLOCK)
+    check_tensor(weight, "weight", (blocks, channels // groups, None, None, BLOCK), x.device, (x.dtype,))
 
 
 def check_gating(gating: Gating, name: str, n: int, channels: int, device: torch.device) -> None:

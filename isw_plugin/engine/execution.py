@@ -24,17 +24,16 @@ _ONEDNN_ACTS: dict[str, tuple[str, list[float], str]] = {  # name, bounds, algor
 
 
 _WORTHWHILE = 1 << 19  # multiply-adds of a linear layer; a call of oneDNN takes 10 us longer than PyTorch's
+_LEAST_OUTPUTS = 8  # of a group: fewer leave more than half of a vector empty
 
 
 def can_skip(layer: Layer) -> bool:
     """Whether the engine has a kernel for the layer here."""
-    if layer.weight.dtype not in DTYPES or not (layer.is_plain or _plain_depthwise(layer)):
+    if layer.weight.dtype not in DTYPES or layer.dilation != (1, 1):
+        return False
+    if layer.is_grouped and (layer.weight.dtype != torch.float32 or len(layer.weight) < _LEAST_OUTPUTS * layer.groups):
         return False
     return layer.weight.is_cpu and cpu.load()
-
-
-def _plain_depthwise(layer: Layer) -> bool:
-    return layer.is_depthwise and layer.dilation == (1, 1)
 
 
 class GatedConv(nn.Module):
@@ -48,16 +47,17 @@ class GatedConv(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.depthwise = layer.is_depthwise
-        self.register_buffer("weight", layer.weight.contiguous() if self.depthwise else pack_weight(layer.weight))
+        self.depthwise, self.groups = layer.is_depthwise, layer.groups
+        weight = layer.weight.contiguous() if self.depthwise else pack_weight(layer.weight, layer.groups)
+        self.register_buffer("weight", weight)
         self.register_buffer("bias", layer.bias.float().contiguous())
         self.stride, self.padding, self.act = list(layer.stride), list(layer.padding), layer.act
         self.pooled = False
 
     @property
     def can_pool(self) -> bool:
-        """Whether the kernel can pool what it makes: 1x1 and depthwise ones cannot."""
-        return not self.depthwise and tuple(self.weight.shape[2:4]) != (1, 1)
+        """Whether the kernel can pool what it makes: 1x1, grouped and depthwise ones cannot."""
+        return self.groups == 1 and tuple(self.weight.shape[2:4]) != (1, 1)
 
     def with_pool(self) -> "GatedConv":
         """The same layer, of the same weights, with 2x2 max-pooling behind it; takes no residual."""
@@ -77,14 +77,17 @@ class GatedConv(nn.Module):
         residual_beta: float,
     ) -> tuple[Tensor, Tensor]:
         """y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out), those from before a pool."""
-        settings = (self.weight, self.bias, self.stride, self.padding, self.act, gate, alpha, beta)
+        held = (self.weight, self.bias)
+        settings = (self.stride, self.padding, self.act, gate, alpha, beta)
         if self.pooled:
-            outputs = torch.ops.isw.pooled_conv2d.default(x, *settings)
+            outputs = torch.ops.isw.pooled_conv2d.default(x, *held, *settings)
         elif self.depthwise:
-            outputs = torch.ops.isw.depthwise_conv2d.default(x, *settings)
+            outputs = torch.ops.isw.depthwise_conv2d.default(x, *held, *settings)
+        elif self.groups > 1:
+            outputs = torch.ops.isw.grouped_conv2d.default(x, *held, self.groups, *settings)
         else:
             others = (residual, residual_gate, residual_alpha, residual_beta)
-            outputs = torch.ops.isw.conv2d.default(x, *settings, *others)
+            outputs = torch.ops.isw.conv2d.default(x, *held, *settings, *others)
         y, squares = outputs
         return y, squares
 

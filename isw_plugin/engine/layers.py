@@ -84,8 +84,8 @@ class Layer:
         return self.groups == self.weight.shape[0] > 1 and self.weight.shape[1] == 1
 
     @property
-    def is_plain(self) -> bool:
-        return self.groups == 1 and self.dilation == (1, 1)
+    def is_grouped(self) -> bool:
+        return self.groups > 1 and not self.is_depthwise
 
     @property
     def is_pointwise(self) -> bool:

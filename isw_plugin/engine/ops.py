@@ -24,6 +24,7 @@ __all__ = [
     "Statistics",
     "conv2d",
     "depthwise_conv2d",
+    "grouped_conv2d",
     "keep_mask",
     "linear",
     "max_pool2d",
@@ -110,6 +111,26 @@ def _fake_conv2d(
     return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
 
 
+def _plain_grouped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    act: str,
+    gate: Tensor | None,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    gating = _gating(gate, alpha, beta)
+    return reference.grouped_conv2d(x, weight, bias, groups, stride=stride, padding=padding, act=act, gating=gating)
+
+
+def _fake_grouped(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *window: Any) -> tuple[Tensor, Tensor]:
+    return _fake_conv2d(x, weight, bias, *window)
+
+
 def _plain(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """The reference of a layer without a residual, called as operators are."""
 
@@ -170,6 +191,12 @@ _define(
     _fake_conv2d,
 )
 _define(
+    "grouped_conv2d",
+    f"(Tensor x, Tensor weight, Tensor bias, int groups, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
+    _plain_grouped,
+    _fake_grouped,
+)
+_define(
     "pooled_conv2d",
     f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
     _plain(reference.pooled_conv2d),
@@ -191,7 +218,7 @@ _define("sum_squares", "(Tensor x) -> Tensor", reference.sum_squares, _fake_sum_
 _define("keep_mask", "(Tensor squares, float alpha, float beta) -> Tensor", reference.keep_mask, _fake_keep_mask)
 
 
-@register_flop_formula([torch.ops.isw.conv2d, torch.ops.isw.depthwise_conv2d])
+@register_flop_formula([torch.ops.isw.conv2d, torch.ops.isw.grouped_conv2d, torch.ops.isw.depthwise_conv2d])
 def _conv_flops(x: Sequence[int], weight: Sequence[int], *args: object, out_shape: Any, **kwargs: object) -> int:
     """Two per multiply-add of the dense layer: which channels survive is not known from shapes."""
     positions: int = math.prod(out_shape[0])
@@ -240,6 +267,28 @@ def conv2d(
     y, squares = torch.ops.isw.conv2d(
         x, weight, bias, strides, paddings, act, *_flat(gating), residual, *_flat(residual_gating)
     )
+    return y, squares
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """reference.grouped_conv2d."""
+    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
+    check_tensor(x, "x", (None,) * 4)
+    check_packed(weight, bias, x.shape[1], x, groups)
+    check_window(x, weight.shape[2:4], strides, paddings)
+    check_act(act)
+    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
+    y, squares = torch.ops.isw.grouped_conv2d(x, weight, bias, groups, strides, paddings, act, *_flat(gating))
     return y, squares
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "as_pixels",
     "conv2d",
     "depthwise_conv2d",
+    "grouped_conv2d",
     "keep_mask",
     "linear",
     "max_pool2d",
@@ -69,24 +70,28 @@ class Statistics:
 Gating: TypeAlias = Statistics | Tensor | None
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """Orders a weight so that one input channel's weights for a block of output channels lie together.
 
     Args:
-        weight: (C_out, C_in, kh, kw) of a convolution or (C_out, C_in) of a linear layer.
+        weight: (C_out, C_in / groups, kh, kw) of a convolution or (C_out, C_in) of a linear layer.
+        groups: Of a grouped convolution; a block's outputs are of one group.
 
     Returns:
-        (ceil(C_out / 32), C_in, kh, kw, 32), missing output channels zero.
+        (groups * ceil(C_out / groups / 32), C_in / groups, kh, kw, 32), missing output channels zero.
     """
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
-    padded = F.pad(weight, (0, 0) * 3 + (0, -weight.shape[0] % BLOCK))
-    return padded.view(-1, BLOCK, *weight.shape[1:]).permute(0, 2, 3, 4, 1).contiguous()
+    by_group = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    padded = F.pad(by_group, (0, 0) * 3 + (0, -by_group.shape[1] % BLOCK))
+    return padded.reshape(-1, BLOCK, *weight.shape[1:]).permute(0, 2, 3, 4, 1).contiguous()
 
 
-def unpack_weight(packed: Tensor, out_channels: int) -> Tensor:
-    """The (C_out, C_in, kh, kw) weight that pack_weight packed."""
-    return packed.permute(0, 4, 1, 2, 3).flatten(0, 1)[:out_channels]
+def unpack_weight(packed: Tensor, out_channels: int, groups: int = 1) -> Tensor:
+    """The (C_out, C_in / groups, kh, kw) weight that pack_weight packed."""
+    blocks, inputs, *kernel, _ = packed.shape
+    padded = packed.permute(0, 4, 1, 2, 3).reshape(groups, blocks // groups * BLOCK, inputs, *kernel)
+    return padded[:, : out_channels // groups].flatten(0, 1)
 
 
 def row_slots(height: int, width: int) -> int:
@@ -155,6 +160,34 @@ def conv2d(
     y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding)
     if residual is not None:
         y = y + _drop(residual, residual_gating)
+    y = ACTS[act](y).to(x.dtype)
+    return y, _sum_rows(y)
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """conv2d without a residual, of channels in groups that do not see each other.
+
+    Args:
+        x: Input, float32 (N, C_in, H, W).
+        weight: From pack_weight(weight, groups).
+        groups: Divides C_in and C_out.
+        stride, padding, act, gating, bias: As in conv2d.
+
+    Returns:
+        y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
+    """
+    wide = unpack_weight(weight, bias.shape[0], groups).float()
+    y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding, groups=groups)
     y = ACTS[act](y).to(x.dtype)
     return y, _sum_rows(y)
 

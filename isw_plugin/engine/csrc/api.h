@@ -4,7 +4,8 @@
 
 namespace isw {
 
-// Output channels of one weight block; weights are packed [ceil(C_out / block)][C_in][kh][kw][block].
+// Output channels of one weight block; weights are packed [ceil(C_out / block)][C_in][kh][kw][block], those of grouped
+// layers group by group, [groups][ceil(C_out / groups / block)][C_in / groups][kh][kw][block].
 constexpr int64_t block = 32;
 
 enum class Act { none, relu, relu6, silu, hardswish, gelu };
@@ -30,6 +31,7 @@ struct Window {
 
 struct ConvShape {
   int64_t n, c_in, c_out, slots;
+  int64_t groups;  // above 1: not of bfloat16, whose channels are multiplied in pairs
   bool pooled;  // y is the 2x2 max-pooled map; squares are of the map before
   Window window;
   Act act;

@@ -30,15 +30,17 @@ class DirectConv {
         runner_(runner),
         packing_(args.window),
         taps_(args.window.kh * args.window.kw),
-        blocks_(ceil_div(args.c_out, block)),
+        inputs_(args.c_in / args.groups),
+        outputs_(args.c_out / args.groups),
+        blocks_(ceil_div(outputs_, block)),
         step_(larger(8, step_bytes / (taps_ * block * static_cast<int64_t>(sizeof(T))))),
-        group_(smaller(args.n, larger(1, packed_bytes / (packing_.plane * larger(1, args.c_in) * 4)))),
+        part_(smaller(args.n, larger(1, packed_bytes / (packing_.plane * larger(1, args.c_in) * 4)))),
         batch_(instances_per_task()),
         rows_(rows_per_pass()),
         offsets_(taps_),
         kept_(args.gate, args.n, args.c_in, runner),
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
-        packed_(group_ * args.c_in * packing_.plane),
+        packed_(part_ * args.c_in * packing_.plane),
         sums_(runner.workers * sums_size()),
         squares_(runner.workers * squares_size()),
         cursors_(runner.workers * batch_) {
@@ -47,8 +49,8 @@ class DirectConv {
   }
 
   void run() {
-    for (int64_t first = 0; first < a_.n; first += group_) {
-      const int64_t count = smaller(group_, a_.n - first);
+    for (int64_t first = 0; first < a_.n; first += part_) {
+      const int64_t count = smaller(part_, a_.n - first);
       pack(first, count);
       compute(first, count);
     }
@@ -58,8 +60,9 @@ class DirectConv {
   struct Task {
     int64_t block_index, slot, worker;
     int64_t first, count;  // instances
-    int64_t group_first;  // first instance of the packed group
-    int64_t channel, channels, width;  // output channels and the lanes that hold them
+    int64_t part_first;  // first of the instances that are packed
+    int64_t input;  // first input channel that the outputs read
+    int64_t lane, channel, channels, width;  // where in the block, output channels and the lanes that hold them
     float bias[2 * lanes];
   };
   struct Pass {
@@ -67,6 +70,7 @@ class DirectConv {
     int64_t first, stored;  // part of an output plane
   };
 
+  int64_t all_blocks() const { return a_.groups * blocks_; }
   int64_t pixels() const { return a_.window.oh * a_.window.ow; }
   int64_t unit() const { return a_.pooled ? 2 : 1; }  // rows and columns that make one of the output
   int64_t plane() const { return a_.window.oh / unit() * (a_.window.ow / unit()); }
@@ -80,12 +84,12 @@ class DirectConv {
 
   int64_t instances_per_task() const {
     if (pixels() > small_map) return 1;
-    const int64_t spread = larger(1, group_ * blocks_ / (2 * runner_.workers));
+    const int64_t spread = larger(1, part_ * all_blocks() / (2 * runner_.workers));
     return smaller(smaller(spread, most_instances), task_pixels / pixels());
   }
   int64_t rows_per_pass() const {
     if (pixels() <= small_map) return a_.window.oh;
-    const int64_t target = a_.c_in <= step_ ? row_pixels : task_pixels;
+    const int64_t target = inputs_ <= step_ ? row_pixels : task_pixels;
     return smaller(a_.window.oh, larger(1, target / a_.window.ow / unit()) * unit());
   }
   int64_t sums_size() const { return batch_ * rows_ * a_.window.ow * block; }
@@ -109,16 +113,16 @@ class DirectConv {
   // Weights as large as planes are read once, by one worker where there are as many blocks. Else a worker stays with its
   // instances, or with its output channels where instances are fewer than workers, as the next layer's workers do.
   void compute(int64_t first, int64_t count) {
-    const int64_t batches = ceil_div(count, batch_), slots = a_.slots;
+    const int64_t batches = ceil_div(count, batch_), slots = a_.slots, blocks = all_blocks();
     const bool large_weights = taps_ * block * slots > packing_.plane, by_channels = batches < runner_.workers;
-    parallel(runner_, batches * blocks_ * slots, [&](int64_t index, int64_t worker) {
-      const int64_t rest = large_weights ? index % (batches * slots) : index % (blocks_ * slots);
+    parallel(runner_, batches * blocks * slots, [&](int64_t index, int64_t worker) {
+      const int64_t rest = large_weights ? index % (batches * slots) : index % (blocks * slots);
       Task task;
       task.worker = worker;
-      task.group_first = first;
-      task.slot = large_weights || by_channels ? rest % slots : rest / blocks_;
-      task.block_index = large_weights ? index / (batches * slots) : by_channels ? rest / slots : rest % blocks_;
-      task.first = first + (large_weights ? rest / slots : index / (blocks_ * slots)) * batch_;
+      task.part_first = first;
+      task.slot = large_weights || by_channels ? rest % slots : rest / blocks;
+      task.block_index = large_weights ? index / (batches * slots) : by_channels ? rest / slots : rest % blocks;
+      task.first = first + (large_weights ? rest / slots : index / (blocks * slots)) * batch_;
       task.count = smaller(batch_, first + count - task.first);
       compute_block(task);
     });
@@ -126,10 +130,13 @@ class DirectConv {
 
   // A block is `block` output channels wide, registers hold one or two vectors of them.
   void compute_block(Task& task) {
-    const int64_t begin = task.block_index * block, end = smaller(begin + block, a_.c_out);
-    for (task.channel = begin; task.channel < end; task.channel += task.width) {
-      task.width = end - task.channel > lanes ? 2 * lanes : lanes;
-      task.channels = smaller(task.width, end - task.channel);
+    const int64_t group = task.block_index / blocks_, first = task.block_index % blocks_ * block;
+    const int64_t count = smaller(block, outputs_ - first);
+    task.input = group * inputs_;
+    for (task.lane = 0; task.lane < count; task.lane += task.width) {
+      task.channel = group * outputs_ + first + task.lane;
+      task.width = count - task.lane > lanes ? 2 * lanes : lanes;
+      task.channels = smaller(task.width, count - task.lane);
       std::fill(task.bias, task.bias + 2 * lanes, 0.0f);
       std::copy(a_.bias + task.channel, a_.bias + task.channel + task.channels, task.bias);
       compute_task(task);
@@ -163,18 +170,23 @@ class DirectConv {
 
   void compute_pass(const Task& task, const Pass& pass, bool cold) {
     int64_t* cursors = cursors_.get() + task.worker * batch_;
-    std::fill(cursors, cursors + task.count, 0);
-    for (int64_t c = 0; c < larger(1, a_.c_in); c += step_) {
-      if (c + step_ >= a_.c_in) prefetch_output(task, pass);
+    for (int64_t i = 0; i < task.count; ++i) cursors[i] = first_kept(task.first + i, task.input);
+    for (int64_t c = 0; c < larger(1, inputs_); c += step_) {
+      if (c + step_ >= inputs_) prefetch_output(task, pass);
       for (int64_t i = 0; i < task.count; ++i) {
         const int64_t begin = cursors[i];
-        cursors[i] = kept_before(task.first + i, begin, c + step_);
-        if (c == 0 || begin < cursors[i]) add_step(task, pass, i, begin, cursors[i], cold && i == 0);
+        cursors[i] = kept_before(task.first + i, begin, task.input + smaller(c + step_, inputs_));
+        if (c == 0 || begin < cursors[i]) add_step(task, pass, i, begin, cursors[i], c == 0, cold && i == 0);
       }
     }
     for (int64_t i = 0; i < task.count; ++i) finish_pass(task, pass, i);
   }
 
+  // Where in the list the channels from this one on begin.
+  int64_t first_kept(int64_t n, int64_t channel) const {
+    const int32_t* channels = kept_.channels(n);
+    return std::lower_bound(channels, channels + kept_.count(n), channel) - channels;
+  }
   int64_t kept_before(int64_t n, int64_t k, int64_t channel) const {
     const int32_t* channels = kept_.channels(n);
     const int64_t count = kept_.count(n);
@@ -190,14 +202,14 @@ class DirectConv {
       for (int64_t p = 0; p < pass.stored; p += line_size<T>) __builtin_prefetch(y + c * plane() + p, 1, 3);
   }
 
-  void add_step(const Task& task, const Pass& pass, int64_t i, int64_t begin, int64_t end, bool cold) {
+  void add_step(const Task& task, const Pass& pass, int64_t i, int64_t begin, int64_t end, bool first, bool cold) {
     const Window& w = a_.window;
     const int64_t n = task.first + i, lines = taps_ * block / line_size<T>;
     Tile<T> tile;
     tile.plane = packing_.plane;
     tile.pitch = packing_.pitch;
     tile.weight_plane = taps_ * block;
-    tile.weights = a_.weight + task.block_index * a_.c_in * tile.weight_plane + task.channel % block;
+    tile.weights = a_.weight + (task.block_index * inputs_ - task.input) * tile.weight_plane + task.lane;
     tile.channels = kept_.channels(n);
     tile.begin = begin;
     tile.end = end;
@@ -211,14 +223,14 @@ class DirectConv {
         const TileKernel<T>& kernel = tile_for<T>(w, y, pass.rows - row, x);
         const int64_t count = kernel.rows * kernel.columns;
         height = kernel.rows;
-        tile.input = packed_plane(n - task.group_first, 0) + y * packing_.pitch + x;
+        tile.input = packed_plane(n - task.part_first, 0) + y * packing_.pitch + x;
         tile.first_tap = larger(0, w.ph - (y + height - 1) * w.sh) * w.kw;
         tile.last_tap = smaller(w.kh, w.h + w.ph - y * w.sh) * w.kw;
         tile.prefetch_first = lines * done / pass.pixels;
         tile.prefetch_last = lines * (done + count) / pass.pixels;
         tile.sums = sums_of(task, pass, i) + done * task.width;
-        tile.start = begin ? tile.sums : task.bias;
-        tile.start_stride = begin ? task.width : 0;
+        tile.start = first ? task.bias : tile.sums;
+        tile.start_stride = first ? 0 : task.width;
         kernel.run[task.width > lanes](tile);
         done += count;
         x += kernel.columns;
@@ -250,9 +262,10 @@ class DirectConv {
   const ConvArgs<T>& a_;
   const Runner& runner_;
   const Packing packing_;
-  const int64_t taps_, blocks_;
+  const int64_t taps_;
+  const int64_t inputs_, outputs_, blocks_;  // of a group
   const int64_t step_;  // input channels
-  const int64_t group_;  // instances packed at once
+  const int64_t part_;  // instances packed at once
   const int64_t batch_;  // instances per task
   const int64_t rows_;  // per pass of a task
   Buffer<int64_t> offsets_;

@@ -23,7 +23,7 @@ bool is_for_blocks(const isw::ConvArgs<T>& args) {
 
 template <typename T>
 void conv(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
-  if (!is_pointwise(args.window) || args.pooled) return isw::DirectConv<T>(args, runner).run();
+  if (!is_pointwise(args.window) || args.pooled || args.groups > 1) return isw::DirectConv<T>(args, runner).run();
   if (is_for_blocks(args)) return isw::PointwiseBlocks<T>(args, runner).run();
   isw::Pointwise<T>(args, runner).run();
 }

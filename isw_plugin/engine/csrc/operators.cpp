@@ -151,11 +151,20 @@ struct Residual {
   double alpha = 0, beta = 0;
 };
 
+void check_packed(const Tensor& weight, int64_t c_in, int64_t c_out, int64_t groups) {
+  TORCH_CHECK_VALUE(groups > 0 && c_in % groups == 0 && c_out % groups == 0, "groups: expected a divisor of ", c_in,
+                    " input and ", c_out, " output channels, got ", groups);
+  const int64_t blocks = groups * ((c_out / groups + isw::block - 1) / isw::block);
+  TORCH_CHECK_VALUE(weight.size(0) == blocks && weight.size(1) == c_in / groups && weight.size(4) == isw::block,
+                    "weight: packed shape ", weight.sizes(), " does not fit ", c_in, " input and ", c_out,
+                    " output channels in ", groups, " groups; pack it with pack_weight");
+}
+
 Tensor new_map(IntArrayRef sizes, const Tensor& like) { return isw::MapMemory::instance().empty(sizes, like); }
 
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
                                     IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
-                                    double beta, const Residual& residual_, bool pooled) {
+                                    double beta, const Residual& residual_, int64_t groups, bool pooled) {
   const Tensor x = checked_map(x_), weight = checked(weight_, 5, "weight", x.scalar_type());
   const Tensor bias = checked_bias(bias_, x);
   const Tensor gate = checked_gate(gate_), residual_gate = checked_gate(residual_.gate);
@@ -164,11 +173,9 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   args.n = x.size(0);
   args.c_in = x.size(1);
   args.c_out = bias.size(0);
+  args.groups = groups;
   args.pooled = pooled;
-  TORCH_CHECK_VALUE(weight.size(0) == (args.c_out + isw::block - 1) / isw::block && weight.size(1) == args.c_in &&
-                        weight.size(4) == isw::block,
-                    "weight: packed shape ", weight.sizes(), " does not fit ", args.c_in, " input and ", args.c_out,
-                    " output channels; pack it with pack_weight");
+  check_packed(weight, args.c_in, args.c_out, groups);
   args.slots = isw::slots_of(args.window.oh, args.window.ow);
   const int64_t unit = pooled ? 2 : 1, height = args.window.oh / unit, width = args.window.ow / unit;
   TORCH_CHECK_VALUE(height > 0 && width > 0, "a map of ", args.window.oh, "x", args.window.ow, " is too small to pool");
@@ -193,13 +200,20 @@ std::tuple<Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const T
                                   double beta, const MaybeTensor& residual, const MaybeTensor& residual_gate,
                                   double residual_alpha, double residual_beta) {
   const Residual added{residual, residual_gate, residual_alpha, residual_beta};
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, added, false);
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, added, 1, false);
+}
+
+std::tuple<Tensor, Tensor> grouped_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups,
+                                          IntArrayRef stride, IntArrayRef padding, std::string_view act,
+                                          const MaybeTensor& gate, double alpha, double beta) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "x: expected Float for a grouped layer, got ", x.scalar_type());
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, {}, groups, false);
 }
 
 std::tuple<Tensor, Tensor> pooled_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
                                          IntArrayRef padding, std::string_view act, const MaybeTensor& gate,
                                          double alpha, double beta) {
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, {}, true);
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, {}, 1, true);
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
@@ -210,7 +224,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
   isw::ConvShape args{};
   args.window = window_of(x, weight.sizes().slice(2, 2), stride, padding);
   args.n = x.size(0);
-  args.c_in = args.c_out = x.size(1);
+  args.c_in = args.c_out = args.groups = x.size(1);
   args.slots = 1;
   TORCH_CHECK_VALUE(weight.size(0) == args.c_in && weight.size(1) == 1 && bias.size(0) == args.c_in, "weight ",
                     weight.sizes(), " and bias ", bias.sizes(), " do not fit ", args.c_in, " channels");
@@ -269,6 +283,7 @@ extern "C" __attribute__((visibility("default"))) void isw_use(const isw::Kernel
   if (kernels.exchange(table)) return;
   static torch::Library library(torch::Library::IMPL, "isw", c10::DispatchKey::CPU, __FILE__, __LINE__);
   library.impl("conv2d", conv2d);
+  library.impl("grouped_conv2d", grouped_conv2d);
   library.impl("pooled_conv2d", pooled_conv2d);
   library.impl("depthwise_conv2d", depthwise_conv2d);
   library.impl("max_pool2d", max_pool2d);
