@@ -114,7 +114,8 @@ class DirectConv {
   // instances, or with its output channels where instances are fewer than workers, as the next layer's workers do.
   void compute(int64_t first, int64_t count) {
     const int64_t batches = ceil_div(count, batch_), slots = a_.slots, blocks = all_blocks();
-    const bool large_weights = taps_ * block * slots > packing_.plane, by_channels = batches < runner_.workers;
+    const bool large_weights = a_.groups == 1 && taps_ * block * slots > packing_.plane;  // groups share no planes
+    const bool by_channels = batches < runner_.workers;
     parallel(runner_, batches * blocks * slots, [&](int64_t index, int64_t worker) {
       const int64_t rest = large_weights ? index % (batches * slots) : index % (blocks * slots);
       Task task;

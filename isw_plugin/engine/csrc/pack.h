@@ -39,13 +39,18 @@ struct Packing {
   }
 };
 
-// out[i] = in[2 * i]
+// out[i] = in[2 * i]; the last odd column may lie beyond the map.
 template <typename In>
 ISW_INLINE void copy_even(In in, int64_t begin, int64_t end, float* out) {
+  constexpr auto all = std::make_integer_sequence<int, lanes>();
   int64_t i = begin;
-  for (; i + lanes < end; i += lanes)  // the last odd column may lie beyond the map
-    store(out + i, even_lanes(load(in + 2 * i), load(in + (2 * i + lanes)), std::make_integer_sequence<int, lanes>()));
-  for (; i < end; ++i) out[i] = widen(in[2 * i]);
+  for (; i + lanes < end; i += lanes) store(out + i, even_lanes(load(in + 2 * i), load(in + (2 * i + lanes)), all));
+  for (; i < end; i += lanes) {
+    const int64_t count = smaller(lanes, end - i), inputs = 2 * count - 1;
+    const Vec near = load_first(in + 2 * i, smaller(lanes, inputs));
+    const Vec far = load_first(in + (2 * i + lanes), larger(0, inputs - lanes));
+    store_first(out + i, even_lanes(near, far, all), count);
+  }
 }
 
 // Columns phase, phase + sw, ... of padded rows, and which of them lie in the map.
