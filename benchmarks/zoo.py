@@ -115,7 +115,10 @@ def main() -> None:
     if args.part == "report":
         report({part: read(args.out / f"{part}.jsonl") for part in PARTS}, Path("docs"))
         return
-    names = timm.list_models() if args.part == "sites" else smallest(read(args.out / "sites.jsonl"))
+    sites = args.out / "sites.jsonl"
+    if args.part != "sites" and not sites.exists():
+        parser.error(f"{args.part}: the smallest models are those of {sites}; run `sites` first")
+    names = timm.list_models() if args.part == "sites" else smallest(read(sites))
     chosen = [name for name in names if fnmatchcase(name, args.only)]
     resume(args.out / f"{args.part}.jsonl", chosen, PARTS[args.part])
 

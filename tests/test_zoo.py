@@ -11,7 +11,7 @@ from conftest import Plain, Residual, made
 from torch import Tensor, nn
 
 from benchmarks import zoo_checks, zoo_graphs, zoo_pruned
-from benchmarks.zoo import check_pruned, read, report, resume
+from benchmarks.zoo import check_pruned, main, read, report, resume
 from benchmarks.zoo_checks import check
 from benchmarks.zoo_graphs import check_engine, check_graphs
 from benchmarks.zoo_models import build, randomise, smallest
@@ -366,3 +366,13 @@ def test_the_report_is_a_page_and_its_numbers(tmp_path: Path) -> None:
     assert "| x | a |  |  | ok |" in (tmp_path / "zoo.md").read_text()
     told = json.loads((tmp_path / "results" / "zoo" / "summary.json").read_text())
     assert told == summary({"gates": [step_record("a")]})
+
+
+def test_without_sites_there_is_nothing_to_choose_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["zoo", "gates", "--out", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "run `sites` first" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
