@@ -5,6 +5,7 @@ Same signatures and results as reference.py, which documents them. Inference onl
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,22 +112,6 @@ def _fake_conv2d(
     return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
 
 
-def _plain_grouped(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    act: str,
-    gate: Tensor | None,
-    alpha: float,
-    beta: float,
-) -> tuple[Tensor, Tensor]:
-    gating = _gating(gate, alpha, beta)
-    return reference.grouped_conv2d(x, weight, bias, groups, stride=stride, padding=padding, act=act, gating=gating)
-
-
 def _fake_grouped(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *window: Any) -> tuple[Tensor, Tensor]:
     return _fake_conv2d(x, weight, bias, *window)
 
@@ -149,6 +134,10 @@ def _plain(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tupl
         return function(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
 
     return run
+
+
+def _plain_grouped(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _plain(partial(reference.grouped_conv2d, groups=groups))(x, weight, bias, *settings)
 
 
 def _fake_pooled(
