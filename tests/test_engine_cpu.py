@@ -28,6 +28,10 @@ with warnings.catch_warnings(record=True) as caught:
 for warning in caught:
     print("warning:", warning.message)
 torch.testing.assert_close(found, reference.conv2d(x, weight, bias, gating=keep))
+grouped = pack_weight(torch.randn(10, 1, 3, 3), 5), torch.randn(10), 5
+torch.testing.assert_close(
+    ops.grouped_conv2d(x, *grouped, gating=keep), reference.grouped_conv2d(x, *grouped, gating=keep)
+)
 print("kernels:", cpu.active())
 """
 
