@@ -154,7 +154,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled column out")
-    quick = "batch 8 at 32 pixels, keep 0.5, 5 rounds, no compile, no trained masks"
+    quick = "batch 8 at 32 pixels, keep 0.5, 3 rounds, no compile, no trained masks"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--takes", type=int, default=1, help="processes a row; above 1 they need --out")
     parser.add_argument("--out", type=Path, help="folder for the table, JSON and plot")
@@ -164,7 +164,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.takes > 1 and not args.out:
         parser.error("--takes: say where the takes go, with --out")
     if args.quick:
-        args.sides, args.batches, args.keeps, args.rounds, args.no_compile = [32], [8], [0.5], 5, True
+        args.sides, args.batches, args.keeps, args.rounds, args.no_compile = [32], [8], [0.5], 3, True
     args.networks = args.networks or (list(NETWORKS) if args.quick else everything)
     return args
 
