@@ -112,8 +112,13 @@ def _fake_conv2d(
     return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
 
 
-def _fake_grouped(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *window: Any) -> tuple[Tensor, Tensor]:
-    return _fake_conv2d(x, weight, bias, *window)
+def _fake_grouped(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, stride: Sequence[int], padding: Sequence[int], *others: object
+) -> tuple[Tensor, Tensor]:
+    """In the CPU's slots on every device: CUDA has no kernel and runs the reference."""
+    size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
+    squares = x.new_empty((x.shape[0], row_slots(*size), bias.shape[0]), dtype=torch.float32)
+    return x.new_empty((x.shape[0], bias.shape[0], *size)), squares
 
 
 def _plain(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
