@@ -266,7 +266,7 @@ def _ungated(keep: Tensor, columns: int) -> list[Tensor]:
 def _mask(feature: Tensor, keep: Tensor, axis: int) -> Tensor:
     shape = [keep.shape[0]] + [1] * (feature.dim() - 1)  # len() would make it a constant for torch.export
     shape[axis] = keep.shape[1]
-    return feature.masked_fill(~keep.view(shape), 0)
+    return torch.where(keep.view(shape), feature, 0)  # masked_fill would make channels_last maps contiguous
 
 
 def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:

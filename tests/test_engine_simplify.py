@@ -107,7 +107,7 @@ def rewritten(part: Callable[[One, Tensor], Tensor], **options: Any) -> fx.Graph
 def pixels(net: One, x: Tensor) -> Tensor:
     y = net.c(x)
     bright = y.mean(1).flatten(1) > 0
-    return y.masked_fill(~bright.view(y.shape[0], 1, 8, 8), 0)
+    return torch.where(bright.view(y.shape[0], 1, 8, 8), y, 0)
 
 
 def standardised(net: One, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ PARTS: dict[str, tuple[Callable[[One, Tensor], Tensor], dict[str, int]]] = {  # 
     "a truth value added": (lambda net, x: net.c(x) + (x > 0.3), {"conv": 2, "add.Tensor": 1}),
     "one for all channels added": (lambda net, x: net.c(x) + x.mean(1, True), {"conv": 2, "add.Tensor": 1}),
     "activated, then residual": (lambda net, x: F.relu(net.c(x)) + x, {"conv": 2, "add.Tensor": 1, "mask": 2}),
-    "pixels masked": (pixels, {"conv": 2, "masked_fill.Scalar": 1}),
+    "pixels masked": (pixels, {"conv": 2, "where.ScalarOther": 1}),
     "weights of weights": (standardised, {"conv": 3}),
     "scaled channels": (lambda net, x: net.c(x) * net.scale[:, None, None] + x, {"conv": 2}),
     "scaled channels, from the left": (lambda net, x: net.scale.view(1, 8, 1, 1) * net.c(x) + x, {"conv": 2}),
@@ -219,7 +219,7 @@ PARTS: dict[str, tuple[Callable[[One, Tensor], Tensor], dict[str, int]]] = {  # 
 def test_what_is_left_of_a_part(name: str) -> None:
     part, left = PARTS[name]
     found = counted(rewritten(part))
-    layers = ("conv", "conv2d.default", "dropout.default", "masked_fill.Scalar", NORM)
+    layers = ("conv", "conv2d.default", "dropout.default", "where.ScalarOther", NORM)
     others = ("add.Tensor", "mul.Tensor", "relu.default", "relu6.default", "hardtanh.default", "clamp.default")
     watched = layers + others
     assert {name: found[name] for name in watched if found[name]} == {n: k for n, k in left.items() if n in watched}

@@ -92,6 +92,23 @@ def test_dropped_channels_that_are_not_finite_become_zero() -> None:
     assert torch.equal(net(torch.full((1, 1, 2, 2), 1e38)), net[2].bias.view(1, 2, 1, 1).expand(1, 2, 2, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("scope", ["all", "consumers"])
+def test_masks_keep_memory_format_and_type(dtype: torch.dtype, memory_format: torch.memory_format, scope: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).to(dtype=dtype, memory_format=memory_format).train()
+    images = torch.randn(2, 3, 8, 8, dtype=dtype).to(memory_format=memory_format)
+    pruner = InstanceWisePruner(model, images, alpha=0.0, scope=scope)  # type: ignore[arg-type]
+    pruner.step()
+    maps: list[Tensor] = []
+    model[1].register_forward_pre_hook(lambda module, args: maps.append(args[0]))
+    model(images)
+    assert not pruner.keep["0"].all()
+    assert maps[0].is_contiguous(memory_format=memory_format)
+    assert maps[0].dtype is dtype
+
+
 class TwoReaders(nn.Module):
     """A functional map that two convolutions read: masked at each of them, decided at the first."""
 

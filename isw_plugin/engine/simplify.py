@@ -226,12 +226,9 @@ def _module_of(node: fx.Node) -> str:
 
 
 def _name_masks(graph: fx.Graph) -> None:
-    for node in _calls(graph, _aten.masked_fill.Scalar):
-        x, drop, value = node.args
-        if value != 0 or getattr(drop, "target", None) is not _aten.bitwise_not.default:
-            continue
-        view = drop.args[0]
-        if getattr(view, "target", None) is not _aten.view.default or len(_size(view.args[0]) or ()) != 2:
+    for node in _calls(graph, _aten.where.ScalarOther):
+        view, x, value = node.args
+        if value != 0 or getattr(view, "target", None) is not _aten.view.default or len(_size(view.args[0]) or ()) != 2:
             continue
         keep, shape = view.args
         axis = next((index for index in range(1, len(shape)) if shape[index] != 1), 1)
