@@ -6,6 +6,7 @@ from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate
 from isw_plugin.loading import load_pretrained
 from isw_plugin.measure import GateReport, MacReport, count_macs, evaluate
 from isw_plugin.pruner import InstanceWisePruner
+from isw_plugin.steering import steer_thresholds
 from isw_plugin.toolkits.registry import PRUNERS, register
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "evaluate",
     "load_pretrained",
     "register",
+    "steer_thresholds",
 ]
 __version__ = "0.1.0"

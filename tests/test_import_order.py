@@ -19,7 +19,7 @@ ORDER = [
     {"settings", "wrappers", "static", "saving"},
     {"pruner"},
     {"measure", "loading"},
-    {"calibrate"},
+    {"calibrate", "steering"},
     {"report", "toolkits"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}

@@ -63,6 +63,7 @@ def test_the_surface_is_this() -> None:
         "evaluate",
         "load_pretrained",
         "register",
+        "steer_thresholds",
     ]
 
 
