@@ -1,10 +1,10 @@
-"""Beyond the paper: train a network with gates on from early on, thresholds following a share to keep at every site.
+"""Beyond the paper: train a network with gates on, thresholds following a share to keep at every site.
 
-    PYTHONPATH=examples python -m benchmarks.beyond_steered vgg16 --data DIR --epochs 12 --lambda 3e-7 \\
+    PYTHONPATH=examples python -m benchmarks.beyond_steered --network vgg16 --data DIR --epochs 12 --lambda 3e-7 \\
         --keep '{"*": 0.75, "features.2?": 0.3, "features.3?": 0.1}' --out runs/steered
 
-Takes the epochs that training without gates takes, on a network of benchmarks.paper. The shares to keep fall from 1 to
-those of --keep (patterns, the last that fits holds) between two points of the training, --ramp. Writes
+From scratch, in the epochs that training without gates takes, or from trained weights on (--model). The shares to keep
+fall from 1 to those of --keep (patterns, the last that fits holds) between two points of the training, --ramp. Writes
 OUT/steered.json, accuracy on test images at the thresholds that training ended with; saved after every epoch, so a
 second run goes on.
 """
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from images import Batches, load
 from run_folder import RunFolder
-from torch import Tensor, nn
+from torch import Tensor
 from training import Schedule, finish, train
 
+from benchmarks.beyond_gated import measured, stored
 from benchmarks.command import command
 from benchmarks.paper.networks import build
-from isw_plugin import InstanceWisePruner, evaluate
+from isw_plugin import InstanceWisePruner
 from isw_plugin.measure import hardware
 from isw_plugin.steering import steer_thresholds
 
@@ -70,7 +71,9 @@ class Steering:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="of benchmarks.paper")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--network", help="of benchmarks.paper, from scratch")
+    subject.add_argument("--model", type=Path, help="trained weights of benchmarks.paper, or of a VGG16 of the example")
     parser.add_argument("--data", required=True, help="as the example takes it")
     parser.add_argument("--keep", type=json.loads, required=True, help="site pattern -> share of channels, as JSON")
     parser.add_argument("--ramp", type=float, nargs=2, default=(0.1, 0.5), metavar=("FROM", "TO"))
@@ -95,18 +98,15 @@ def shares(pruner: InstanceWisePruner, patterns: dict[str, float]) -> dict[str, 
     return found
 
 
-def measured(model: nn.Module, test: Batches) -> dict[str, float]:
-    report = evaluate(model, test)
-    return {"accuracy": report.accuracy, "prune_ratio": report.prune_ratio, "macs_saved": report.macs_saved}
-
-
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train with steered gates or find it done, measure, write ``steered.json``."""
     splits = load(args.data, 32, 0)
-    names = ("network", "keep", "ramp", "lambda_", "epochs", "peak", "batch", "width", "seed", "precision")
-    settings = {"data": Path(args.data).name, **{name: getattr(args, name) for name in names}}
+    origin = f"{args.model.absolute().parent.name}/{args.model.stem}" if args.model else f"{args.network} from scratch"
+    names = ("keep", "ramp", "lambda_", "epochs", "peak", "batch", "width", "seed", "precision")
+    settings = {"model": origin, "data": Path(args.data).name, **{name: getattr(args, name) for name in names}}
     run = RunFolder(args.out, settings)
-    model = build(args.network, len(splits.classes), args.width, args.seed)
+    classes = len(splits.classes)
+    model = stored(args.model, classes) if args.model else build(args.network, classes, args.width, args.seed)
     pruner = InstanceWisePruner(model, torch.zeros(1, 3, 32, 32), args.lambda_, alpha=0.0, beta=0.0)
     keep = shares(pruner, args.keep)
     bfloat16 = args.precision == "bfloat16"
@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             bfloat16=bfloat16,
             regularize=Steering(pruner, keep, args.ramp, run, epoch, args.epochs * epoch),
         )
-        finish(model, run, STAGE, origin=f"{args.network} from scratch, {args.epochs} epochs with steered gates")
+        finish(model, run, STAGE, origin=f"{origin}, {args.epochs} epochs with steered gates")
     pruner.load_state_dict(json.loads((run.path / PRUNER).read_text()))
     model.load_state_dict(run.load(STAGE)[0])
     model.eval()

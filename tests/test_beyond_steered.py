@@ -27,15 +27,16 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beyond_steered, "load", few)
 
 
-def run(out: Path, keep: dict[str, float], network: str = "vgg16", epochs: int = 6) -> dict[str, Any]:
+def run(out: Path, keep: dict[str, float], *subject: str, epochs: int = 6) -> dict[str, Any]:
     small = ["--data", "digits", "--width", "0.125", "--epochs", str(epochs), "--batch", "8", "--thin", "18"]
     options = ["--keep", json.dumps(keep), "--ramp", "0", "0.1", "--peak", "0.01", "--precision", "float32"]
-    return beyond_steered.main(beyond_steered.arguments([network, *small, *options, "--out", str(out)]))
+    words = [*small, *options, *(subject or ("--network", "vgg16")), "--out", str(out)]
+    return beyond_steered.main(beyond_steered.arguments(words))
 
 
 @pytest.mark.parametrize("network", ["vgg16", "resnet18-pooled"])
 def test_a_network_ends_near_the_shares_that_it_was_steered_to(network: str, tmp_path: Path) -> None:
-    results = run(tmp_path, {"*": 0.6}, network)
+    results = run(tmp_path, {"*": 0.6}, "--network", network)
     assert json.loads((tmp_path / "steered.json").read_text()) == results | {"ramp": [0.0, 0.1]}
     assert 0.25 < results["gated"]["prune_ratio"] < 0.55
     assert results["off"]["prune_ratio"] == 0
@@ -78,6 +79,16 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     again = run(tmp_path / "stopped", {"*": 0.6}, epochs=3)
     assert again["per_site"] == whole["per_site"]
     assert again["gated"] == whole["gated"]
+
+
+def test_a_trained_network_goes_on(tmp_path: Path) -> None:
+    run(tmp_path / "first", {"*": 1.0}, epochs=1)
+    trained = tmp_path / "first" / "trained.safetensors"
+    results = run(tmp_path / "more", {"*": 0.6}, "--model", str(trained), "--peak", "0", epochs=1)
+    assert results["model"] == "first/trained"
+    first, more = (load_file(tmp_path / folder / "trained.safetensors") for folder in ("first", "more"))
+    parameters = [name for name, _ in build("vgg16", 10, 0.125, 0).named_parameters()]
+    assert all(torch.equal(first[name], more[name]) for name in parameters)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
