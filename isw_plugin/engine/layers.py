@@ -6,7 +6,6 @@ They define the results of what ``execution.py`` runs instead.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -19,7 +18,7 @@ def mask(x: Tensor, keep: Tensor, axis: int) -> Tensor:
     """A map with zeros in its dropped channels; keep is (N, C), C lies on ``axis``."""
     shape = [keep.shape[0]] + [1] * (x.dim() - 1)
     shape[axis] = keep.shape[1]
-    return torch.where(keep.view(shape), x, 0.0)
+    return x.masked_fill(~keep.view(shape), 0.0)
 
 
 def conv(

@@ -204,10 +204,11 @@ class _Lowering:
             x, keep, axis = node.args
             rank = x.meta["val"].dim()
             with self.graph.inserting_before(node):
+                drop = self.graph.call_function(_aten.bitwise_not.default, (keep,))
                 for dim in range(1, rank):
                     if dim != axis % rank:
-                        keep = self.graph.call_function(_aten.unsqueeze.default, (keep, dim))
-                masked = self.graph.call_function(_aten.where.ScalarOther, (keep, x, 0.0))
+                        drop = self.graph.call_function(_aten.unsqueeze.default, (drop, dim))
+                masked = self.graph.call_function(_aten.masked_fill.Scalar, (x, drop, 0.0))
             masked.meta = dict(node.meta)
             node.replace_all_uses_with(masked)
             self.graph.erase_node(node)
