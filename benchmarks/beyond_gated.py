@@ -11,7 +11,6 @@ saved after every epoch, so a second run goes on.
 
 import argparse
 import json
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from torch import nn
 from training import Schedule, finish, train
 
 from benchmarks.beyond_sites import stored_vgg16
-from benchmarks.command import command
+from benchmarks.command import circumstances
 from benchmarks.paper.networks import build
 from isw_plugin import InstanceWisePruner, calibrate, count_macs, evaluate
-from isw_plugin.measure import hardware
 
 CPU = torch.device("cpu")
 
@@ -124,11 +122,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             thresholds = chosen(pruner, splits, args.images, args.again, None)
             results["again"] = {"saved": args.again} | measured(model, test) | thresholds
     results |= {
-        "command": command("benchmarks.beyond_gated"),
         "test_images": len(test.images),
-        "hardware": f"{hardware(CPU)}, {torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
+        **circumstances("benchmarks.beyond_gated"),
     }
     run.write("gated.json", json.dumps(results, indent=1) + "\n")
     return results

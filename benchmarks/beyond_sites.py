@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from images import Batches, ImageSplits, load
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.command import command
+from benchmarks.command import circumstances
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.calibrate.choice import Choice
-from isw_plugin.measure import hardware
 
 CPU = torch.device("cpu")
 
@@ -85,11 +83,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run, and write ``sites.json`` after every row."""
     results: dict[str, Any] = {
-        "command": command("benchmarks.beyond_sites"),
+        **circumstances("benchmarks.beyond_sites"),
         "data": Path(args.data).name,
-        "hardware": f"{hardware(CPU)}, {torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
         "rows": [],
     }
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,6 @@ second run goes on.
 
 import argparse
 import json
-from datetime import date
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,10 @@ from torch import Tensor
 from training import Schedule, finish, train
 
 from benchmarks.beyond_gated import measured, stored
-from benchmarks.command import command
+from benchmarks.command import circumstances
 from benchmarks.paper.networks import build
 from isw_plugin import InstanceWisePruner
-from isw_plugin.measure import hardware
+from isw_plugin.sites.patterns import select
 from isw_plugin.steering import steer_thresholds
 
 CPU = torch.device("cpu")
@@ -81,20 +79,23 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--peak", type=float, default=0.1, help="learning rate")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--width", type=float, default=1.0, help="of --network")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--thin", type=int, default=1, help="take every n-th test image")
     parser.add_argument("--out", type=Path, required=True, help="folder for the run")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.ramp[0] < args.ramp[1] <= 1:
+        parser.error("argument --ramp: FROM and TO are points of the training, 0 <= FROM < TO <= 1")
+    return args
 
 
 def shares(pruner: InstanceWisePruner, patterns: dict[str, float]) -> dict[str, float]:
     """Site name -> share to keep, of the last pattern that fits; sites that none fits keep everything."""
-    found = {}
-    for site in pruner.sites:
-        fitting = [share for pattern, share in patterns.items() if fnmatchcase(site.name, pattern)]
-        found[site.name] = fitting[-1] if fitting else 1.0
+    sites = {site.name: pruner.model.get_submodule(site.name) for site in pruner.sites}
+    found = dict.fromkeys(sites, 1.0)
+    for pattern, share in patterns.items():
+        found |= dict.fromkeys(select(sites, pattern, setting="--keep"), share)
     return found
 
 
@@ -138,11 +139,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "gated": gated,
         "keep": keep,
         "per_site": pruner.per_site,
-        "command": command("benchmarks.beyond_steered"),
         "test_images": len(test.images),
-        "hardware": f"{hardware(CPU)}, {torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
+        **circumstances("benchmarks.beyond_steered"),
     }
     run.write("steered.json", json.dumps(results, indent=1) + "\n")
     return results

@@ -26,12 +26,13 @@ _SMALLEST = 1e-6  # drops channels that are zero
 def steer_thresholds(pruner: InstanceWisePruner, keep: Mapping[str, float], *, rate: float = 0.05) -> None:
     """Move the beta of each site towards the one under which its gate would have kept a share of the last batch.
 
-    Called after every training forward with gates on, beta is a running mean of the quantile of norm / mean norm
+    Called after every training step with gates on, beta is a running mean of the quantile of norm / mean norm
     over instances and channels, so the share holds for many images together, and each image goes on having its
     own. Where channels are zero anyway, or beta reaches 2, fewer or more are kept than wanted. Thresholds are in
     ``per_site``, and so in ``state_dict``: training that goes on later goes on with them. Under torch.distributed
     every rank must call this, and all take the mean of what they want. A compiled model is compiled anew
-    whenever thresholds change: call it rarely there.
+    whenever thresholds change: call it rarely there. Where activations are checkpointed, call it after backward, which
+    decides again.
 
     Args:
         pruner: With the CV gate, after a gated forward. A site's alpha stays: instances of smaller CV drop nothing.

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from benchmarks import beyond_steered
 from benchmarks.paper.networks import build
 from isw_plugin import InstanceWisePruner
+from isw_plugin.errors import PatternError
 
 
 def few(data: str, side: int, seed: int) -> ImageSplits:
@@ -101,3 +102,17 @@ def test_other_shares_need_another_folder(tmp_path: Path) -> None:
     run(tmp_path, {"*": 0.6}, epochs=1)
     with pytest.raises(OtherRunError, match="keep"):
         run(tmp_path, {"*": 0.5}, epochs=1)
+
+
+def test_a_pattern_that_fits_no_site_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PatternError, match=r"--keep='feature.0' matches 0 .*features.0"):
+        run(tmp_path, {"*": 0.6, "feature.0": 0.5})
+
+
+@pytest.mark.parametrize("ramp", [("0.5", "0.5"), ("0.6", "0.5"), ("-0.1", "0.5"), ("0", "1.1")])
+def test_a_ramp_rises_within_the_training(ramp: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        beyond_steered.arguments(
+            ["--network", "vgg16", "--data", "digits", "--keep", "{}", "--out", "out", "--ramp", *ramp]
+        )
+    assert "--ramp" in capsys.readouterr().err
