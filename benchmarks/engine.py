@@ -33,8 +33,8 @@ import torch
 from benchmarks.engine_ways import TRAINED, Row, measure
 from benchmarks.networks import NETWORKS, trained_networks
 from benchmarks.steady import Probe
-from isw_plugin.engine import cpu
 from isw_plugin.measure import hardware
+from isw_plugin.ops import cpu
 
 __all__ = ["line", "main", "middle", "write"]
 

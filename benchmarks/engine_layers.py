@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from isw_plugin.engine import Statistics, conv2d, cpu, pack_weight, sum_squares
 from isw_plugin.measure import hardware
 from isw_plugin.measure.latency import timed
+from isw_plugin.ops import Statistics, conv2d, cpu, pack_weight, sum_squares
 
 LAYERS = ((64, 32), (128, 16), (256, 8), (512, 4), (512, 2), (64, 56), (256, 14), (512, 14))  # channels, map side
 SECONDS = 0.004  # a timing runs a layer as often as fills about this

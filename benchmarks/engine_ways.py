@@ -14,12 +14,12 @@ from benchmarks import handover
 from benchmarks.networks import gate_at, gate_by, network
 from benchmarks.steady import Probe, taken_rounds
 from isw_plugin import InstanceWisePruner, count_macs
-from isw_plugin.engine.accelerate import Accelerated
-from isw_plugin.engine.execution import DenseConv
-from isw_plugin.engine.layers import Layer, conv
-from isw_plugin.engine.replay import Replayed
-from isw_plugin.engine.simplify import constants_of, simplify
-from isw_plugin.engine.trace import trace
+from isw_plugin.accelerate.accelerated import Accelerated
+from isw_plugin.accelerate.execution import DenseConv
+from isw_plugin.accelerate.layers import Layer, conv
+from isw_plugin.accelerate.replay import Replayed
+from isw_plugin.accelerate.simplify import constants_of, simplify
+from isw_plugin.accelerate.trace import trace
 from isw_plugin.gates import Gate
 from isw_plugin.hooks import memory_of
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from isw_plugin.engine.build import find_compiler
+from isw_plugin.ops.build import find_compiler
 
 __all__ = ["nanoseconds"]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from isw_plugin.engine.execution import DenseConv, GatedConv
-from isw_plugin.engine.fit import Turns
-from isw_plugin.engine.layers import Layer
+from isw_plugin.accelerate.execution import DenseConv, GatedConv
+from isw_plugin.accelerate.fit import Turns
+from isw_plugin.accelerate.layers import Layer
 
 __all__ = ["Probe", "taken_rounds"]
 

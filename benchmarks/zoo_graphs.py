@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.zoo_subject import Skipped, Subject, distance, flat, gated, outcome, output, require
+from isw_plugin.accelerate.accelerated import Accelerated
+from isw_plugin.accelerate.trace import trace
 from isw_plugin.copies import copy_of
-from isw_plugin.engine.accelerate import Accelerated
-from isw_plugin.engine.trace import trace
 from isw_plugin.hooks import memory_of
 
 __all__ = ["MAKERS", "check_engine", "check_graphs"]
@@ -22,8 +22,8 @@ Maker: TypeAlias = Callable[[nn.Module, Tensor], Callable[[Tensor], object]]
 
 _TOLERANCE = 1e-3
 # Their package has functions of these names.
-accelerate_module = import_module("isw_plugin.engine.accelerate")
-fit_module = import_module("isw_plugin.engine.fit")
+accelerate_module = import_module("isw_plugin.accelerate.accelerated")
+fit_module = import_module("isw_plugin.accelerate.fit")
 
 
 def check_engine(model: nn.Module, images: Tensor) -> dict[str, str]:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from training import Schedule, finish, train
 
 from isw_plugin import Calibration, InstanceWisePruner, ISWError, calibrate, evaluate
+from isw_plugin.accelerate.accelerated import Accelerated
 from isw_plugin.calibrate import Candidate
-from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.errors import AttachError, BudgetError, SettingError
 from isw_plugin.measure import GateReport, Latency, compare, hardware
 from isw_plugin.report import channel_heatmap, frontier, write

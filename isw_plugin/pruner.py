@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from isw_plugin.accelerate import BACKENDS, Accelerated, accelerate
 from isw_plugin.decay import decay
-from isw_plugin.engine.accelerate import BACKENDS, Accelerated, accelerate
 from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
 from isw_plugin.gates import Gate
 from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Plain, made
 from hypothesis import given
 from hypothesis import strategies as st
-from test_calibrate import Graded
 from torch import Tensor, nn
 
 from isw_plugin import Calibration, InstanceWisePruner, MinNorm, calibrate, evaluate, load_pretrained
 from isw_plugin.calibrate.per_site import Corner, hull, path
 from isw_plugin.errors import BudgetError, SettingError, StateMismatchError
+from tests.conftest import Plain, made
+from tests.test_calibrate import Graded
 
 CHANNELS = 10
 

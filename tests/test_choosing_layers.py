@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import on_meta
 
 from isw_plugin.sites import Found, default_inputs, find_sites
+from tests.conftest import on_meta
 
 PAGE = Path(__file__).parent.parent / "docs" / "choosing-layers.md"
 FEW = {"convnext", "densenet", "efficientnet", "mobilenetv3", "regnet", "resnet", "swin_transformer", "vgg"}

@@ -6,15 +6,15 @@ import pickle
 
 import pytest
 import torch
-from conftest import Net, Plain, Residual, made
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import Checkpointed, assert_same_gradients, frozen_statistics, gradients, task_loss
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner
 from isw_plugin.decay import decay, first_norms, relative_weights
 from isw_plugin.functional import channel_norm
+from tests.conftest import Net, Plain, Residual, made
+from tests.test_training import Checkpointed, assert_same_gradients, frozen_statistics, gradients, task_loss
 
 LAMBDA = 0.1
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import Net, Residual, made
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from isw_plugin import InstanceWisePruner
+from tests.conftest import Net, Residual, made
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 

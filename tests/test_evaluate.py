@@ -2,13 +2,13 @@ import json
 
 import pytest
 import torch
-from engine_nets import clock, whole_clock
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, evaluate
-from isw_plugin.engine import accelerate, fit
-from isw_plugin.engine.accelerate import Accelerated
+from isw_plugin.accelerate import choose, fit
+from isw_plugin.accelerate.accelerated import Accelerated
 from isw_plugin.errors import AttachError, NonFiniteFeatureError, SettingError
+from tests.accelerate.nets import clock, whole_clock
 
 
 def net() -> nn.Module:
@@ -171,7 +171,7 @@ def test_the_last_decisions_stay_readable() -> None:
 def as_timed(winner: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Accelerated]:
     """A gated model, and its accelerated copy under a clock that says who is faster."""
     monkeypatch.setattr(fit, "seconds_in_place", clock(winner))
-    monkeypatch.setattr(accelerate, "medians", whole_clock(winner))
+    monkeypatch.setattr(choose, "medians", whole_clock(winner))
     model, pruner = gated()
     return model, pruner.accelerate(batches()[0][0])
 

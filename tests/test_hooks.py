@@ -2,13 +2,13 @@ import pickle
 
 import pytest
 import torch
-from conftest import Concat, Net, made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isw_plugin import InstanceWisePruner
 from isw_plugin.functional import keep_mask
 from isw_plugin.hooks import Memory, Part, column_keep, has_hooks, memory_of, reader_parts
+from tests.conftest import Concat, Net, made
 
 KEEP = {"a": torch.tensor([[True, False], [False, True]]), "b": torch.tensor([[False], [True]])}
 

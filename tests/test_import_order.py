@@ -13,9 +13,10 @@ ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
     {"errors", "ranks", "copies"},
     {"functional"},
+    {"ops"},
     {"sites", "gates", "structure", "decay"},
-    {"hooks"},
-    {"engine"},
+    {"hooks", "engine"},
+    {"accelerate"},
     {"settings", "wrappers", "static", "saving"},
     {"pruner"},
     {"measure", "loading"},

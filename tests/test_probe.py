@@ -6,13 +6,13 @@ import weakref
 import pytest
 import timm
 import torch
-from conftest import Net, Plain, hooks_of, made, on_meta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isw_plugin.copies import copy_of
 from isw_plugin.errors import ProbeError
 from isw_plugin.sites.probe import default_inputs, probe
+from tests.conftest import Net, Plain, hooks_of, made, on_meta
 
 
 class Custom(nn.Module):

@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
-from conftest import Concat, Net, Plain, Residual, SqueezeExcite, hooks_of, made
 from torch import Tensor, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate
 from isw_plugin.errors import AttachError, NoSitesError, PatternError, ProbeError, SettingError, StateMismatchError
 from isw_plugin.functional import channel_norm, coefficient_of_variation, keep_mask
+from tests.conftest import Concat, Net, Plain, Residual, SqueezeExcite, hooks_of, made
 
 
 def attached(net: nn.Module, **settings: object) -> InstanceWisePruner:

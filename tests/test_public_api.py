@@ -18,8 +18,6 @@ MODULES = ["isw_plugin", *(module.name for module in pkgutil.walk_packages(isw_p
 def module(name: str) -> ModuleType:
     if name.startswith("isw_plugin.report"):
         pytest.importorskip("matplotlib")
-    if name.startswith("isw_plugin.engine.triton"):
-        pytest.importorskip("triton")
     if name in ("isw_plugin.toolkits.nni", "isw_plugin.toolkits.lightning"):
         pytest.importorskip(name.rpartition(".")[2])
     if name == "isw_plugin.toolkits.timm":

@@ -132,7 +132,7 @@ absent = no_such_module:Gate
 """
 START = """
 import torch
-from conftest import Plain, made
+from tests.conftest import Plain, made
 from isw_plugin import PRUNERS, InstanceWisePruner, load_pretrained
 from isw_plugin.errors import SettingError, StateMismatchError
 import small_package

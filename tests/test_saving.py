@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
-from conftest import Net, Plain, Residual, hooks_of, made
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, calibrate, load_pretrained
 from isw_plugin.errors import AttachError, StateMismatchError, UnsupportedError
 from isw_plugin.saving import decoded_inputs, encoded_inputs, origin, rebuilt
+from tests.conftest import Net, Plain, Residual, hooks_of, made
 
 SIZE = 64
 

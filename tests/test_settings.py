@@ -3,11 +3,11 @@ import math
 import pickle
 
 import pytest
-from conftest import Net, Plain, made
 
 from isw_plugin.errors import AttachError, SettingError
 from isw_plugin.gates import CVGate, Gate, MinNorm
 from isw_plugin.settings import Settings, check_lambda, choose_gate
+from tests.conftest import Net, Plain, made
 
 
 def resolved(net: Net, **changes: object) -> Settings:

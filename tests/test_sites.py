@@ -5,12 +5,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import Net, Plain, Preactivation, Residual, made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isw_plugin.errors import NoSitesError, PatternError
 from isw_plugin.sites import LAYERS, Found, Site, Tap, default_inputs, find_sites
+from tests.conftest import Net, Plain, Preactivation, Residual, made
 
 
 def vgg16() -> nn.Module:

@@ -5,7 +5,6 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import NETS, Concat, Net, Plain, Residual, hooks_of, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate
 from isw_plugin.errors import AttachError, SettingError, UnsupportedError
 from isw_plugin.static.fewer import changed_decisions, parameters_on_rest
+from tests.conftest import NETS, Concat, Net, Plain, Residual, hooks_of, made
 
 
 def gated(model: nn.Module, images: Tensor) -> Tensor:

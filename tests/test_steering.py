@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from conftest import Plain
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from isw_plugin import InstanceWisePruner, MinNorm, evaluate, steering
 from isw_plugin.errors import NothingRecordedError, SettingError
 from isw_plugin.steering import steer_thresholds
+from tests.conftest import Plain
 
 
 class OneMap(nn.Module):

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Net, Plain, made
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner
 from isw_plugin.errors import AttachError, UnsupportedError
+from tests.conftest import Net, Plain, made
 
 pytest.importorskip("lightning", reason="needs isw_plugin[trainers]")
 from lightning.pytorch import Callback, LightningModule, Trainer

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Net, Plain, Residual, hooks_of, made
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isw_plugin.errors import AttachError, PatternError, SettingError, UnsupportedError
 from isw_plugin.functional import channel_norm, keep_mask
+from tests.conftest import Net, Plain, Residual, hooks_of, made
 
 nni = pytest.importorskip("nni", reason="needs isw_plugin[nni]")
 from nni.compression.base.compressor import Pruner  # noqa: E402

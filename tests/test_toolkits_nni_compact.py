@@ -5,7 +5,6 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import NETS, Net, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from isw_plugin import InstanceWisePruner
 from isw_plugin.errors import SettingError, UnsupportedError
 from isw_plugin.toolkits.nni_compact import compact
+from tests.conftest import NETS, Net, made
 
 Masks = dict[str, dict[str, Tensor | None]]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Net, Plain, made
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner
 from isw_plugin.errors import AttachError, MissingExtraError, SettingError
+from tests.conftest import Net, Plain, made
 
 pytest.importorskip("isw_plugin.toolkits.timm", reason="needs timm 1.0.27", exc_type=MissingExtraError)
 from timm.task import ClassificationTask, LogitDistillationTask

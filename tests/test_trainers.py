@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import Net, Residual, made
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
+from tests.conftest import Net, Residual, made
 
 LAMBDA = 1e-2
 RATE = 0.1

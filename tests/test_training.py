@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from conftest import Net, Plain, Residual, made
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from isw_plugin import InstanceWisePruner
 from isw_plugin.errors import NothingRecordedError, RecordedWithoutGradError, SettingError
 from isw_plugin.functional import channel_norm
+from tests.conftest import Net, Plain, Residual, made
 
 LAMBDA = 1e-2
 

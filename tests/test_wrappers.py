@@ -1,10 +1,10 @@
 import pytest
 import torch
-from conftest import Net, Plain, hooks_of, made
 from torch import nn
 
 from isw_plugin import InstanceWisePruner
 from isw_plugin.errors import AttachError, UnsupportedError
+from tests.conftest import Net, Plain, hooks_of, made
 
 
 class Wrapped(nn.Module):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import Plain, Residual, made
 from torch import Tensor, nn
 
 from benchmarks import zoo_checks, zoo_graphs, zoo_pruned
@@ -19,9 +18,10 @@ from benchmarks.zoo_pruned import pruned
 from benchmarks.zoo_report import page, summary, verdict
 from benchmarks.zoo_sites import filled_twice, module_of, site_record, unaccounted
 from benchmarks.zoo_subject import Failed, Subject
-from isw_plugin.engine.accelerate import Accelerated, Record
+from isw_plugin.accelerate.accelerated import Accelerated, Record
 from isw_plugin.hooks import has_hooks
 from isw_plugin.sites import Consumer, Found, default_inputs, find_sites
+from tests.conftest import Plain, Residual, made
 
 WRITTEN_FOR = (1, 0, 31)  # the timm whose models these are
 KINDS = [

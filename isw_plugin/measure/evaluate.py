@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isw_plugin.engine.accelerate import Accelerated, Record
+from isw_plugin.accelerate import Accelerated, Record
 from isw_plugin.errors import NonFiniteFeatureError, SettingError
 from isw_plugin.functional import coefficient_of_variation
 from isw_plugin.measure.latency import Latency, summarize, timed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from isw_plugin.engine.accelerate import Accelerated, Record
+from isw_plugin.accelerate import Accelerated, Record
 from isw_plugin.errors import AttachError
 from isw_plugin.hooks import has_hooks, memory_of
 from isw_plugin.measure.modes import measuring

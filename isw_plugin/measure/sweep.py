@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isw_plugin.engine.accelerate import Accelerated
+from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import SettingError
 from isw_plugin.measure.latency import Latency, compare
 from isw_plugin.pruner import InstanceWisePruner

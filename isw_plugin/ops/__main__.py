@@ -1,0 +1,25 @@
+"""`python -m isw_plugin.ops build`: builds the kernels ahead of the first call."""
+
+import argparse
+import time
+
+from isw_plugin.ops.build import build
+from isw_plugin.ops.cpu import available, use
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m isw_plugin.ops")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("build", help="build and load the kernels of this processor")
+    command.add_argument("--isa", choices=available(), default=available()[0])
+    isa = parser.parse_args().isa
+    start = time.perf_counter()
+    built = build(isa)
+    use(isa)
+    print(f"processor: {', '.join(available())}; chosen: {isa}")
+    print(f"compiler:  {built.compiler}")
+    print(f"kernels:   {built.kernels} ({time.perf_counter() - start:.1f} s)")
+
+
+if __name__ == "__main__":
+    _main()

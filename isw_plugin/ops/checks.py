@@ -1,0 +1,108 @@
+"""What the engine's functions accept; everything else is an EngineInputError that says what to do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from isw_plugin.errors import EngineInputError
+from isw_plugin.ops.reference import ACTS, BLOCK, Gating, Statistics
+
+__all__ = ["check_act", "check_gating", "check_packed", "check_tensor", "check_window", "output_size", "pair"]
+
+
+def check_tensor(
+    tensor: object,
+    name: str,
+    shape: Sequence[int | None],
+    device: torch.device | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> None:
+    """A dense tensor of this shape (None: any size) and one of these types; no gradient to lose."""
+    if not isinstance(tensor, Tensor):
+        raise EngineInputError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        names = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)]
+        method = ".float()" if torch.float32 in dtypes else f".{names[0]}()"
+        raise EngineInputError(f"{name}: expected {' or '.join(names)}, got {tensor.dtype}; convert it with {method}")
+    if tensor.layout != torch.strided:
+        raise EngineInputError(f"{name}: expected a dense tensor, got {tensor.layout}; convert it with .to_dense()")
+    if device is not None and tensor.device != device:
+        raise EngineInputError(f"{name} is on {tensor.device} but x is on {device}; move them together")
+    _check_shape(tensor, name, shape)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise EngineInputError(f"{name} requires a gradient, the engine has none; run under torch.inference_mode()")
+
+
+def _check_shape(tensor: Tensor, name: str, shape: Sequence[int | None]) -> None:
+    if tensor.dim() == len(shape) and all(e is None or e == s for e, s in zip(shape, tensor.shape, strict=True)):
+        return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise EngineInputError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def check_packed(weight: object, bias: Tensor, channels: int, x: Tensor, groups: int = 1) -> None:
+    """A bias, and weights that `pack_weight` made for it and for so many channels of x, of the type of x."""
+    check_tensor(bias, "bias", (None,), x.device, (torch.float32, x.dtype))
+    if isinstance(weight, Tensor) and weight.dim() in (2, 4):
+        raise EngineInputError(f"weight: shape {tuple(weight.shape)} is not packed; call pack_weight once, at set-up")
+    if channels == 0 or bias.shape[0] == 0:
+        raise EngineInputError(f"a layer with {channels} input and {bias.shape[0]} output channels; remove the layer")
+    if groups < 1 or channels % groups or bias.shape[0] % groups:
+        raise EngineInputError(f"groups={groups}: does not divide {channels} input and {bias.shape[0]} output channels")
+    blocks = groups * -(-bias.shape[0] // groups // BLOCK)
+    check_tensor(weight, "weight", (blocks, channels // groups, None, None, BLOCK), x.device, (x.dtype,))
+
+
+def check_gating(gating: Gating, name: str, n: int, channels: int, device: torch.device) -> None:
+    """Statistics of, or a keep mask for, a map of n instances and so many channels."""
+    if gating is None:
+        return
+    if isinstance(gating, Statistics):
+        check_tensor(gating.squares, f"{name}.squares", (n, None, channels), device)
+        if gating.squares.shape[1] == 0:
+            raise EngineInputError(f"{name}.squares: no slot, shape {tuple(gating.squares.shape)}")
+        return
+    if not isinstance(gating, Tensor) or gating.dtype != torch.bool:
+        found = gating.dtype if isinstance(gating, Tensor) else type(gating).__name__
+        raise EngineInputError(f"{name}: expected Statistics or a bool keep mask, got {found}")
+    if gating.device != device:
+        raise EngineInputError(f"{name} is on {gating.device} but x is on {device}; move them together")
+    _check_shape(gating, name, (n, channels))
+
+
+def check_act(act: str) -> None:
+    """An activation that kernels have in their epilogue."""
+    if act not in ACTS:
+        raise EngineInputError(f"act={act!r}: expected one of {', '.join(ACTS)}")
+
+
+def check_window(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
+    """A kernel that fits the padded map of x."""
+    if min(kernel) < 1 or min(stride) < 1 or min(padding) < 0:
+        raise EngineInputError(
+            f"kernel {tuple(kernel)}, stride {tuple(stride)}, padding {tuple(padding)}: "
+            "kernel and stride must be positive, padding not negative"
+        )
+    if any(size + 2 * pad < k for size, pad, k in zip(x.shape[2:], padding, kernel, strict=True)):
+        raise EngineInputError(
+            f"x: a map of {x.shape[2]}x{x.shape[3]} with padding {tuple(padding)} is smaller than "
+            f"the kernel {tuple(kernel)}"
+        )
+
+
+def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """(vertical, horizontal) of a number or of a pair."""
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise EngineInputError(f"{name}={value!r}: expected a number or two")
+    return value[0], value[1]
+
+
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int]:
+    """(OH, OW) of a window that slides over a map of this (H, W)."""
+    height = (size[0] + 2 * padding[0] - kernel[0]) // stride[0] + 1
+    return height, (size[1] + 2 * padding[1] - kernel[1]) // stride[1] + 1

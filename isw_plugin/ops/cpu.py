@@ -1,0 +1,113 @@
+"""Loads the CPU kernels on first use and chooses the instruction set."""
+
+import ctypes
+import threading
+import warnings
+
+import torch
+
+from isw_plugin.errors import UnsupportedError
+from isw_plugin.ops.build import ISAS, Build, BuildError, build
+
+__all__ = ["active", "available", "load", "release_memory", "use"]
+
+_ADVICE = (
+    "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+    "with clang also libomp) and start again"
+)
+
+
+class _Loader:
+    """The one set of kernels of this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.isa: str | None = None
+        self.failed = False
+        self.libraries: dict[str, ctypes.CDLL] = {}
+
+    def load(self) -> bool:
+        with self.lock:
+            if self.isa is None and not self.failed:
+                self._try(available()[0])
+            return self.isa is not None
+
+    def switch(self, isa: str) -> None:
+        built = build(isa)
+        operators, kernels = self._open("operators", built), self._open(isa, built)
+        kernels.isw_kernels.restype = ctypes.c_void_p
+        operators.isw_use.argtypes = [ctypes.c_void_p]
+        operators.isw_use(kernels.isw_kernels())
+        self.isa = isa
+
+    def _try(self, isa: str) -> None:
+        try:
+            self.switch(isa)
+        except BuildError as error:
+            self.failed = True
+            message = (
+                f"isw_plugin runs in plain PyTorch, which does not get faster: {error}. To get kernels, {_ADVICE}."
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    def _open(self, name: str, built: Build) -> ctypes.CDLL:
+        if name not in self.libraries:
+            path = built.operators if name == "operators" else built.kernels
+            try:
+                self.libraries[name] = ctypes.CDLL(str(path))
+            except OSError as error:
+                raise BuildError(f"{path} does not load: {error}; delete it") from error
+        return self.libraries[name]
+
+
+_loader = _Loader()
+
+
+def available() -> list[str]:
+    """Instruction sets that this processor has, best first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and not torch.cpu._is_avx512_bf16_supported():
+        capability = "AVX512 without bfloat16"
+    skipped = {"AVX512": 0, "AVX512 without bfloat16": 1, "AVX2": 2}.get(capability, 3)
+    return list(ISAS)[skipped:]
+
+
+def active() -> str | None:
+    """The instruction set in use; None before the first call and without kernels."""
+    return _loader.isa
+
+
+def load() -> bool:
+    """Builds and loads the best kernels unless that was done or failed; False: PyTorch has to do.
+
+    A failure warns once in a process.
+    """
+    return _loader.isa is not None or _loader.load()
+
+
+def use(isa: str | None = None) -> str:
+    """Changes the kernels of this process.
+
+    Args:
+        isa: "avx512_bf16", "avx512", "avx2" or "generic"; None takes the best that this processor has.
+
+    Returns:
+        The instruction set now in use.
+
+    Raises:
+        UnsupportedError: No such instruction set, or not on this processor.
+        BuildError: The kernels cannot be built.
+    """
+    isa = isa or available()[0]
+    if isa not in available():
+        raise UnsupportedError(f"isa={isa!r}: this processor has {', '.join(available())}")
+    with _loader.lock:
+        _loader.switch(isa)
+    return isa
+
+
+def release_memory() -> None:
+    """Gives back to the system what the engine keeps for the next large maps, 256 MB at most."""
+    with _loader.lock:
+        if _loader.isa is not None:
+            _loader.libraries["operators"].isw_release()

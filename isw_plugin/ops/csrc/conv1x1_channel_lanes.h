@@ -1,0 +1,167 @@
+// 1x1 convolution with output channels on the lanes: a weight that is loaded serves a tile of pixels, and maps of few
+// pixels fill their tiles. A panel (some kept channels) is packed to stay near while every group of output channels of
+// the task passes over it; sums wait in L2 meanwhile and are transposed at the end.
+#pragma once
+#include <array>
+#include <utility>
+
+#include "api.h"
+#include "decide.h"
+#include "element.h"
+#include "epilogue.h"
+#include "conv1x1_pixel_lanes.h"
+#include "tile.h"
+#include "vec.h"
+#include "workspace.h"
+
+namespace isw {
+namespace {
+
+constexpr int group_channels = 2 * lanes;  // output channels in registers
+constexpr int64_t group_panel = 128;  // input channels
+static_assert(block % group_channels == 0, "a block is whole groups");
+
+// A panel, a tile of pixels and a group of output channels.
+template <typename T>
+struct GroupTile {
+  const float* input;  // first pixel of the first packed channel, or pair
+  int64_t plane;
+  const T* weights;  // of the group
+  const int32_t* channels;  // kept
+  int64_t count;
+  const float* start;  // what the sums start from, start_stride floats from pixel to pixel
+  int64_t start_stride;
+  float* sums;  // [pixel][group_channels]
+};
+
+template <int pixels, typename T>
+ISW_INLINE void add_input(const GroupTile<T>& t, int64_t k, Vec (&sum)[pixels][2]) {
+  const T *weights = t.weights + t.channels[k] * block, *others = t.weights + t.channels[k + together<T> - 1] * block;
+  asm volatile("" ::: "memory");  // as in accumulate_bordered
+  add_tap<1, pixels, 2>(t.input + k / together<T> * t.plane, 0, weights, others, sum);
+}
+
+template <typename T, int pixels>
+static void accumulate_group(const GroupTile<T>& t) {
+  Vec sum[pixels][2];
+  ISW_UNROLL
+  for (int i = 0; i < pixels; ++i)
+    ISW_UNROLL
+    for (int v = 0; v < 2; ++v) sum[i][v] = load(t.start + i * t.start_stride + v * lanes);
+  constexpr int64_t step = together<T>;
+  int64_t k = 0;
+  for (; k + 4 * step <= t.count; k += 4 * step)
+    ISW_UNROLL
+    for (int i = 0; i < 4; ++i) add_input(t, k + i * step, sum);
+  for (; k < t.count; k += step) add_input(t, k, sum);
+  store_sums(t.sums, sum);
+}
+
+template <typename T, int... less>
+constexpr auto group_kernels(std::integer_sequence<int, less...>) {
+  return std::array<void (*)(const GroupTile<T>&), sizeof...(less)>{accumulate_group<T, less + 1>...};
+}
+
+template <typename T>
+class PointwiseBlocks {
+ public:
+  PointwiseBlocks(const ConvArgs<T>& args, const Runner& runner)
+      : a_(args),
+        runner_(runner),
+        pixels_(args.window.oh * args.window.ow),
+        tiles_(ceil_div(pixels_, max_pixels)),
+        groups_(ceil_div(args.c_out, group_channels)),
+        part_(units_per_part(groups_, args.n, runner.workers)),
+        kept_(args.gate, args.n, args.c_in, runner),
+        residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
+        packed_(runner.workers * group_panel * pixels_),
+        sums_(runner.workers * part_ * group_channels * pixels_) {}
+
+  void run() {
+    const int64_t parts = ceil_div(groups_, part_);
+    parallel(runner_, a_.n * parts, [&](int64_t index, int64_t worker) {
+      const int64_t first = index % parts * part_;
+      compute_task({index / parts, worker, first, smaller(groups_, first + part_)});
+    });
+  }
+
+ private:
+  struct Task {
+    int64_t n, worker;
+    int64_t first, last;  // groups of output channels
+  };
+
+  void compute_task(const Task& task) const {
+    const int64_t kept = kept_.count(task.n);
+    int64_t begin = 0, end;
+    do {
+      end = smaller(kept, begin + group_panel);
+      pack(task, begin, end);
+      for (int64_t group = task.first; group < task.last; ++group) {
+        add_panel(task, group, begin, end);
+        if (end == kept) finish_group(task, group);
+      }
+      begin = end;
+    } while (begin < kept);
+  }
+
+  float* packed(const Task& task) const { return packed_.get() + task.worker * group_panel * pixels_; }
+  float* sums(const Task& task, int64_t group) const {
+    return sums_.get() + (task.worker * part_ + group - task.first) * group_channels * pixels_;
+  }
+
+  void pack(const Task& task, int64_t begin, int64_t end) const {
+    const T* x = a_.x + task.n * a_.c_in * pixels_;
+    float* out = packed(task);
+    for (int64_t k = begin; k < end; k += together<T>, out += pixels_)
+      copy_row(packed_from(x, pixels_, kept_.channels(task.n), k, end), pixels_, out);
+  }
+
+  void add_panel(const Task& task, int64_t group, int64_t begin, int64_t end) const {
+    static constexpr auto kernels = group_kernels<T>(std::make_integer_sequence<int, max_pixels>());
+    const int64_t channel = group * group_channels;
+    float bias[group_channels] = {};
+    if (begin == 0) std::copy(a_.bias + channel, a_.bias + smaller(a_.c_out, channel + group_channels), bias);
+    GroupTile<T> tile;
+    tile.plane = pixels_;
+    tile.weights = a_.weight + channel / block * block * a_.c_in + channel % block;
+    tile.channels = kept_.channels(task.n) + begin;
+    tile.count = end - begin;
+    for (int64_t i = 0; i < tiles_; ++i) {
+      const int64_t pixel = pixels_ * i / tiles_;
+      tile.input = packed(task) + pixel;
+      tile.sums = sums(task, group) + pixel * group_channels;
+      tile.start = begin ? tile.sums : bias;
+      tile.start_stride = begin ? group_channels : 0;
+      kernels[pixels_ * (i + 1) / tiles_ - pixel - 1](tile);
+    }
+  }
+
+  void finish_group(const Task& task, int64_t group) const {
+    const int64_t first = group * group_channels, end = smaller(a_.c_out, first + group_channels);
+    for (int64_t c = first; c < end; c += lanes) {
+      const int64_t channel = task.n * a_.c_out + c;
+      float squares[lanes * lanes] = {};
+      Output<T> out;
+      out.y = a_.y + channel * pixels_;
+      out.plane = pixels_;
+      out.channels = smaller(lanes, end - c);
+      out.residual = a_.residual ? a_.residual + channel * pixels_ : nullptr;
+      out.residual_keep = residual_kept_.keep() + channel;
+      out.squares = squares;
+      out.act = a_.act;
+      finish(out, sums(task, group) + c - first, group_channels, pixels_);
+      reduce_squares(squares, out.channels, a_.squares + channel);
+    }
+  }
+
+  const ConvArgs<T>& a_;
+  const Runner& runner_;
+  const int64_t pixels_, tiles_, groups_;
+  const int64_t part_;  // groups of a task
+  const Kept kept_, residual_kept_;
+  Buffer<float> packed_, sums_;
+};
+
+}  // namespace
+}  // namespace isw

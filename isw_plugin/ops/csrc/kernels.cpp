@@ -1,0 +1,43 @@
+// Built once per instruction set, each into a library of its own: code for a newer processor cannot leak into
+// functions that an older one runs. Needs no torch header.
+#include "api.h"
+#include "conv.h"
+#include "decide.h"
+#include "depthwise.h"
+#include "conv1x1_pixel_lanes.h"
+#include "conv1x1_channel_lanes.h"
+#include "pool.h"
+
+namespace {
+
+bool is_pointwise(const isw::Window& w) {
+  return w.kh == 1 && w.kw == 1 && w.ph == 0 && w.pw == 0 && w.oh * w.ow >= 16;
+}
+
+// Outputs that must be transposed pay where vectors of pixels would not be full, and behind many input channels.
+template <typename T>
+bool is_for_blocks(const isw::ConvArgs<T>& args) {
+  const isw::Window& w = args.window;
+  return w.sh == 1 && w.sw == 1 && args.slots == 1 && (w.oh * w.ow < 4 * isw::lanes || args.c_in >= 384);
+}
+
+template <typename T>
+void conv(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
+  if (!is_pointwise(args.window) || args.pooled || args.groups > 1) return isw::DirectConv<T>(args, runner).run();
+  if (is_for_blocks(args)) return isw::PointwiseBlocks<T>(args, runner).run();
+  isw::Pointwise<T>(args, runner).run();
+}
+
+template <typename T>
+void depthwise(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
+  isw::Depthwise<T>(args, runner).run();
+}
+
+template <typename T>
+constexpr isw::KernelsFor<T> kernels_for = {conv<T>, depthwise<T>, isw::max_pool<T>, isw::sum_squares<T>};
+
+constexpr isw::Kernels kernels = {kernels_for<float>, kernels_for<isw::BFloat16>, isw::keep_mask};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const isw::Kernels* isw_kernels() { return &kernels; }

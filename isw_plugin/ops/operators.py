@@ -1,0 +1,368 @@
+"""The engine's functions on `torch.ops.isw`: kernels where they can be built, else the reference.
+
+Same signatures and results as reference.py, which documents them. Inference only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+import isw_plugin.ops.cpu as cpu
+import isw_plugin.ops.reference as reference
+from isw_plugin.errors import EngineInputError
+from isw_plugin.ops.checks import check_act, check_gating, check_packed, check_tensor, check_window, output_size, pair
+from isw_plugin.ops.reference import DTYPES, Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
+
+__all__ = [
+    "Gating",
+    "Statistics",
+    "conv2d",
+    "depthwise_conv2d",
+    "grouped_conv2d",
+    "keep_mask",
+    "linear",
+    "max_pool2d",
+    "pack_weight",
+    "pooled_conv2d",
+    "sum_squares",
+    "unpack_weight",
+]
+
+_GATE = "Tensor? gate, float alpha, float beta"
+_WINDOW = "int[2] stride, int[2] padding, str act"
+_library: Any = torch.library.Library("isw", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _define(name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An operator that runs `plain` wherever there is no kernel; on the CPU that is until the first call."""
+    _library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+
+    def run(*args: Any) -> Any:
+        if args[0].is_cpu and cpu.load():
+            return getattr(torch.ops.isw, name)(*args)
+        return plain(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"isw::{name}", fake, lib=_library)
+
+
+def _gating(gate: Tensor | None, alpha: float, beta: float) -> Gating:
+    return gate if gate is None or gate.dtype == torch.bool else Statistics(gate, alpha, beta)
+
+
+def _flat(gating: Gating) -> tuple[Tensor | None, float, float]:
+    if isinstance(gating, Statistics):
+        return gating.squares, gating.alpha, gating.beta
+    return gating, 0.0, 0.0
+
+
+def _fake_outputs(x: Tensor, channels: int, size: tuple[int, int], slots: int) -> tuple[Tensor, Tensor]:
+    """A map and its statistics."""
+    return x.new_empty((x.shape[0], channels, *size)), x.new_empty((x.shape[0], slots, channels), dtype=torch.float32)
+
+
+def _plain_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    act: str,
+    gate: Tensor | None,
+    alpha: float,
+    beta: float,
+    residual: Tensor | None,
+    residual_gate: Tensor | None,
+    residual_alpha: float,
+    residual_beta: float,
+) -> tuple[Tensor, Tensor]:
+    return reference.conv2d(
+        x,
+        weight,
+        bias,
+        stride=stride,
+        padding=padding,
+        act=act,
+        gating=_gating(gate, alpha, beta),
+        residual=residual,
+        residual_gating=_gating(residual_gate, residual_alpha, residual_beta),
+    )
+
+
+def _fake_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
+) -> tuple[Tensor, Tensor]:
+    size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
+    return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
+
+
+def _fake_grouped(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, stride: Sequence[int], padding: Sequence[int], *others: object
+) -> tuple[Tensor, Tensor]:
+    return _fake_conv2d(x, weight, bias, stride, padding, "none")
+
+
+def _plain(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The reference of a layer without a residual, called as operators are."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        act: str,
+        gate: Tensor | None,
+        alpha: float,
+        beta: float,
+    ) -> tuple[Tensor, Tensor]:
+        gating = _gating(gate, alpha, beta)
+        return function(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
+
+    return run
+
+
+def _plain_grouped(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _plain(partial(reference.grouped_conv2d, groups=groups))(x, weight, bias, *settings)
+
+
+def _fake_pooled(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
+) -> tuple[Tensor, Tensor]:
+    y, squares = _fake_conv2d(x, weight, bias, stride, padding, act)
+    return torch.max_pool2d(y, 2), squares
+
+
+def _fake_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
+) -> tuple[Tensor, Tensor]:
+    return _fake_outputs(x, x.shape[1], output_size(x.shape[2:], weight.shape[2:4], stride, padding), 1)
+
+
+def _plain_max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    return reference.max_pool2d(x, kernel, stride=stride, padding=padding)
+
+
+def _fake_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    return x.new_empty((*x.shape[:2], *output_size(x.shape[2:], kernel, stride, padding)))
+
+
+def _fake_sum_squares(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], 1, x.shape[1]), dtype=torch.float32)
+
+
+def _fake_keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
+    return squares.new_empty((squares.shape[0], squares.shape[2]), dtype=torch.bool)
+
+
+_define(
+    "conv2d",
+    f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}, Tensor? residual, Tensor? residual_gate, "
+    "float residual_alpha, float residual_beta) -> (Tensor, Tensor)",
+    _plain_conv2d,
+    _fake_conv2d,
+)
+_define(
+    "grouped_conv2d",
+    f"(Tensor x, Tensor weight, Tensor bias, int groups, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
+    _plain_grouped,
+    _fake_grouped,
+)
+_define(
+    "pooled_conv2d",
+    f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
+    _plain(reference.pooled_conv2d),
+    _fake_pooled,
+)
+_define(
+    "depthwise_conv2d",
+    f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
+    _plain(reference.depthwise_conv2d),
+    _fake_depthwise,
+)
+_define(
+    "max_pool2d",
+    "(Tensor x, int[2] kernel, int[2] stride, int[2] padding) -> Tensor",
+    _plain_max_pool,
+    _fake_max_pool,
+)
+_define("sum_squares", "(Tensor x) -> Tensor", reference.sum_squares, _fake_sum_squares)
+_define("keep_mask", "(Tensor squares, float alpha, float beta) -> Tensor", reference.keep_mask, _fake_keep_mask)
+
+
+@register_flop_formula([torch.ops.isw.conv2d, torch.ops.isw.grouped_conv2d, torch.ops.isw.depthwise_conv2d])
+def _conv_flops(x: Sequence[int], weight: Sequence[int], *args: object, out_shape: Any, **kwargs: object) -> int:
+    """Two per multiply-add of the dense layer: which channels survive is not known from shapes."""
+    positions: int = math.prod(out_shape[0])
+    return 2 * positions * math.prod(weight[1:4])
+
+
+@register_flop_formula(torch.ops.isw.pooled_conv2d)
+def _pooled_flops(
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int],
+    stride: Any,
+    padding: Any,
+    *args: object,
+    **rest: object,
+) -> int:
+    positions = x[0] * bias[0] * math.prod(output_size(x[2:], weight[2:4], stride, padding))
+    return 2 * positions * math.prod(weight[1:4])
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+    residual: Tensor | None = None,
+    residual_gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """reference.conv2d."""
+    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_packed(weight, bias, x.shape[1], x)
+    check_window(x, weight.shape[2:4], strides, paddings)
+    check_act(act)
+    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
+    if residual is not None:
+        size = output_size(x.shape[2:], weight.shape[2:4], strides, paddings)
+        check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device, (x.dtype,))
+        check_gating(residual_gating, "residual_gating", x.shape[0], bias.shape[0], x.device)
+    elif residual_gating is not None:
+        raise EngineInputError("residual_gating: there is no residual; give both or neither")
+    y, squares = torch.ops.isw.conv2d(
+        x, weight, bias, strides, paddings, act, *_flat(gating), residual, *_flat(residual_gating)
+    )
+    return y, squares
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """reference.grouped_conv2d."""
+    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
+    check_tensor(x, "x", (None,) * 4)
+    check_packed(weight, bias, x.shape[1], x, groups)
+    check_window(x, weight.shape[2:4], strides, paddings)
+    check_act(act)
+    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
+    y, squares = torch.ops.isw.grouped_conv2d(x, weight, bias, groups, strides, paddings, act, *_flat(gating))
+    return y, squares
+
+
+def pooled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """reference.pooled_conv2d."""
+    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_packed(weight, bias, x.shape[1], x)
+    check_window(x, weight.shape[2:4], strides, paddings)
+    check_act(act)
+    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
+    if min(output_size(x.shape[2:], weight.shape[2:4], strides, paddings)) < 2:
+        raise EngineInputError(f"x: the output of a map of {x.shape[2]}x{x.shape[3]} is too small to pool")
+    y, squares = torch.ops.isw.pooled_conv2d(x, weight, bias, strides, paddings, act, *_flat(gating))
+    return y, squares
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, *, act: str = "none", gating: Gating = None
+) -> tuple[Tensor, Tensor]:
+    """reference.linear: a 1x1 convolution whose pixels are the axes between."""
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        raise EngineInputError("x: expected a tensor (N, ..., C_in)")
+    check_tensor(x, "x", x.shape, dtypes=DTYPES)
+    check_packed(weight, bias, x.shape[-1], x)
+    if tuple(weight.shape[2:4]) != (1, 1):
+        raise EngineInputError(f"weight: packed from a {tuple(weight.shape[2:4])} kernel, a linear layer has none")
+    check_act(act)
+    check_gating(gating, "gating", x.shape[0], x.shape[-1], x.device)
+    if 0 in x.shape[1:-1]:
+        return reference.linear(x, weight, bias, act=act, gating=gating)
+    y, squares = torch.ops.isw.conv2d(
+        as_pixels(x), weight, bias, (1, 1), (0, 0), act, *_flat(gating), None, None, 0.0, 0.0
+    )
+    return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], bias.shape[0]), squares
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    act: str = "none",
+    gating: Gating = None,
+) -> tuple[Tensor, Tensor]:
+    """reference.depthwise_conv2d."""
+    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
+    check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
+    check_window(x, weight.shape[2:4], strides, paddings)
+    check_act(act)
+    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
+    y, squares = torch.ops.isw.depthwise_conv2d(x, weight, bias, strides, paddings, act, *_flat(gating))
+    return y, squares
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """reference.max_pool2d."""
+    kernels, paddings = pair(kernel, "kernel"), pair(padding, "padding")
+    strides = kernels if stride is None else pair(stride, "stride")
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    check_window(x, kernels, strides, paddings)
+    if any(2 * pad > k for pad, k in zip(paddings, kernels, strict=True)):
+        raise EngineInputError(f"padding {paddings} is more than half the kernel {kernels}")
+    y: Tensor = torch.ops.isw.max_pool2d(x, kernels, strides, paddings)
+    return y
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """reference.sum_squares."""
+    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
+    squares: Tensor = torch.ops.isw.sum_squares(x)
+    return squares
+
+
+def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
+    """reference.keep_mask."""
+    check_tensor(squares, "squares", (None,) * 3)
+    if squares.shape[1] == 0:
+        raise EngineInputError(f"squares: no slot, shape {tuple(squares.shape)}")
+    keep: Tensor = torch.ops.isw.keep_mask(squares, alpha, beta)
+    return keep

@@ -1,0 +1,132 @@
+// Runs every kernel on many shapes, each call on its own threads, several calls at once. Buffers have their exact
+// size, so a sanitizer sees every access outside. Build with one of -fsanitize=address,undefined / thread, or run
+// under valgrind:
+//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -I isw_plugin/ops/csrc \
+//     tests/ops/driver.cpp isw_plugin/ops/csrc/kernels.cpp -lpthread -o driver && ./driver
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "api.h"
+
+extern "C" const isw::Kernels* isw_kernels();
+
+namespace {
+
+void run_threads(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state) {
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> threads;
+  for (int64_t worker = 0; worker < workers; ++worker)
+    threads.emplace_back([&, worker] {
+      for (int64_t task = next++; task < tasks; task = next++) body(state, task, worker);
+    });
+  for (auto& thread : threads) thread.join();
+}
+
+template <typename T>
+using Array = std::unique_ptr<T[]>;
+
+template <typename T>
+struct Case {
+  isw::ConvArgs<T> args{};
+  Array<T> x, weight, residual, y;
+  Array<float> bias, squares, gate_squares;
+  Array<bool> keep;
+};
+
+void take(float number, float& out) { out = number; }
+void take(float number, isw::BFloat16& out) { memcpy(&out, reinterpret_cast<const char*>(&number) + 2, 2); }
+
+template <typename T = float>
+Array<T> numbers(int64_t count, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  Array<T> values(new T[count]);
+  for (int64_t i = 0; i < count; ++i) take(normal(random), values[i]);
+  return values;
+}
+
+int64_t choose(std::mt19937& random, std::initializer_list<int64_t> values) {
+  return values.begin()[random() % values.size()];
+}
+
+isw::Window random_window(std::mt19937& random) {
+  isw::Window w{};
+  w.h = choose(random, {1, 2, 3, 4, 5, 7, 8, 9, 14, 16, 17, 30});
+  w.w = random() % 2 ? w.h : choose(random, {1, 2, 4, 6, 7, 8, 13, 15, 31, 33, 50});
+  w.kh = choose(random, {1, 1, 2, 3, 3, 3, 5});
+  w.kw = random() % 3 ? w.kh : choose(random, {1, 2, 3, 7});
+  w.sh = choose(random, {1, 1, 1, 2, 3});
+  w.sw = random() % 3 ? w.sh : choose(random, {1, 2});
+  w.ph = w.h < w.kh ? w.kh : w.kh / 2;
+  w.pw = w.w < w.kw ? w.kw : w.kw / 2;
+  w.oh = (w.h + 2 * w.ph - w.kh) / w.sh + 1;
+  w.ow = (w.w + 2 * w.pw - w.kw) / w.sw + 1;
+  return w;
+}
+
+template <typename T>
+Case<T> random_case(std::mt19937& random, bool depthwise) {
+  Case<T> c;
+  isw::ConvArgs<T>& a = c.args;
+  const isw::Window w = a.window = random_window(random);
+  a.n = choose(random, {1, 1, 2, 3, 9});
+  a.c_in = w.kh * w.kw == 1 ? choose(random, {1, 37, 150, 390}) : choose(random, {1, 3, 16, 37, 64, 150});
+  a.c_out = depthwise ? a.c_in : choose(random, {1, 7, 16, 17, 32, 53, 70});
+  a.groups = depthwise ? a.c_in : 1;
+  if (!depthwise && sizeof(T) == 4 && random() % 3 == 0) {
+    a.groups = choose(random, {2, 3, 5});
+    a.c_in = a.groups * choose(random, {1, 4, 16, 33});
+    a.c_out = a.groups * choose(random, {1, 8, 16, 24, 40});
+  }
+  a.slots = depthwise ? 1 : isw::slots_of(w.oh, w.ow);
+  a.act = static_cast<isw::Act>(random() % 6);
+  a.pooled = !depthwise && w.oh > 1 && w.ow > 1 && random() % 3 == 0;
+  const int64_t blocks = a.groups * ((a.c_out / a.groups + isw::block - 1) / isw::block), unit = a.pooled ? 2 : 1;
+  const int64_t outputs = a.n * a.c_out * (w.oh / unit) * (w.ow / unit);
+  a.x = (c.x = numbers<T>(a.n * a.c_in * w.h * w.w, random)).get();
+  a.weight = (c.weight = numbers<T>((depthwise ? a.c_in : blocks * (a.c_in / a.groups) * isw::block) * w.kh * w.kw, random)).get();
+  a.bias = (c.bias = numbers(a.c_out, random)).get();
+  a.y = (c.y = Array<T>(new T[outputs])).get();
+  a.squares = (c.squares = Array<float>(new float[a.n * a.slots * a.c_out])).get();
+  c.keep = Array<bool>(new bool[a.n * (a.c_in + a.c_out)]);
+  for (int64_t i = 0; i < a.n * (a.c_in + a.c_out); ++i) c.keep[i] = random() % 2;
+  c.gate_squares = numbers(a.n * 3 * a.c_in, random);
+  for (int64_t i = 0; i < a.n * 3 * a.c_in; ++i) c.gate_squares[i] *= c.gate_squares[i];
+  if (random() % 3 == 0) a.gate = {c.gate_squares.get(), 3, 0.0f, 1.0f, nullptr};
+  else if (random() % 3) a.gate.keep = c.keep.get();
+  if (depthwise || a.pooled || random() % 2) return c;
+  a.residual = (c.residual = numbers<T>(outputs, random)).get();
+  if (random() % 2) a.residual_gate.keep = c.keep.get() + a.n * a.c_in;
+  return c;
+}
+
+template <typename T>
+void run_case(unsigned seed) {
+  std::mt19937 random(seed);
+  const isw::Runner runner{static_cast<int64_t>(1 + seed % 3), run_threads};
+  const isw::KernelsFor<T>& kernels = *isw_kernels();
+  const bool depthwise = seed % 4 == 0;
+  Case<T> c = random_case<T>(random, depthwise);
+  const isw::ConvArgs<T>& a = c.args;
+  (depthwise ? kernels.depthwise : kernels.conv)(a, runner);
+  kernels.sum_squares(a.x, c.gate_squares.get(), a.n * a.c_in, a.window.h * a.window.w, runner);
+  if (depthwise) kernels.max_pool({a.x, a.y, a.n * a.c_in, a.window}, runner);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const unsigned cases = argc > 1 ? static_cast<unsigned>(atoi(argv[1])) : 2000;
+  std::vector<std::thread> callers;
+  for (unsigned caller = 0; caller < 4; ++caller)
+    callers.emplace_back([=] {
+      for (unsigned i = caller; i < cases; i += 4) (i / 8 % 2 ? run_case<isw::BFloat16> : run_case<float>)(i);
+    });
+  for (auto& thread : callers) thread.join();
+  printf("%u cases\n", cases);
+}

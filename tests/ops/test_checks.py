@@ -1,0 +1,158 @@
+"""Wrong input: an error that names the argument and says what to do, never a crash."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from isw_plugin import ops
+from isw_plugin.errors import EngineInputError, ISWError
+from isw_plugin.ops import Statistics, pack_weight
+
+
+def conv(**changed: Any) -> Any:
+    arguments = {"x": torch.zeros(2, 3, 6, 6), "weight": pack_weight(torch.zeros(5, 3, 3, 3)), "bias": torch.zeros(5)}
+    return ops.conv2d(**(arguments | changed))
+
+
+def depthwise(**changed: Any) -> Any:
+    arguments = {"x": torch.zeros(2, 3, 6, 6), "weight": torch.zeros(3, 1, 3, 3), "bias": torch.zeros(3)}
+    return ops.depthwise_conv2d(**(arguments | changed))
+
+
+def grouped(groups: int = 3, **changed: Any) -> Any:
+    packed = pack_weight(torch.zeros(6, 1, 3, 3), 3)
+    arguments = {"x": torch.zeros(2, 3, 6, 6), "weight": packed, "bias": torch.zeros(6), "groups": groups}
+    return ops.grouped_conv2d(**(arguments | changed))
+
+
+def keep(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def squares(*shape: int) -> Statistics:
+    return Statistics(torch.ones(shape), 0.0, 1.0)
+
+
+def learned() -> Tensor:
+    return torch.zeros(2, 3, 6, 6, requires_grad=True)
+
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "float64": (lambda: conv(x=torch.zeros(2, 3, 6, 6).double()), r"x: expected float32 or bfloat16, got .*64"),
+    "half": (lambda: depthwise(x=torch.zeros(2, 3, 6, 6).half()), r"convert it with .float\(\)"),
+    "no tensor": (lambda: conv(x=[1.0]), "x: expected a tensor, got list"),
+    "device": (lambda: conv(x=torch.zeros(2, 3, 6, 6, device="meta")), "bias is on cpu but x is on meta"),
+    "sparse": (lambda: conv(x=torch.zeros(2, 3, 6, 6).to_sparse()), "to_dense"),
+    "dimensions": (lambda: conv(x=torch.zeros(3, 6, 6)), r"x: expected shape \(any, any, any, any\), got \(3, 6, 6\)"),
+    "input channels": (lambda: conv(x=torch.zeros(2, 4, 6, 6)), r"weight: expected shape \(1, 4, any, any, 32\)"),
+    "not packed": (lambda: conv(weight=torch.zeros(5, 3, 3, 3)), "call pack_weight once"),
+    "output channels": (lambda: conv(bias=torch.zeros(40)), r"weight: expected shape \(2, 3"),
+    "no channels": (lambda: conv(bias=torch.zeros(0)), "remove the layer"),
+    "keep channels": (lambda: conv(gating=keep(2, 4)), r"gating: expected shape \(2, 3\), got \(2, 4\)"),
+    "keep batch": (lambda: conv(gating=keep(1, 3)), r"gating: expected shape \(2, 3\)"),
+    "keep dtype": (lambda: conv(gating=torch.ones(2, 3)), "bool keep mask, got torch.float32"),
+    "keep device": (lambda: conv(gating=keep(2, 3).to("meta")), "gating is on meta"),
+    "statistics channels": (lambda: conv(gating=squares(2, 1, 4)), r"gating.squares: expected shape \(2, any, 3\)"),
+    "statistics without slots": (lambda: conv(gating=squares(2, 0, 3)), "no slot"),
+    "residual shape": (lambda: conv(residual=torch.zeros(2, 5, 6, 6)), r"residual: expected shape \(2, 5, 4, 4\)"),
+    "residual keep": (
+        lambda: conv(residual=torch.zeros(2, 5, 4, 4), residual_gating=keep(2, 3)),
+        r"residual_gating: expected shape",
+    ),
+    "no residual": (lambda: conv(residual_gating=keep(2, 5)), "there is no residual"),
+    "act": (lambda: conv(act="tanh"), "act='tanh': expected one of none, relu, relu6"),
+    "stride": (lambda: conv(stride=0), "must be positive"),
+    "three strides": (lambda: conv(stride=(1, 1, 1)), "expected a number or two"),
+    "padding": (lambda: conv(padding=-1), "not negative"),
+    "small map": (lambda: conv(x=torch.zeros(2, 3, 2, 6)), "a map of 2x6 .* smaller than the kernel"),
+    "empty map": (lambda: conv(x=torch.zeros(2, 3, 0, 6)), "a map of 0x6"),
+    "gradient": (lambda: conv(x=learned()), "inference_mode"),
+    "depthwise weight": (lambda: depthwise(weight=torch.zeros(4, 1, 3, 3)), r"weight: expected shape \(3, 1"),
+    "depthwise bias": (lambda: depthwise(bias=torch.zeros(4)), r"bias: expected shape \(3\)"),
+    "groups": (lambda: grouped(groups=2), "groups=2: does not divide 3 input and 6 output channels"),
+    "no groups": (lambda: grouped(groups=0), "groups=0"),
+    "weight of other groups": (lambda: grouped(groups=1), r"weight: expected shape \(1, 3, any, any, 32\)"),
+    "grouped bfloat16": (lambda: grouped(x=torch.zeros(2, 3, 6, 6).bfloat16()), "x: expected float32"),
+    "linear vector": (lambda: ops.linear(torch.zeros(3), torch.zeros(1), torch.zeros(1)), r"\(N, ..., C_in\)"),
+    "linear kernel": (
+        lambda: ops.linear(torch.zeros(2, 3), pack_weight(torch.zeros(5, 3, 3, 3)), torch.zeros(5)),
+        "has none",
+    ),
+    "pool padding": (lambda: ops.max_pool2d(torch.zeros(1, 1, 4, 4), 2, padding=2), "more than half the kernel"),
+    "mask as statistics": (lambda: ops.keep_mask(keep(1, 1, 2), 0.0, 1.0), "squares: expected float32"),
+    "no statistics": (lambda: ops.keep_mask(torch.ones(1, 0, 2), 0.0, 1.0), "no slot"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_named(case: str) -> None:
+    call, message = WRONG[case]
+    with pytest.raises(EngineInputError, match=message) as raised:
+        call()
+    assert isinstance(raised.value, ISWError)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_a_gradient_is_fine_where_none_is_recorded() -> None:
+    with torch.inference_mode():
+        assert not conv(x=torch.zeros(2, 3, 6, 6))[0].requires_grad
+    with torch.no_grad():
+        assert not conv(x=learned())[0].requires_grad
+
+
+RAW: dict[str, Callable[[], Any]] = {  # torch.ops.isw itself, past the checks in Python
+    "dtype": lambda: raw(x=torch.zeros(2, 3, 6, 6).double()),
+    "dimensions": lambda: raw(x=torch.zeros(3, 6, 6)),
+    "packed": lambda: raw(weight=torch.zeros(1, 3, 3, 3, 16)),
+    "channels": lambda: raw(x=torch.zeros(2, 4, 6, 6)),
+    "keep": lambda: raw(gate=keep(2, 4)),
+    "one keep": lambda: raw(gate=keep(6)),
+    "statistics": lambda: raw(gate=torch.zeros(2, 0, 3)),
+    "flat statistics": lambda: raw(gate=torch.zeros(6)),
+    "residual": lambda: raw(residual=torch.zeros(2, 5, 6, 6)),
+    "stride": lambda: raw(stride=[0, 1]),
+    "act": lambda: raw(act="tanh"),
+    "pool": lambda: torch.ops.isw.max_pool2d(torch.zeros(1, 1, 4, 4), [2, 2], [1, 1], [2, 2]),
+    "depthwise": lambda: torch.ops.isw.depthwise_conv2d(
+        torch.zeros(2, 3, 6, 6), torch.zeros(4, 1, 3, 3), torch.zeros(3), [1, 1], [0, 0], "none", None, 0.0, 0.0
+    ),
+    "groups": lambda: raw_grouped(2),
+    "no groups": lambda: raw_grouped(0),
+    "other groups": lambda: raw_grouped(1),
+    "grouped bfloat16": lambda: raw_grouped(3, torch.bfloat16),
+    "squares": lambda: torch.ops.isw.sum_squares(torch.zeros(3)),
+    "mask": lambda: torch.ops.isw.keep_mask(keep(1, 2), 0.0, 1.0),
+}
+
+
+def raw(**changed: Any) -> Any:
+    arguments = {
+        "x": torch.zeros(2, 3, 6, 6),
+        "weight": pack_weight(torch.zeros(5, 3, 3, 3)),
+        "bias": torch.zeros(5),
+        "stride": [1, 1],
+        "padding": [0, 0],
+        "act": "relu",
+        "gate": None,
+        "alpha": 0.0,
+        "beta": 1.0,
+        "residual": None,
+        "residual_gate": None,
+        "residual_alpha": 0.0,
+        "residual_beta": 0.0,
+    }
+    return torch.ops.isw.conv2d(*(arguments | changed).values())
+
+
+def raw_grouped(groups: int, dtype: torch.dtype = torch.float32) -> Any:
+    x, weight = torch.zeros(2, 3, 6, 6, dtype=dtype), pack_weight(torch.zeros(6, 1, 3, 3, dtype=dtype), 3)
+    return torch.ops.isw.grouped_conv2d(x, weight, torch.zeros(6), groups, [1, 1], [0, 0], "none", None, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_the_operators_themselves_refuse_too(case: str) -> None:
+    with pytest.raises(ValueError, match=r"expected|fit|positive|slot|padding"):
+        RAW[case]()
