@@ -1,8 +1,10 @@
 import ast
+import contextlib
 import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar, get_origin
@@ -22,7 +24,10 @@ def module(name: str) -> ModuleType:
         pytest.importorskip(name.rpartition(".")[2])
     if name == "isw_plugin.toolkits.timm":
         pytest.importorskip(name, exc_type=errors.MissingExtraError)  # an old timm
-    return importlib.import_module(name)
+    expected = pytest.deprecated_call() if name == "isw_plugin.engine" else contextlib.nullcontext()
+    with expected:
+        sys.modules.pop("isw_plugin.engine", None)  # it warns as it is imported
+        return importlib.import_module(name)
 
 
 def defined(module: ModuleType) -> set[str]:
