@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from isw_plugin.sites.operations import CUTS
+from isw_plugin.sites.operations import BLANKS, CUTS
 from isw_plugin.sites.paths import Path, follow, is_scale
 from isw_plugin.sites.probe import Graph, Node
 from isw_plugin.sites.site import Consumer
@@ -17,7 +17,8 @@ class Readers:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.users = graph.users()
+        # What only takes a shape does not read a map.
+        self.users = [[node for node in users if node.kind not in BLANKS] for users in graph.users()]
         self.counts = graph.call_counts()
         self._scales = dict(self._squeezes())
 

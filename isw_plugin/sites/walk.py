@@ -1,6 +1,6 @@
 """From every layer or norm along its map until a layer reads it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -13,6 +13,8 @@ from isw_plugin.sites.taps import Taps
 
 __all__ = ["Ends", "Walks"]
 
+_NO_TAP = "no module's output or input is this map alone"
+_WRITTEN = "written into a part of another tensor"
 _REGION = 40  # nodes between a map's split and where it comes together again, at most
 
 
@@ -74,6 +76,10 @@ class Walks:
                     axes[walk.value] = walk.axis
                     reasons.pop(node.name, None)
             starts = left
+        for walk, names in self._past_cats(starts):
+            if not self._taken(walk, axes):
+                ends[walk.value], axes[walk.value] = names, walk.axis
+                reasons = {name: reason for name, reason in reasons.items() if name not in names}
         order = {name: index for index, name in enumerate(graph.modules)}
         layers = {value: tuple(sorted(set(ends[value]), key=order.__getitem__)) for value in sorted(ends)}
         return Ends(layers, axes, reasons)
@@ -89,15 +95,33 @@ class Walks:
         readers = self.readers.of(value, axis)
         return frozenset((reader.layer, column) for reader in readers for column, _ in reader.columns(channels))
 
-    def _walk(self, node: Node, cut: bool) -> tuple[_Walk | None, str]:
-        """The map that this layer or norm ends in, or why there is none."""
+    def _past_cats(self, left: list[Node]) -> Iterator[tuple[_Walk, list[str]]]:
+        """What maps become together that no hook can touch before they are concatenated (TextCNN)."""
+        stuck: dict[int, list[str]] = {}
+        for node in left:
+            start, _ = self._start(node, cut=True)
+            if start and self._to_end(start)[1] == _NO_TAP:
+                stuck.setdefault(start.value, []).append(node.name)
+        for cat in self.graph.nodes:
+            if cat.kind == "cat" and set(cat.inputs) <= stuck.keys():
+                axis = (cat.args[1] if len(cat.args) > 1 else 0) % len(self.graph.shapes[cat.outputs[0]])
+                end, _ = self._to_end(_Walk(cat.outputs[0], axis, cut=True, joined=True))
+                if end:
+                    yield end, [name for value in dict.fromkeys(cat.inputs) for name in stuck[value]]
+
+    def _start(self, node: Node, cut: bool) -> tuple[_Walk | None, str]:
         if self.readers.counts[node.name] > 1:
             return None, f"called {self.readers.counts[node.name]} times in one forward"
         if norms_over_channels(self.graph.modules[node.name]):
             return None, "a norm over channels"
         value = node.outputs[0]
         linear = isinstance(self.graph.modules[node.name], nn.Linear)
-        return self._to_end(_Walk(value, len(self.graph.shapes[value]) - 1 if linear else 1, cut))
+        return _Walk(value, len(self.graph.shapes[value]) - 1 if linear else 1, cut), ""
+
+    def _walk(self, node: Node, cut: bool) -> tuple[_Walk | None, str]:
+        """The map that this layer or norm ends in, or why there is none."""
+        start, reason = self._start(node, cut)
+        return self._to_end(start) if start else (None, reason)
 
     def _to_end(self, walk: _Walk) -> tuple[_Walk | None, str]:
         while True:
@@ -173,7 +197,7 @@ class Walks:
     def _unread(self, value: int) -> str:
         maker, output = self.graph.producers.get(value), self.graph.calls[-1].output
         if maker and maker.kind == "copy":
-            return "written into a part of another tensor"
+            return _WRITTEN
         return "the model's output" if output in (None, value) else "nothing reads it"
 
     def _shifts(self, user: Node, walk: _Walk) -> bool:
@@ -223,7 +247,8 @@ class Walks:
             return self._through_norm(user, walk, behind)
         if user.kind == "layer":
             return None, f"{user.name} does not read it by channels"
-        if walk.value not in user.inputs:  # what the uses of this map come together in
+        together = user.kind == "div" and len(self.readers.users[walk.value]) > 1  # x / (k + the mean of x * x) ** b
+        if walk.value not in user.inputs or together:  # what the uses of this map come together in
             return behind, ""
         if user.kind in JOINS:
             same = all(self.graph.shapes[other] == self.graph.shapes[walk.value] for other in user.inputs)
@@ -235,7 +260,7 @@ class Walks:
         if user.kind in VIEWS and self._keeps_last(user, walk):
             return replace(behind, axis=len(self.graph.shapes[behind.value]) - 1), ""
         path = self._moved(user, walk) if walk.cut or user.kind not in CUTS else None
-        return (path, "") if path else (None, f"{user.kind} reads it first")
+        return (path, "") if path else (None, _WRITTEN if user.kind == "copy" else f"{user.kind} reads it first")
 
     def _moved(self, user: Node, walk: _Walk) -> Path | None:
         """Behind what moves channels, each to one place, or folds them."""
@@ -290,7 +315,7 @@ class Walks:
         if walk.normed and not walk.shaped:
             return f"{walk.normed} is a norm over channels"
         if not self.taps.of(walk.value, walk.axis):
-            return "no module's output or input is this map alone"
+            return _NO_TAP
         counts = self.readers.counts
         repeated = [c.layer for c in self.readers.of(walk.value, walk.axis) if counts[c.layer] > 1]
         if repeated and self.taps.scope == "consumers":
