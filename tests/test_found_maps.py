@@ -65,7 +65,7 @@ def points(m: Any, x: Tensor, touch: Touch) -> Tensor:
 
 def coordinates(m: Any, x: Tensor, touch: Touch) -> Tensor:
     x = touch("expand", m.act(m.expand(x)))
-    n, c, h, w = x.shape
+    h, w = x.shape[2:]
     rows, columns = F.adaptive_avg_pool2d(x, (h, 1)), F.adaptive_avg_pool2d(x, (1, w)).permute(0, 1, 3, 2)
     rows, columns = touch("both", m.act_both(m.both(torch.cat([rows, columns], 2)))).split([h, w], 2)
     return m.project(x * m.across(columns.permute(0, 1, 3, 2)).sigmoid() * m.down(rows).sigmoid())

@@ -76,7 +76,8 @@ def _select(graph: Graph, node: Node, path: Path) -> list[Path]:
 
 
 def _slice(graph: Graph, node: Node, path: Path) -> list[Path]:
-    dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    given = list(node.args[1:])
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
     dim %= len(graph.shapes[path.value])
     if dim == path.axis:
         return [path.to(node.outputs[0], channels=path.channels[slice(start, end, step)])]
