@@ -245,6 +245,8 @@ class _Apply:
             return None
         feature = args[self.argument]
         keep = column_keep(self.parts, memory.keep, feature.shape[self.axis])
+        if feature.shape[0] != keep.shape[0]:  # a linear layer whose rows are places of instances
+            keep = keep.repeat_interleave(feature.shape[0] // keep.shape[0], dim=0)
         return _replaced(args, self.argument, _mask(feature, keep, self.axis))
 
 

@@ -383,6 +383,12 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, nn.Module], Run, Sites]] = {
         through(lambda x: x.permute(0, 2, 3, 1).flatten(1)),
         {"a": (("a",), 4, [Consumer("b", 0, 1, (0, 1, 2, 3) * 16)], 3 * 16)},
     ),
+    "places as rows": (
+        (5, 4),
+        {"a": nn.Linear(4, 6), "act": nn.ReLU(), "b": nn.Linear(6, 3)},
+        lambda m, x, touch: m.b(touch("a", m.act(m.a(x)), -1).reshape(-1, 6)).view(len(x), 5, 3),
+        {"a": (("a",), 6, [Consumer("b")], 3 * 5)},
+    ),
     "attention over places": (
         IMAGE,
         pair() | {"where": conv(2, 1)},
@@ -469,6 +475,7 @@ def test_for_readers_only_their_columns_are_zeroed(case: tuple[Sketch, Tensor, S
     for layer, kept in columns.items():
         axis = -1 if isinstance(net.get_submodule(layer), nn.Linear) else 1
         for column, keep in kept.items():
+            keep = keep.repeat_interleave(len(seen[layer]) // len(keep))
             assert not seen[layer].movedim(axis, 1)[~keep, column].any()
 
 
@@ -485,6 +492,12 @@ LEFT_OUT: list[tuple[str, dict[str, nn.Module], Run, str]] = [
         pair(6),
         lambda m, x, touch: m.b(over(torch.cat([x, x], 1), m.act(m.a(x)))),
         "written into a part of another tensor",
+    ),
+    (
+        "functions until it is flattened",
+        pair() | {"b": nn.Linear(64, 3)},
+        lambda m, x, touch: m.b(F.max_pool2d(F.relu(m.a(x)), 2).flatten(1)),
+        "only functions touch it before it is flattened: make one of them a module (nn.Flatten)",
     ),
     (
         "written over by something else",

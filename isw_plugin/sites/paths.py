@@ -6,7 +6,7 @@ channels apart and zeros zero. Anything else ends a path.
 
 from math import prod
 
-from isw_plugin.sites.operations import BLANKS, CLAMPS, PASSES, POOLS, REDUCTIONS
+from isw_plugin.sites.operations import BLANKS, CLAMPS, PASSES, POOLS, REDUCTIONS, VIEWS
 from isw_plugin.sites.places import MOVES, OTHER, Path, Rule, without
 from isw_plugin.sites.probe import Graph, Node
 
@@ -16,7 +16,8 @@ __all__ = ["Path", "by_channel", "follow", "is_scale", "keeps_zeros"]
 def follow(graph: Graph, node: Node, path: Path) -> list[Path]:
     """Where the channels lie in the node's outputs; empty where they cannot be told apart there."""
     rule = _RULES.get(node.kind)
-    found = rule(graph, node, path) if rule else []
+    folded = graph.shapes[path.value][0] != path.instances
+    found = rule(graph, node, path) if rule and (not folded or node.kind in VIEWS | PASSES) else []
     return [behind for behind in found if any(channel != OTHER for channel in behind.channels)]
 
 

@@ -21,11 +21,13 @@ class Path:
     value: int
     axis: int
     channels: tuple[int, ...]
+    instances: int = 0  # length of axis 0 where they are kept apart
 
     @classmethod
     def whole(cls, graph: Graph, value: int, axis: int) -> "Path":
         """A map itself."""
-        return cls(value, axis, tuple(range(graph.shapes[value][axis])))
+        shape = graph.shapes[value]
+        return cls(value, axis, tuple(range(shape[axis])), shape[0])
 
     @property
     def is_whole(self) -> bool:
@@ -101,10 +103,10 @@ def _split(graph: Graph, node: Node, path: Path) -> list[Path]:
 
 def _view(graph: Graph, node: Node, path: Path) -> list[Path]:
     before, after = graph.shapes[path.value], graph.shapes[node.outputs[0]]
+    if path.axis == len(before) - 1 and after[-1] == before[-1] and len(after) > 1:
+        return [path.to(node.outputs[0], len(after) - 1)]  # instances and places may lie on one axis for a while
     if len(after) < 2 or after[0] != before[0]:
         return []
-    if path.axis == len(before) - 1 and after[-1] == before[-1]:
-        return [path.to(node.outputs[0], len(after) - 1)]
     if path.axis == 1 and after[1] == before[1]:
         return [path.to(node.outputs[0])]
     return _rearranged(graph, node, path, torch.tensor(path.channels, device="cpu"))

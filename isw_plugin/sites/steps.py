@@ -13,6 +13,7 @@ from isw_plugin.sites.taps import Taps
 __all__ = ["NO_TAP", "Steps", "Walk"]
 
 NO_TAP = "no module's output or input is this map alone"
+_FLATTENED = "only functions touch it before it is flattened: make one of them a module (nn.Flatten)"
 _WRITTEN = "written into a part of another tensor"
 _REGION = 40  # nodes between a map's split and where it comes together again, at most
 
@@ -56,6 +57,7 @@ class Steps:
                 reason = self._unusable(walk)
                 later = self._later_form(walk) if reason else None
                 if later is None:
+                    reason = _FLATTENED if reason == NO_TAP and self._is_flattened(walk) else reason
                     return (None, reason) if reason else (walk, "")
                 walk.value, walk.axis = later.value, later.axis
                 continue
@@ -248,6 +250,10 @@ class Steps:
         if repeated and self.taps.scope == "consumers":
             return f"its reader {repeated[0]} is called several times"
         return ""
+
+    def _is_flattened(self, walk: Walk) -> bool:
+        users = self.readers.users[walk.value]
+        return len(users) == 1 and users[0].kind in VIEWS and len(self.graph.shapes[users[0].outputs[0]]) == 2
 
     def _later_form(self, walk: Walk) -> Path | None:
         """The same channels behind the only user of a map that no hook can touch."""
