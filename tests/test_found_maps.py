@@ -494,6 +494,12 @@ LEFT_OUT: list[tuple[str, dict[str, nn.Module], Run, str]] = [
         "written into a part of another tensor",
     ),
     (
+        "mostly unread",
+        pair(1),
+        lambda m, x, touch: (lambda y: m.b(y[:, :1]).mean() + y[:, 1:].mean())(m.act(m.a(x))),
+        "layers read less than half of its channels",
+    ),
+    (
         "functions until it is flattened",
         pair() | {"b": nn.Linear(64, 3)},
         lambda m, x, touch: m.b(F.max_pool2d(F.relu(m.a(x)), 2).flatten(1)),

@@ -245,8 +245,11 @@ class Steps:
             return f"{walk.normed} is a norm over channels"
         if not self.taps.of(walk.value, walk.axis):
             return NO_TAP
-        counts = self.readers.counts
-        repeated = [c.layer for c in self.readers.of(walk.value, walk.axis) if counts[c.layer] > 1]
+        counts, readers = self.readers.counts, self.readers.of(walk.value, walk.axis)
+        read = {channel for reader in readers for _, channel in reader.columns(shape[walk.axis])}
+        if 2 * len(read) < shape[walk.axis]:  # queries, keys and values of which a layer reads the queries
+            return "layers read less than half of its channels"
+        repeated = [reader.layer for reader in readers if counts[reader.layer] > 1]
         if repeated and self.taps.scope == "consumers":
             return f"its reader {repeated[0]} is called several times"
         return ""

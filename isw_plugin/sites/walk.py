@@ -74,7 +74,7 @@ class Walks:
             readers = self.readers.of(walk.value, walk.axis)
             columns = {(reader.layer, column) for reader in readers for column, _ in reader.columns(channels)}
             if walk.cut and columns & maps.columns:
-                return f"{min(columns & maps.columns)[0]} reads its channels in another map"
+                return f"another map fills the same input of {min(columns & maps.columns)[0]}"
             maps.columns |= columns
         maps.names.setdefault(walk.value, []).extend(names)
         maps.axes[walk.value] = walk.axis
