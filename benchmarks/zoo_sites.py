@@ -53,10 +53,10 @@ def unaccounted(model: nn.Module, found: Found) -> list[str]:
 def filled_twice(found: Found) -> list[str]:
     """Layers of which one input column is said to be filled by two sites."""
     columns = Counter(
-        (consumer.layer, consumer.start + column)
+        (consumer.layer, column)
         for site in found.sites
         for consumer in site.consumers
-        for column in range(site.channels * consumer.repeat)
+        for column, _ in consumer.columns(site.channels)
     )
     return sorted({layer for (layer, _), count in columns.items() if count > 1})
 

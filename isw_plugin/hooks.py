@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from isw_plugin.errors import RecordedWithoutGradError, SettingError, UnsupportedError
 from isw_plugin.functional import channel_norm
 from isw_plugin.gates import Gate, keeps_all
-from isw_plugin.sites import Site
+from isw_plugin.sites import Consumer, Site
 
 __all__ = [
     "Memory",
@@ -119,6 +119,7 @@ class Part:
     site: str
     start: int
     repeat: int
+    channels: tuple[int, ...] | None = None
 
 
 class _Begin:
@@ -244,11 +245,15 @@ class _Apply:
             return None
         feature = args[self.argument]
         keep = column_keep(self.parts, memory.keep, feature.shape[self.axis])
+        if feature.shape[0] != keep.shape[0]:  # a linear layer whose rows are places of instances
+            keep = keep.repeat_interleave(feature.shape[0] // keep.shape[0], dim=0)
         return _replaced(args, self.argument, _mask(feature, keep, self.axis))
 
 
 def column_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) -> Tensor:
     """Which input columns of a reader survive, (N, columns): its sites' decisions, True between them."""
+    if any(part.channels for part in parts):
+        return _cut_keep(parts, keep, columns)
     pieces: list[Tensor] = []
     filled = 0
     for part in sorted(parts, key=lambda part: part.start):
@@ -257,6 +262,30 @@ def column_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) ->
         filled = part.start + kept.shape[1]
     pieces += _ungated(pieces[0], columns - filled)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _cut_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) -> Tensor:
+    """Where maps were cut or their channels shuffled: in runs that are slices, since an index would be copied anew."""
+    held: list[tuple[str, int]] = [("", at) for at in range(columns)]
+    for part in parts:
+        reader = Consumer("", part.start, part.repeat, part.channels)
+        for column, channel in reader.columns(keep[part.site].shape[1]):
+            held[column] = (part.site, channel)
+    first = keep[parts[0].site]
+    known = keep | {"": first.new_ones(first.shape[0], columns)}
+    return torch.cat([known[name][:, start:stop:step] for name, start, stop, step in _runs(held)], dim=1)
+
+
+def _runs(held: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, int, int]]:
+    """Columns as slices of their sites' channels: site, start, stop, step."""
+    at = 0
+    while at < len(held):
+        (name, start), end = held[at], at + 1
+        step = held[end][1] - start if end < len(held) and held[end][0] == name else 0
+        while step > 0 and end < len(held) and held[end] == (name, start + step * (end - at)):
+            end += 1
+        yield name, start, start + max(step, 1) * (end - at - 1) + 1, max(step, 1)
+        at = end
 
 
 def _ungated(keep: Tensor, columns: int) -> list[Tensor]:
@@ -310,7 +339,7 @@ def reader_parts(sites: Sequence[Site]) -> dict[str, tuple[Part, ...]]:
     parts: dict[str, tuple[Part, ...]] = {}
     for site in sites:
         for consumer in site.consumers:
-            part = Part(site.name, consumer.start, consumer.repeat)
+            part = Part(site.name, consumer.start, consumer.repeat, consumer.channels)
             parts[consumer.layer] = (*parts.get(consumer.layer, ()), part)
     return parts
 

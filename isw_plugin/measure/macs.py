@@ -102,8 +102,11 @@ def saved_by_site(sites: tuple[Site, ...], keep: Mapping[str, Tensor], dense: De
     """MACs that each image saves in the readers of each site, (N,) float64 on the CPU."""
     saved = {}
     for site in sites:
-        per_channel = sum(reader.repeat * dense.per_column(reader.layer) for reader in site.consumers)
-        saved[site.name] = (~keep[site.name]).sum(1).double().cpu() * per_channel
+        per_channel = torch.zeros(site.channels, dtype=torch.float64)
+        for reader in site.consumers:
+            held = torch.tensor([channel for _, channel in reader.columns(site.channels)])
+            per_channel += dense.per_column(reader.layer) * held.bincount(minlength=site.channels)
+        saved[site.name] = (~keep[site.name]).double().cpu() @ per_channel
     return saved
 
 

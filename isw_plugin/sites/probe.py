@@ -284,6 +284,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         out = func(*args, **(kwargs or {}))
         version = before[id(given[0])] if func.is_view and given else None  # a view's version is its base's
         outputs = tuple(self._output(t, before, version) for t in tree_leaves(out) if isinstance(t, Tensor))
+        if given and out is given[0] and (base := out._base) is not None:  # written through a view into its base
+            inputs += (self._value(base, before[id(out)]),)
+            outputs += (self._value(base, before[id(out)] + 1),)
         self._add(Node(func.overloadpacket.__name__.rstrip("_"), "", inputs, outputs, self._callers(), args))
         return out
 

@@ -139,8 +139,7 @@ class _Plan:
         for name, site in self.sites.items():
             channels: dict[int, set[Channel]] = defaultdict(set)
             for reader in site.consumers:
-                for channel in range(site.channels):
-                    column = reader.start + channel * reader.repeat
+                for column, channel in reader.columns(site.channels):
                     if column in filled[reader.layer]:
                         channels[channel].add(filled[reader.layer][column])
             tied[name] = channels
