@@ -12,8 +12,8 @@ import isw_plugin
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
     {"errors", "ranks", "copies"},
-    {"functional"},
-    {"sites", "gates", "structure", "decay"},
+    {"functional", "inputs"},
+    {"sites", "gates", "structure", "decay", "batches"},
     {"hooks"},
     {"engine"},
     {"settings", "wrappers", "static", "saving"},
