@@ -87,7 +87,7 @@ def taken_apart(batch: Any) -> tuple[Any, Any]:
     named = _named(batch)
     if named is not None:
         key = next((name for name in _LABELS if name in named), None)
-        return {name: value for name, value in named.items() if name != key}, named.get(key)
+        return {name: value for name, value in named.items() if name != key}, named[key] if key else None
     if isinstance(batch, Tensor):
         return batch, None
     if not isinstance(batch, tuple | list) or not batch:

@@ -2,15 +2,15 @@
 
 Of the gates' own grids, candidates are left out that are not expected to win: all that drop more than one which failed
 the budget, and all that drop less than one within it. A gate drops more the smaller its alpha and the larger its beta
-or ratio are. That is certain for the first site; the maps of later ones change with what was dropped before, and accuracy
-may rise by chance, so this is a rule of the search and no theorem. A grid that is passed is tried in full.
+or ratio are. That is certain for the first site; the maps of later ones change with what was dropped before, and
+accuracy may rise by chance, so this is a rule of the search and no theorem. A grid that is passed is tried in full.
 """
 
 import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -94,10 +94,10 @@ def calibrate(
     """
     _require_pruner(pruner)
     _check_budget(max_drop, target_macs, by_channels, metric)
-    if not isinstance(max_instances, Integral) or max_instances < 1:
+    if not isinstance(max_instances, int) or max_instances < 1:
         raise SettingError(f"max_instances={max_instances!r}: at least 1 image is needed, a whole number")
     values = _grid(pruner, grid)
-    measured = Measured(list(first(loader, int(max_instances))), forward, metric, across_ranks)
+    measured = Measured(list(first(loader, max_instances)), forward, metric, across_ranks)
     if target_macs is not None and target_macs <= 1:
         _refuse_share(target_macs, measured.first(1).evaluate(pruner).dense_macs)
     with tqdm(desc="calibrating", unit="candidate", leave=False) as progress:
@@ -124,15 +124,15 @@ def _require_pruner(pruner: Any) -> None:
     raise SettingError(f"calibrate sets the thresholds of a pruner, and this is a {type(pruner).__name__}{hint}")
 
 
-def _check_budget(max_drop: Any, target_macs: Any, by_channels: bool, metric: Metric | None) -> None:
+def _check_budget(max_drop: float, target_macs: float | None, by_channels: bool, metric: Metric | None) -> None:
     most = 1.0 if metric is None else math.inf
-    if not isinstance(max_drop, Real) or not 0 <= max_drop <= most:
+    if not _is_number(max_drop) or not 0 <= max_drop <= most:
         raise SettingError(
             f"max_drop={max_drop!r}: a loss of accuracy is a fraction in [0, 1], and one point is 0.01"
             if metric is None
             else f"max_drop={max_drop!r}: a loss of the metric is a number, 0 or more"
         )
-    if target_macs is not None and (not isinstance(target_macs, Real) or not target_macs > 0):
+    if target_macs is not None and (not _is_number(target_macs) or not target_macs > 0):
         raise SettingError(f"target_macs={target_macs!r}: a number of MACs is more than 0")
     if by_channels and target_macs is not None:
         raise SettingError("by_channels and target_macs: aim at channels or at MACs")
@@ -140,6 +140,10 @@ def _check_budget(max_drop: Any, target_macs: Any, by_channels: bool, metric: Me
         warnings.warn(
             f"max_drop={max_drop} allows to lose {100 * max_drop:g} points of accuracy: one point is 0.01", stacklevel=3
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _refuse_share(share: float, dense: float) -> None:
@@ -208,7 +212,7 @@ def _numbers(name: str, values: Any) -> tuple[float, ...]:
     """The values of a list, an array or a tensor."""
     values = values.tolist() if hasattr(values, "tolist") else values
     found = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else ()
-    if not found or not all(isinstance(value, Real) for value in found):
+    if not found or not all(map(_is_number, found)):
         raise SettingError(f"grid: {name}={values!r}, and every parameter needs a value to try: a list of numbers")
     return found
 

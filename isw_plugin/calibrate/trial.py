@@ -1,7 +1,7 @@
 """Candidates are run on held-out images, which are kept in memory so that all see the same."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from isw_plugin.batches import Batch, Batches, batches_in
 from isw_plugin.calibrate.record import Candidate, Parameters
 from isw_plugin.gates import CVGate
-from isw_plugin.measure.evaluate import Forward, GateReport, Metric, evaluate
-from isw_plugin.measure.scores import cross_entropy
+from isw_plugin.measure.evaluate import Forward, GateReport, evaluate
+from isw_plugin.measure.scores import Metric, cross_entropy
 from isw_plugin.pruner import InstanceWisePruner
 
 __all__ = ["Measured", "Trial", "first"]
@@ -125,7 +125,7 @@ class Trial:
 
     def _held(self, site: str, parameters: Parameters) -> tuple[float, float]:
         """Alpha and beta of a site."""
-        held = asdict(self.pruner.gate) | parameters | self.own.get(site, {})
+        held = vars(self.pruner.gate) | parameters | self.own.get(site, {})
         return held["alpha"], held["beta"]
 
     @property
