@@ -377,20 +377,21 @@ ERRORS = (ZeroDivisionError, IndexError, AttributeError, KeyError, AssertionErro
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("where", ["update_index_mapping", "get_all_groups"])
+@pytest.mark.parametrize("where", ["_trace", "get_all_groups"])
 def test_whatever_torch_pruning_raises_is_ours_and_changes_nothing(
     error: type[Exception], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self, *args: object, **kwargs: object) -> None:
-        m = next(iter(self.module2node))  # noqa: F841  # as the frames of torch-pruning hold it
+        m = next(iter(getattr(self, "module2node", [None])))  # noqa: F841  # as frames of torch-pruning hold it
         raise error("theirs")
 
     net = with_dead_channels(made(Plain)).train()
     pruner = InstanceWisePruner(net, net.images(1))
     before, hooks, state = copy.deepcopy(net.state_dict()), hooks_of(net), pruner.state_dict()
     monkeypatch.setattr(tp.DependencyGraph, where, fail)
-    with pytest.raises(UnsupportedError, match=r"torch-pruning cannot .*Plain \(near \w+\).*theirs"):
+    with pytest.raises(UnsupportedError, match=r"torch-pruning cannot .*Plain.*theirs") as raised:
         pruner.to_static([net.images()])
+    assert where == "_trace" or "(near c" in str(raised.value)
     assert hooks_of(net) == hooks
     assert pruner.state_dict() == state
     assert net.training

@@ -300,7 +300,7 @@ def test_a_wrapped_model_is_refused() -> None:
         compact(torch.compile(model), {}, IMAGES)
 
 
-@pytest.mark.parametrize("where", ["update_index_mapping", "get_all_groups"])
+@pytest.mark.parametrize("where", ["_trace", "get_all_groups"])
 def test_what_torch_pruning_cannot_trace_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self, *args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("theirs")

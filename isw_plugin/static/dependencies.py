@@ -127,7 +127,8 @@ def _near(model: nn.Module, error: BaseException) -> str:
     while trace is not None:
         held = trace.tb_frame.f_locals
         node = next((held[name] for name in ("node", "root_node", "target") if hasattr(held.get(name), "inputs")), None)
-        found = _name_before(node, names) or names.get(held.get("m"), "") or found
+        module = held.get("m")
+        found = _name_before(node, names) or (names.get(module, "") if isinstance(module, nn.Module) else "") or found
         trace = trace.tb_next
     return f" (near {found})" if found else ""
 
