@@ -12,9 +12,9 @@ import isw_plugin
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
     {"errors", "ranks", "copies"},
-    {"functional"},
+    {"functional", "inputs"},
     {"ops"},
-    {"sites", "gates", "structure", "decay"},
+    {"sites", "gates", "structure", "decay", "batches"},
     {"hooks", "engine"},
     {"accelerate"},
     {"settings", "wrappers", "static", "saving"},
