@@ -11,8 +11,8 @@ import isw_plugin
 
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
-    {"errors", "ranks", "copies"},
-    {"functional"},
+    {"errors", "ranks"},
+    {"functional", "copies"},
     {"sites", "gates", "structure", "decay"},
     {"hooks"},
     {"engine"},

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from isw_plugin.sites.graph import Graph, Node, norms_over_channels
+from isw_plugin.sites.instances import why_not
 from isw_plugin.sites.paths import ACTIVATIONS, JOINS, PASSES, SPLITS, VIEWS, Path, follow, is_scale
-from isw_plugin.sites.probe import INSTANCES, Graph, Node, norms_over_channels
 from isw_plugin.sites.readers import Readers
 from isw_plugin.sites.taps import Taps
 
@@ -71,6 +72,8 @@ class Walks:
 
     def _walk(self, node: Node) -> tuple[_Walk | None, str]:
         """The map that this layer or norm ends in, or why there is none."""
+        if self.graph.more[node.name]:
+            return None, "how often it is called depends on the number of instances"
         if self.readers.counts[node.name] > 1:
             return None, f"called {self.readers.counts[node.name]} times in one forward"
         if norms_over_channels(self.graph.modules[node.name]):
@@ -206,8 +209,8 @@ class Walks:
     def _unusable(self, walk: _Walk) -> str:
         """Why a map that layers read cannot be a site; "" where it can."""
         shape = self.graph.shapes[walk.value]
-        if shape[0] != INSTANCES:
-            return "instance axis folded into another"
+        if why_not(shape):
+            return why_not(shape)
         if walk.axis not in (1, len(shape) - 1):
             return f"its channels lie on axis {walk.axis} of {len(shape)}"
         if walk.normed and not walk.shaped:
