@@ -74,12 +74,13 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if id(leaf) in self.names:
-                raise _runs_itself(self.model, f"its forward holds {self.names[id(leaf)]} by another way")
-            if func._schema.is_mutable and id(leaf) in self.outside:
+        taken = (id(item) for arg in args for item in (arg if isinstance(arg, list | tuple) else (arg,)))
+        for number in taken:
+            if number in self.names:
+                raise _runs_itself(self.model, f"something outside its modules holds {self.names[number]}")
+            if number in self.outside and func._schema.is_mutable:
                 raise UnsupportedError(
-                    f"the forward of {type(self.model).__name__} changes a buffer of a {self.outside[id(leaf)]} that "
+                    f"the forward of {type(self.model).__name__} changes a buffer of a {self.outside[number]} that "
                     "is no part of the model, so that a copy would change it too: make it a submodule, or put it in "
                     "eval mode"
                 )
@@ -182,7 +183,7 @@ def _reached(values: list[Any]) -> list[nn.Module]:
 
 def _behind(item: Any) -> Iterable[Any]:
     if isinstance(item, FunctionType):
-        return () if _of_torch(item) else _captured(item)
+        return _captured(item)
     if isinstance(item, MethodType):
         owner = item.__self__
         return (owner, item.__func__, *(() if isinstance(owner, nn.Module | type) else _attributes(owner)))
@@ -203,9 +204,10 @@ def _captured(function: FunctionType) -> list[Any]:
     """What a function encloses, its defaults, attributes, and globals by the names that it loads."""
     held = [_content(cell) for cell in function.__closure__ or ()]
     held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
-    for name in _loaded(function.__code__):
-        value = function.__globals__.get(name)
-        elsewhere = isinstance(value, FunctionType) and value.__globals__ is not function.__globals__
+    own = function.__globals__
+    for name in () if str(own.get("__name__")).startswith("torch.") else _loaded(function.__code__):
+        value = own.get(name)
+        elsewhere = isinstance(value, FunctionType) and value.__globals__ is not own
         held += [] if elsewhere else [value]
     return held
 
