@@ -13,13 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from isw_plugin.errors import UnsupportedError
 
-__all__ = ["Untouched", "copy_of"]
+__all__ = ["Untouched", "copy_of", "has_observers"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-_TREE = ("_parameters", "_buffers", "_modules")
 _CALLS = (FunctionType, MethodType, partial)
 _LARGE = 1000  # a longer container holds data, not modules
 
@@ -111,9 +110,9 @@ def _not_copied(model: nn.Module, memo: dict[int, Any]) -> Iterator[str]:
     for name, module in reversed([*model.named_modules()]):
         for attribute, value in vars(module).items():
             try:
-                copy.deepcopy(value, dict(memo))
-            except Exception:
-                yield f", for its {name}{name and '.'}{attribute}" if attribute not in _TREE else f", for its {name}"
+                copy.deepcopy(None if attribute == "_modules" else value, dict(memo))
+            except Exception:  # whatever a part raises
+                yield f", for its {name}{name and '.'}{attribute}"
 
 
 # -- hooks -----------------------------------------------------------------------------------------
@@ -121,6 +120,12 @@ def _not_copied(model: nn.Module, memo: dict[int, Any]) -> Iterator[str]:
 
 def _observer(*args: Any) -> None:
     """In place of a hook that is not copied, until it is taken out."""
+
+
+def has_observers(model: nn.Module) -> bool:
+    """Whether any hooks are of those that ``copy_of(observed=False)`` leaves out."""
+    parts = {id(module) for module in model.modules()}
+    return any(_observes(hook, parts) for module in model.modules() for hook in _hooks(module))
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from isw_plugin.sites import LAYERS
 
 __all__ = ["attachable", "inner_name", "unwrapped"]
 
-_INNER = ("_module", "_forward_module", "_original_module")
+_INNER = ("module", "_module", "_forward_module", "_original_module")
 
 
 def attachable(model: nn.Module) -> nn.Module:
@@ -50,10 +50,12 @@ def attachable(model: nn.Module) -> nn.Module:
 
 def inner_name(model: nn.Module) -> str:
     """The attribute in which a wrapper (Fabric, Opacus, DeepSpeed, AveragedModel) keeps the model; "" for others."""
-    children, owned = list(model.children()), {id(parameter) for parameter in model.parameters()}
-    whole = all({id(parameter) for parameter in child.parameters()} == owned for child in children)
-    names = [name for name in ("module", *_INNER) if isinstance(getattr(model, name, None), nn.Module)]
-    return names[0] if children and whole and names and {*model._modules} <= {"module", *_INNER} else ""
+    if not model._modules or not {*model._modules} <= {*_INNER}:
+        return ""
+    owned = {id(parameter) for parameter in model.parameters()}
+    if any({id(parameter) for parameter in child.parameters()} != owned for child in model.children()):
+        return ""
+    return next((name for name in _INNER if isinstance(getattr(model, name, None), nn.Module)), "")
 
 
 def _delegates(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from isw_plugin.copies import copy_of
+from isw_plugin.copies import copy_of, has_observers
 from isw_plugin.errors import ISWError, ProbeError, UnsupportedError
 from isw_plugin.sites.graph import LAYERS, Call, Graph, Node, norms_over_channels
 from isw_plugin.sites.inputs import Arguments, Inputs, Resize, as_they_are, one_instance, resizes
@@ -132,9 +132,10 @@ def _failure(model: nn.Module, inputs: Inputs, errors: dict[torch.device, Except
             f"{name} runs on example inputs of shape {shapes}, but not on another number of instances on axis 0: "
             f"{error!r}. Gates need a forward that takes any number; attach to the part of the model that does"
         )
+    needed = ", and make hooks that it needs callable objects: functions are left out" if has_observers(model) else ""
     return ProbeError(
         f"{name} could not be run on example inputs of shape {shapes}: {error!r} (on meta: {errors[_META]!r}). Pass "
-        "example_inputs that its forward accepts"
+        f"example_inputs that its forward accepts{needed}"
     )
 
 

@@ -6,6 +6,7 @@ custom activation modules and functional code look alike.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ def record(model: nn.Module, copied: nn.Module, args: tuple[Any, ...], kwargs: d
         UnsupportedError: The copy runs the model itself.
     """
     graph = Graph(dict(model.named_modules()))
+    for module in copied.modules():
+        if type(module) in (nn.RNN, nn.LSTM, nn.GRU):
+            module.forward = partial(_recurrent, module, module.forward)
     recorder = _Recorder(graph, copied)
     copied.eval()
     try:
@@ -34,6 +38,20 @@ def record(model: nn.Module, copied: nn.Module, args: tuple[Any, ...], kwargs: d
     finally:
         recorder.unhook()
     return graph
+
+
+def _recurrent(rnn: Any, forward: Callable[..., Any], x: Any, hx: Any = None) -> Any:
+    """Shapes alone on meta, where torch takes seconds for every step of time."""
+    if not isinstance(x, Tensor) or not x.is_meta or x.shape[-1] != rnn.input_size or x.dim() not in (2, 3):
+        return forward(x, hx)
+    directions, size = 2 if rnn.bidirectional else 1, getattr(rnn, "proj_size", 0) or rnn.hidden_size
+    swaps = rnn.batch_first and x.dim() == 3
+    steps = x.transpose(0, 1) if swaps else x
+    output = x.new_empty((*steps.shape[:-1], directions * size))
+    state = (rnn.num_layers * directions, *steps.shape[1:-1])
+    last = x.new_empty((*state, size))
+    hidden = (last, x.new_empty((*state, rnn.hidden_size))) if isinstance(rnn, nn.LSTM) else last
+    return output.transpose(0, 1) if swaps else output, hidden
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
@@ -71,7 +89,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
         kind = "layer" if isinstance(module, LAYERS) else "norm" if is_norm(module) else None
         if isinstance(module, nn.RNNBase):
-            kind = "recurrent"  # thousands of operations on meta
+            kind = "recurrent"
 
         def pre(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.inside is not None:
