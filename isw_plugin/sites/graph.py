@@ -80,6 +80,7 @@ def norms_over_channels(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, of torch or by the name of its class."""
     return isinstance(module, _NORMS) or _is_named(module, _NORM_NAMES)
 
 
