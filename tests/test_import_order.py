@@ -11,8 +11,8 @@ import isw_plugin
 
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
-    {"errors", "ranks", "copies"},
-    {"functional", "inputs"},
+    {"errors", "ranks"},
+    {"functional", "inputs", "copies"},
     {"ops"},
     {"sites", "gates", "structure", "decay", "batches"},
     {"hooks", "engine"},

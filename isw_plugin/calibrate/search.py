@@ -16,12 +16,12 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from isw_plugin.accelerate import Accelerated
 from isw_plugin.batches import Batches
 from isw_plugin.calibrate.choice import Choice
 from isw_plugin.calibrate.per_site import refined
 from isw_plugin.calibrate.record import Calibration, Candidate, Parameters
 from isw_plugin.calibrate.trial import Measured, Trial, first
-from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.errors import SettingError
 from isw_plugin.gates import with_parameters
 from isw_plugin.measure.evaluate import Forward

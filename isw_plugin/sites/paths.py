@@ -6,9 +6,9 @@ channels apart and zeros zero. Anything else ends a path.
 
 from math import prod
 
+from isw_plugin.sites.graph import Graph, Node
 from isw_plugin.sites.operations import BLANKS, CLAMPS, PASSES, POOLS, REDUCTIONS, VIEWS
 from isw_plugin.sites.places import MOVES, OTHER, Path, Rule, without
-from isw_plugin.sites.probe import Graph, Node
 
 __all__ = ["Path", "by_channel", "follow", "is_scale", "keeps_zeros"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from isw_plugin.sites.graph import Graph, Node
 from isw_plugin.sites.operations import PASSES, SPLITS, VIEWS
-from isw_plugin.sites.probe import Graph, Node
 
 __all__ = ["MOVES", "OTHER", "Path", "Rule", "without"]
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from isw_plugin.sites.graph import Graph, Node
 from isw_plugin.sites.operations import BLANKS, CUTS
 from isw_plugin.sites.paths import Path, follow, is_scale
-from isw_plugin.sites.probe import Graph, Node
 from isw_plugin.sites.site import Consumer
 
 __all__ = ["Readers"]

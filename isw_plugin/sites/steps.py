@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from isw_plugin.sites.graph import Graph, Node, norms_over_channels
+from isw_plugin.sites.instances import why_not
 from isw_plugin.sites.operations import ACTIVATIONS, CUTS, FOLDS, JOINS, PASSES, SPLITS, VIEWS
 from isw_plugin.sites.paths import Path, by_channel, follow, keeps_zeros
-from isw_plugin.sites.probe import INSTANCES, Graph, Node, norms_over_channels
 from isw_plugin.sites.readers import Readers
 from isw_plugin.sites.taps import Taps
 
@@ -42,6 +43,8 @@ class Steps:
 
     def start(self, node: Node, cut: bool) -> tuple[Walk | None, str]:
         """Where the walk from a layer or norm starts, or why it does not."""
+        if self.graph.more[node.name]:
+            return None, "how often it is called depends on the number of instances"
         if self.readers.counts[node.name] > 1:
             return None, f"called {self.readers.counts[node.name]} times in one forward"
         if norms_over_channels(self.graph.modules[node.name]):
@@ -237,8 +240,8 @@ class Steps:
     def _unusable(self, walk: Walk) -> str:
         """Why a map that layers read cannot be a site; "" where it can."""
         shape = self.graph.shapes[walk.value]
-        if shape[0] != INSTANCES:
-            return "instance axis folded into another"
+        if reason := why_not(shape):
+            return reason
         if walk.axis not in (1, len(shape) - 1):
             return f"its channels lie on axis {walk.axis} of {len(shape)}"
         if walk.normed and not walk.shaped:

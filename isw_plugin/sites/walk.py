@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from isw_plugin.sites.probe import Graph, Node
+from isw_plugin.sites.graph import Graph, Node
 from isw_plugin.sites.readers import Readers
 from isw_plugin.sites.steps import NO_TAP, Steps, Walk
 from isw_plugin.sites.taps import Taps
