@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from training import Schedule
 
-from benchmarks.command import command
+from benchmarks.lab.circumstances import command
 from benchmarks.paper.networks import build
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.errors import BudgetError

@@ -21,7 +21,7 @@ from torch import nn
 from training import Schedule, finish, train
 
 from benchmarks.beyond_sites import stored_vgg16
-from benchmarks.command import circumstances
+from benchmarks.lab.circumstances import circumstances
 from benchmarks.paper.networks import build
 from isw_plugin import InstanceWisePruner, calibrate, count_macs, evaluate
 

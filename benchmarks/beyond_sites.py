@@ -20,7 +20,7 @@ from images import Batches, ImageSplits, load
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.command import circumstances
+from benchmarks.lab.circumstances import circumstances
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.calibrate.choice import Choice
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from training import Schedule, finish, train
 
 from benchmarks.beyond_gated import measured, stored
-from benchmarks.command import circumstances
+from benchmarks.lab.circumstances import circumstances
 from benchmarks.paper.networks import build
 from isw_plugin import InstanceWisePruner
 from isw_plugin.sites.patterns import select

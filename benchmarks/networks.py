@@ -10,7 +10,7 @@ import torch
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 
-from benchmarks import decisions
+from benchmarks.lab import decisions
 from isw_plugin import InstanceWisePruner
 
 __all__ = ["NETWORKS", "Stored", "gate_at", "gate_by", "network", "trained_networks"]

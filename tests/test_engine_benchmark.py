@@ -39,7 +39,7 @@ def test_a_row_is_whole(row: Row) -> None:
 
 
 def test_trained_masks_are_those_that_are_stored() -> None:
-    from benchmarks import decisions
+    from benchmarks.lab import decisions
 
     name, path = next(iter(trained_networks().items()))
     (row,) = measure(name, 32, batch=2, masks=[TRAINED], rounds=1, compiles=False, probe=Alone())

@@ -11,7 +11,7 @@ from images import ImageSplits
 from images import load as load_images
 from run_folder import OtherRunError
 
-from benchmarks import decisions
+from benchmarks.lab import decisions
 from benchmarks.paper import __main__ as command
 from benchmarks.paper.measuring import OFF, Measurer, key_of
 from benchmarks.paper.networks import build

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decisions
+from benchmarks.lab import decisions
 from benchmarks.paper.writing import load_slimmed
 from isw_plugin import InstanceWisePruner, count_macs
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from benchmarks import decisions
-from benchmarks.command import command
+from benchmarks.lab import decisions
+from benchmarks.lab.circumstances import command
 from benchmarks.paper.figures import FIGURES, subject
 from benchmarks.paper.measuring import Measurer, key_of
 from benchmarks.paper.tables import TABLES, markdown

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import decisions
+from benchmarks.lab import decisions
 
 
 @given(count=st.integers(1, 20), channels=st.lists(st.integers(1, 30), min_size=1, max_size=4), seed=st.integers(0, 99))
