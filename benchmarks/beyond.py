@@ -1,7 +1,7 @@
 """Beyond the paper, at digits scale: what carries over between networks, and what a gate does without training.
 
-    PYTHONPATH=examples python -m benchmarks.beyond --out docs/results/beyond --seeds 0 1
-    PYTHONPATH=examples python -m benchmarks.beyond --out runs/beyond --quick      # a minute or two: does it run?
+    python -m benchmarks.beyond --out docs/results/beyond --seeds 0 1
+    python -m benchmarks.beyond --out runs/beyond --quick      # a minute or two: does it run?
 
 Three networks (benchmarks.paper's, at --width) are trained on the embedded digits at 32 pixels and then fine-tuned
 with each form of feature decay. Every row: accuracy, mean CV (Eq. 6), and the most MACs that gates save while held-out
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from images import Batches, ImageSplits, load, shuffled
 from torch import nn
 from torch.nn import functional as F
-from training import Schedule
 
 from benchmarks.lab.circumstances import command
-from benchmarks.paper.networks import build
+from benchmarks.lab.images import Batches, ImageSplits, load, shuffled
+from benchmarks.lab.networks import build
+from benchmarks.lab.training import Schedule
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.errors import BudgetError
 from isw_plugin.measure import hardware

@@ -1,6 +1,6 @@
 """Beyond the paper: fine-tune a trained VGG16 with other forms of feature decay, for benchmarks.beyond_sites.
 
-    PYTHONPATH=examples python -m benchmarks.beyond_decay runs/paper/runs/vgg16-0/trained.safetensors --data DIR \\
+    python -m benchmarks.beyond_decay runs/paper/runs/vgg16-0/trained.safetensors --data DIR \\
         --decays none relative:0.3 --out runs/decay
 
 Writes OUT/DECAY/trained.safetensors, decay by decay; saved after every epoch, so a second run goes on.
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import load, shuffled
-from run_folder import RunFolder
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Schedule, finish, train
 
 from benchmarks.beyond import Decay
-from benchmarks.beyond_sites import stored_vgg16
+from benchmarks.lab.images import load, shuffled
+from benchmarks.lab.networks import stored_vgg16
+from benchmarks.lab.run_folder import RunFolder
+from benchmarks.lab.training import Schedule, finish, train
 from isw_plugin import InstanceWisePruner
 
 CPU = torch.device("cpu")

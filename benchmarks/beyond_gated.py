@@ -1,6 +1,6 @@
 """Beyond the paper: fine-tune a trained network with its gates on, so that it learns to do without what they drop.
 
-    PYTHONPATH=examples python -m benchmarks.beyond_gated runs/paper/runs/vgg16-3e-07/trained.safetensors --data DIR \\
+    python -m benchmarks.beyond_gated runs/paper/runs/vgg16-3e-07/trained.safetensors --data DIR \\
         --saved 0.55 --epochs 4 --lambda 3e-7 --out runs/gated
 
 Thresholds of single sites are chosen on held-out images for --saved of the MACs, or for the most channels within
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import Batches, ImageSplits, load
-from run_folder import RunFolder
 from torch import nn
-from training import Schedule, finish, train
 
-from benchmarks.beyond_sites import stored_vgg16
 from benchmarks.lab.circumstances import circumstances
-from benchmarks.paper.networks import build
+from benchmarks.lab.images import Batches, ImageSplits, load
+from benchmarks.lab.networks import build, stored_vgg16
+from benchmarks.lab.run_folder import RunFolder
+from benchmarks.lab.training import Schedule, finish, train
 from isw_plugin import InstanceWisePruner, calibrate, count_macs, evaluate
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Beyond the paper: one pair of thresholds for a network against thresholds of single sites, on trained VGG16s.
 
-    PYTHONPATH=examples python -m benchmarks.beyond_sites --data DIR --out docs/results/beyond \\
+    python -m benchmarks.beyond_sites --data DIR --out docs/results/beyond \\
         runs/paper/runs/vgg16-0/trained.safetensors runs/paper/runs/vgg16-1e-07/trained.safetensors
 
 The models are VGG16s of benchmarks.paper or examples/slimmed_vgg16.py, trained on --data with seed 0. Thresholds are
@@ -14,27 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import slimmed_vgg16 as example
 import torch
-from images import Batches, ImageSplits, load
-from safetensors.torch import load_file
-from torch import nn
 
 from benchmarks.lab.circumstances import circumstances
+from benchmarks.lab.images import Batches, ImageSplits, load
+from benchmarks.lab.networks import stored_vgg16
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.calibrate.choice import Choice
 
 CPU = torch.device("cpu")
-
-
-def stored_vgg16(path: Path) -> nn.Module:
-    """A VGG16 of any widths, as the example and the paper's recipes save it."""
-    state = load_file(path)
-    layers = {int(name.split(".")[1]): weight for name, weight in state.items() if weight.dim() == 4}
-    widths = tuple(len(layers[index]) for index in sorted(layers))  # the file sorts names as text
-    model = example.vgg16(widths, len(state["head.fc.weight"]))
-    model.load_state_dict(state)
-    return model.eval()
 
 
 def site_rows(args: argparse.Namespace, splits: ImageSplits) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Beyond the paper: train a network with gates on, thresholds following a share to keep at every site.
 
-    PYTHONPATH=examples python -m benchmarks.beyond_steered --network vgg16 --data DIR --epochs 12 --lambda 3e-7 \\
+    python -m benchmarks.beyond_steered --network vgg16 --data DIR --epochs 12 --lambda 3e-7 \\
         --keep '{"*": 0.75, "features.2?": 0.3, "features.3?": 0.1}' --out runs/steered
 
 From scratch, in the epochs that training without gates takes, or from trained weights on (--model). The shares to keep
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import Batches, load
-from run_folder import RunFolder
 from torch import Tensor
-from training import Schedule, finish, train
 
 from benchmarks.beyond_gated import measured, stored
 from benchmarks.lab.circumstances import circumstances
-from benchmarks.paper.networks import build
+from benchmarks.lab.images import Batches, load
+from benchmarks.lab.networks import build
+from benchmarks.lab.run_folder import RunFolder
+from benchmarks.lab.training import Schedule, finish, train
 from isw_plugin import InstanceWisePruner
 from isw_plugin.sites.patterns import select
 from isw_plugin.steering import steer_thresholds

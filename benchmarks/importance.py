@@ -1,6 +1,6 @@
 """Which channels to prune: importances of torch-pruning and ours at equal MACs, on one trained VGG16.
 
-PYTHONPATH=examples python benchmarks/importance.py --out runs/importance      # embedded digits, width 0.5
+python benchmarks/importance.py --out runs/importance      # embedded digits, width 0.5
 
 The network is trained with BN-L1 and fine-tuned with feature decay. Every importance, as torch-pruning sets it up by
 default, then prunes a copy of it, globally, to the same MACs; every layer keeps 8 channels, whatever the importance.
@@ -19,19 +19,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import slimmed_vgg16 as example
 import torch
 import torch_pruning as tp
-from images import load, shuffled
-from run_folder import RunFolder
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.lab.images import load, shuffled
+from benchmarks.lab.networks import MIN_CHANNELS
+from benchmarks.lab.run_folder import RunFolder
+from benchmarks.lab.slimming import Slimming
 from isw_plugin import InstanceWisePruner, count_macs, evaluate
 from isw_plugin.measure import hardware
 from isw_plugin.toolkits.torch_pruning import InstanceFrequencyImportance, SlimmingImportance
 
-Importance = Callable[[example.Job, nn.Module], Any]
+ALPHA, BETA = 0.5, 1.0  # of the gates that tell the frequencies
+LAMBDA = 1e-6
+Importance = Callable[[Slimming, nn.Module], Any]
 
 
 class Spared(tp.importance.Importance):  # type: ignore[misc]  # torch-pruning ships no types
@@ -44,18 +47,18 @@ class Spared(tp.importance.Importance):  # type: ignore[misc]  # torch-pruning s
         found: torch.Tensor | None = self.importance(group)
         if found is None:
             return None
-        safe = found.topk(min(example.MIN_CHANNELS, len(found))).indices
+        safe = found.topk(min(MIN_CHANNELS, len(found))).indices
         return found.index_add(0, safe, found.new_full((len(safe),), 1e6))
 
 
-def frequency(job: example.Job, model: nn.Module, normalizer: Literal["mean"] | None = "mean") -> Any:
-    pruner = InstanceWisePruner(model, job.example, alpha=job.args.alpha, beta=job.args.beta)
+def frequency(job: Slimming, model: nn.Module, normalizer: Literal["mean"] | None = "mean") -> Any:
+    pruner = InstanceWisePruner(model, job.inputs, alpha=ALPHA, beta=BETA)
     found = InstanceFrequencyImportance(pruner, job.batches("train"), normalizer=normalizer)
     pruner.remove()
     return found
 
 
-def taylor(job: example.Job, model: nn.Module) -> Any:
+def taylor(job: Slimming, model: nn.Module) -> Any:
     """Of the loss on all training images, one gradient."""
     for images, labels in job.batches("train"):
         (F.cross_entropy(model(images), labels) / len(job.splits.train) * len(labels)).backward()
@@ -80,19 +83,19 @@ def copied(model: nn.Module, ranking: Any) -> tuple[nn.Module, Any]:
     return other, same
 
 
-def pruned(job: example.Job, ranked: nn.Module, ranking: Any, target: float) -> nn.Module:
+def pruned(job: Slimming, ranked: nn.Module, ranking: Any, target: float) -> nn.Module:
     """A copy with at most this share of the MACs: the lowest pruning ratio that reaches it, to 1/250."""
-    whole = count_macs(ranked, job.example).dense
+    whole = count_macs(ranked, job.inputs).dense
     low, high = 0.0, 1.0
     best = None
     while high - low > 4e-3:
-        torch.manual_seed(job.args.seed)
+        torch.manual_seed(job.seed)
         ratio = (low + high) / 2
         model, same = copied(ranked, Spared(ranking))
         tp.pruner.BasePruner(
-            model, job.example, same, pruning_ratio=ratio, global_pruning=True, ignored_layers=[model.head.fc]
+            model, job.inputs, same, pruning_ratio=ratio, global_pruning=True, ignored_layers=[model.head.fc]
         ).step()
-        if count_macs(model, job.example).dense <= target * whole:
+        if count_macs(model, job.inputs).dense <= target * whole:
             high, best = ratio, model
         else:
             low = ratio
@@ -102,48 +105,48 @@ def pruned(job: example.Job, ranked: nn.Module, ranking: Any, target: float) -> 
     return best
 
 
-def finetuned(job: example.Job, model: nn.Module) -> nn.Module:
+def finetuned(job: Slimming, model: nn.Module, epochs: int) -> nn.Module:
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    for epoch in range(job.args.epochs_after):
-        for images, labels in shuffled(job.splits, job.args.batch, epoch, job.device):
+    for epoch in range(epochs):
+        for images, labels in shuffled(job.splits, job.batch, epoch, job.device):
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
     return model.eval()
 
 
-def rows(job: example.Job, trained: nn.Module, name: str, targets: list[float]) -> list[dict[str, Any]]:
+def rows(job: Slimming, trained: nn.Module, name: str, own: argparse.Namespace) -> list[dict[str, Any]]:
     ranked = copy.deepcopy(trained)
     ranking = IMPORTANCES[name](job, ranked)
-    return [row(job, pruned(job, ranked, ranking, target), name, target) for target in targets]
-
-
-def row(job: example.Job, model: nn.Module, name: str, target: float) -> dict[str, Any]:
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    found = {
-        "importance": name,
-        "target": target,
-        "macs": count_macs(model, job.example).dense,
-        "channels": sum(norm.num_features for norm in norms),
-        "widths": [norm.num_features for norm in norms],
-        "accuracy": evaluate(model, job.batches("test")).accuracy,
-        "accuracy_finetuned": evaluate(finetuned(job, model), job.batches("test")).accuracy,
-    }
-    print(found, flush=True)
+    found = []
+    for target in own.targets:
+        model = pruned(job, ranked, ranking, target)
+        found.append({"importance": name, "target": target} | state(job, model, own.epochs_after))
+        print(found[-1], flush=True)
     return found
 
 
-def trained_network(job: example.Job) -> nn.Module:
-    """As the main job trains it, without its static step in between."""
-    example.dense_stage(job)
+def state(job: Slimming, model: nn.Module, epochs: int) -> dict[str, Any]:
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return {
+        "macs": count_macs(model, job.inputs).dense,
+        "channels": sum(norm.num_features for norm in norms),
+        "widths": [norm.num_features for norm in norms],
+        "accuracy": evaluate(model, job.batches("test")).accuracy,
+        "accuracy_finetuned": evaluate(finetuned(job, model, epochs), job.batches("test")).accuracy,
+    }
+
+
+def trained_network(job: Slimming) -> nn.Module:
+    """With BN-L1, then with feature decay, for as long each; nothing is pruned in between."""
+    job.train_dense()
     name = "decayed"
     if not job.run.has(name):
-        model = job.stored("dense", job.dense_widths())
-        pruner = InstanceWisePruner(model, job.example, lambda_=job.args.lambdas[0])
-        regularize = lambda loss: pruner.regularize(model, loss)  # noqa: E731
-        job.train(model, name, job.args.epochs_finetune, 0.05, regularize=regularize)
-    return job.stored(name, job.dense_widths())
+        model = job.stored("dense", job.widths)
+        pruner = InstanceWisePruner(model, job.inputs, lambda_=LAMBDA)
+        job.train(model, name, job.epochs_dense, 0.05, regularize=lambda loss: pruner.regularize(model, loss))
+    return job.stored(name, job.widths)
 
 
 def versions() -> str:
@@ -171,28 +174,33 @@ def ranged(values: list[float]) -> str:
     return f"{sum(values) / len(values):.3f} ({low:.3f}-{high:.3f})"
 
 
-def about(own: argparse.Namespace, job: example.Job, whole: list[dict[str, float]]) -> str:
+def about(own: argparse.Namespace, job: Slimming, whole: list[dict[str, float]]) -> str:
     """What was run, on what."""
     return (
-        f"VGG16, width {job.args.width}, digits at {job.args.size}x{job.args.size}, {own.epochs} epochs with BN-L1 and "
-        f"{own.epochs} with lambda {job.args.lambdas[0]:g} ({own.precision}), seeds {own.seeds}: accuracy "
+        f"VGG16, width {job.width}, digits at 32x32, {own.epochs} epochs with BN-L1 and "
+        f"{own.epochs} with lambda {LAMBDA:g} ({own.precision}), seeds {own.seeds}: accuracy "
         f"{ranged([one['accuracy'] for one in whole])} on {len(job.splits.test)} test images, "
         f"{whole[0]['macs'] / 1e6:.2f} MMACs. Importances see the {len(job.splits.train)} training images; gate alpha "
-        f"{job.args.alpha}, beta {job.args.beta}; fine-tuned for {own.epochs_after} epochs. {hardware()}, "
+        f"{ALPHA}, beta {BETA}; fine-tuned for {own.epochs_after} epochs. {hardware()}, "
         f"{torch.get_num_threads()} threads, {versions()}, {datetime.date.today()}: "
         f"{shlex.join(['python', *sys.orig_argv[1:]])}"
     )
 
 
-def job_of(own: argparse.Namespace, seed: int) -> example.Job:
-    args = example.arguments(
-        f"--epochs-dense {own.epochs} --epochs-finetune {own.epochs} --seed {seed} --precision {own.precision} "
-        f"--out {own.out / str(seed)}".split()
-    )
-    args.epochs_after, args.alpha, args.beta = own.epochs_after, 0.5, 1.0
+def job_of(own: argparse.Namespace, seed: int) -> Slimming:
     settings = {"epochs": own.epochs, "seed": seed, "precision": own.precision}
-    run = RunFolder(own.out / str(seed), settings)
-    return example.Job(args, load("digits", args.size, seed), run, torch.device("cpu"))
+    return Slimming(
+        splits=load("digits", 32, seed),
+        run=RunFolder(own.out / str(seed), settings),
+        device=torch.device("cpu"),
+        width=0.5,
+        epochs_dense=own.epochs,
+        batch=32,
+        bn_l1=5e-4,
+        prune_ratio=0.67,
+        seed=seed,
+        precision=own.precision,
+    )
 
 
 def main() -> None:
@@ -208,9 +216,9 @@ def main() -> None:
     for seed in own.seeds:
         job = job_of(own, seed)
         trained = trained_network(job)
-        macs = count_macs(trained, job.example).dense
+        macs = count_macs(trained, job.inputs).dense
         whole.append({"macs": macs, "accuracy": evaluate(trained, job.batches("test")).accuracy})
-        found += [{"seed": seed, **line} for name in IMPORTANCES for line in rows(job, trained, name, own.targets)]
+        found += [{"seed": seed, **line} for name in IMPORTANCES for line in rows(job, trained, name, own)]
     results = {"about": about(own, job, whole), "rows": found}
     (own.out / "importance.json").write_text(json.dumps(results, indent=2))
     (own.out / "importance.md").write_text(table(results))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from images import ImageSplits
-from images import load as load_images
 
 from benchmarks import beyond
+from benchmarks.lab.images import ImageSplits
+from benchmarks.lab.images import load as load_images
 
 
 def few(data: str, side: int, seed: int) -> ImageSplits:

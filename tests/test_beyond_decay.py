@@ -4,15 +4,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import slimmed_vgg16 as example
 import torch
-from images import ImageSplits
-from images import load as load_images
-from run_folder import RunFolder
 from safetensors.torch import load_file
 
 from benchmarks import beyond_decay
-from benchmarks.beyond_sites import stored_vgg16
+from benchmarks.lab.images import ImageSplits
+from benchmarks.lab.images import load as load_images
+from benchmarks.lab.networks import stored_vgg16, vgg16
+from benchmarks.lab.run_folder import RunFolder
 
 
 def few(data: str, side: int, seed: int) -> ImageSplits:
@@ -23,7 +22,7 @@ def few(data: str, side: int, seed: int) -> ImageSplits:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    network = example.vgg16((8,) * 13, 10)
+    network = vgg16((8,) * 13, 10)
     RunFolder(tmp_path / "vgg16-0", {}).save("trained", dict(network.state_dict()), origin="random")
     return tmp_path / "vgg16-0" / "trained.safetensors"
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from images import ImageSplits
-from images import load as load_images
-from run_folder import OtherRunError, RunFolder
 from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import beyond_gated
-from benchmarks.paper.networks import build
+from benchmarks.lab.images import ImageSplits
+from benchmarks.lab.images import load as load_images
+from benchmarks.lab.networks import build
+from benchmarks.lab.run_folder import OtherRunError, RunFolder
 from isw_plugin import InstanceWisePruner, calibrate
 
 

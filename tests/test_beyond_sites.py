@@ -3,23 +3,23 @@
 import json
 from pathlib import Path
 
-import slimmed_vgg16 as example
 import torch
-from run_folder import RunFolder
 
 from benchmarks import beyond_sites
+from benchmarks.lab.networks import stored_vgg16, vgg16
+from benchmarks.lab.run_folder import RunFolder
 
 WIDTHS = (8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20)  # each its own, so that no order but the right one fits
 
 
 def store(folder: Path) -> Path:
     torch.manual_seed(0)
-    RunFolder(folder, {}).save("trained", dict(example.vgg16(WIDTHS, 10).state_dict()), origin="random")
+    RunFolder(folder, {}).save("trained", dict(vgg16(WIDTHS, 10).state_dict()), origin="random")
     return folder / "trained.safetensors"
 
 
 def test_a_stored_vgg16_is_built_at_its_own_widths(tmp_path: Path) -> None:
-    model = beyond_sites.stored_vgg16(store(tmp_path / "vgg16-0"))
+    model = stored_vgg16(store(tmp_path / "vgg16-0"))
     assert [len(weight) for weight in model.state_dict().values() if weight.dim() == 4] == list(WIDTHS)
     assert not model.training
 

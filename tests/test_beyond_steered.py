@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from images import ImageSplits
-from images import load as load_images
-from run_folder import OtherRunError
 from safetensors.torch import load_file
 
 from benchmarks import beyond_steered
-from benchmarks.paper.networks import build
+from benchmarks.lab.images import ImageSplits
+from benchmarks.lab.images import load as load_images
+from benchmarks.lab.networks import build
+from benchmarks.lab.run_folder import OtherRunError
 from isw_plugin import InstanceWisePruner
 from isw_plugin.errors import PatternError
 

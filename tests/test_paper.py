@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from images import ImageSplits
-from images import load as load_images
-from run_folder import OtherRunError
 
 from benchmarks.lab import decisions
+from benchmarks.lab.images import ImageSplits
+from benchmarks.lab.images import load as load_images
+from benchmarks.lab.networks import build
+from benchmarks.lab.run_folder import OtherRunError
 from benchmarks.paper import __main__ as command
 from benchmarks.paper.measuring import OFF, Measurer, key_of
-from benchmarks.paper.networks import build
 from benchmarks.paper.recipes import SCALES, recipes
 from benchmarks.paper.tables import TABLES, Row, Table, markdown
 from benchmarks.paper.training import Bench, as_pretrained
 from benchmarks.paper.writing import load_slimmed
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate, evaluate
+from tests.folders import make_folder
 
 PUBLISHED = Path(command.__file__).with_name("published.json")
 
@@ -176,8 +177,6 @@ def test_a_run_folder_of_the_example_is_adopted(out: Path, tmp_path: Path) -> No
 
 
 def test_imagenet_is_a_folder_of_its_own(tmp_path: Path) -> None:
-    from test_example_images import make_folder
-
     folder = make_folder(tmp_path / "some-imagenet", count=40, test="val")
     options = ["--imagenet", str(folder), "--scale", "smoke", "--epochs", "1", "--device", "cpu"]
     command.main(command.arguments(["table8", "figure5", *options, "--out", str(tmp_path / "out")]))

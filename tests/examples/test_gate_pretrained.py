@@ -7,7 +7,8 @@ import torch
 from gate_pretrained import arguments, main
 from images import DataError
 from safetensors.torch import save_file
-from test_example_images import make_folder
+
+from tests.folders import make_folder
 
 
 def checkpoint(tmp_path: Path) -> Path:
