@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import Plain, Residual, made
 from torch import Tensor, nn
 
-from benchmarks import zoo_checks, zoo_graphs, zoo_pruned
-from benchmarks.zoo import check_pruned, main, read, report, resume
-from benchmarks.zoo_checks import check
-from benchmarks.zoo_graphs import check_engine, check_graphs
-from benchmarks.zoo_models import build, randomise, smallest
-from benchmarks.zoo_pruned import pruned
-from benchmarks.zoo_report import page, summary, verdict
-from benchmarks.zoo_sites import filled_twice, module_of, site_record, unaccounted
-from benchmarks.zoo_subject import Failed, Subject
+from benchmarks.zoo import checks, graphs, pruning
+from benchmarks.zoo.__main__ import check_pruned, main, read, report, resume
+from benchmarks.zoo.checks import check
+from benchmarks.zoo.graphs import check_engine, check_graphs
+from benchmarks.zoo.models import build, randomise, smallest
+from benchmarks.zoo.pruning import pruned
+from benchmarks.zoo.report import page, summary, verdict
+from benchmarks.zoo.sites import filled_twice, module_of, site_record, unaccounted
+from benchmarks.zoo.subject import Failed, Subject
 from isw_plugin.engine.accelerate import Accelerated, Record
 from isw_plugin.hooks import has_hooks
 from isw_plugin.sites import Consumer, Found, default_inputs, find_sites
+from tests.conftest import Plain, Residual, made
 
 WRITTEN_FOR = (1, 0, 31)  # the timm whose models these are
 KINDS = [
@@ -54,7 +54,7 @@ def built(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.filterwarnings("ignore")  # of timm and torch, which a released timm may add
 @pytest.mark.parametrize("name", KINDS)
 def test_models_of_every_kind_pass_every_step(name: str) -> None:
-    assert set(check(*built(name)).items()) == {(step, "ok") for step in zoo_checks.STEPS}
+    assert set(check(*built(name)).items()) == {(step, "ok") for step in checks.STEPS}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -94,7 +94,7 @@ def test_where_attention_stops_torch_pruning_its_mlps_are_pruned() -> None:
 def test_what_torch_pruning_does_not_manage_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     net = made(Plain)
     monkeypatch.setattr(net, "pretrained_cfg", {"classifier": "fc"}, raising=False)
-    monkeypatch.setattr(zoo_pruned.tp.pruner.BasePruner, "step", lambda pruner: None)
+    monkeypatch.setattr(pruning.tp.pruner.BasePruner, "step", lambda pruner: None)
     assert check_pruned(net, net.images(2)) == {
         "prune": "skipped: torch-pruning: RuntimeError: torch-pruning pruned nothing"
     }
@@ -107,8 +107,8 @@ def test_torch_pruning_is_stopped_where_it_takes_too_long(monkeypatch: pytest.Mo
 
     net = made(Plain)
     monkeypatch.setattr(net, "pretrained_cfg", {}, raising=False)
-    monkeypatch.setattr(zoo_pruned, "SECONDS", 0.05)
-    monkeypatch.setattr(zoo_pruned.tp.pruner.BasePruner, "step", forever)
+    monkeypatch.setattr(pruning, "SECONDS", 0.05)
+    monkeypatch.setattr(pruning.tp.pruner.BasePruner, "step", forever)
     assert check_pruned(net, net.images(2)) == {
         "prune": "skipped: torch-pruning: RuntimeError: it takes more than 0.05 s"
     }
@@ -117,19 +117,19 @@ def test_torch_pruning_is_stopped_where_it_takes_too_long(monkeypatch: pytest.Mo
 def test_a_dropped_channel_that_reaches_its_reader_is_seen() -> None:
     net = made(Plain)
     subject = Subject.of(net, net.images(2))
-    zoo_checks.attach(subject)
+    checks.attach(subject)
     net.c2.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
     with pytest.raises(Failed, match="dropped channels reach"):
-        zoo_checks.gate(subject)
+        checks.gate(subject)
 
 
 def test_an_output_that_changes_is_seen() -> None:
     net = made(Plain)
     subject = Subject.of(net, net.images(2))
-    zoo_checks.attach(subject)
+    checks.attach(subject)
     with torch.no_grad():
         net.fc.bias.add_(1)
-    for step in (zoo_checks.forward, zoo_checks.remove):
+    for step in (checks.forward, checks.remove):
         with pytest.raises(Failed, match=r"changed|restored"):
             step(subject)
 
@@ -142,18 +142,18 @@ def test_instances_that_depend_on_each_other_are_seen() -> None:
     torch.manual_seed(0)
     model = Mixed(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     subject = Subject.of(model, torch.randn(2, 3, 8, 8) + torch.tensor([0.0, 9.0]).view(2, 1, 1, 1))
-    zoo_checks.attach(subject)
+    checks.attach(subject)
     with pytest.raises(Failed, match="differs from its instances"):
-        zoo_checks.one_by_one(subject)
+        checks.one_by_one(subject)
 
 
 def test_a_site_without_a_gradient_is_seen() -> None:
     net = made(Residual)
     net.block.c1.requires_grad_(False)
     subject = Subject.of(net, net.images(2))
-    zoo_checks.attach(subject)
+    checks.attach(subject)
     with pytest.raises(Failed, match=r"block\.c1: a site without a gradient"):
-        zoo_checks.penalty(subject)
+        checks.penalty(subject)
 
 
 def test_an_accelerated_model_that_gives_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +190,8 @@ def test_a_gated_model_whose_graph_gives_something_else_is_seen(monkeypatch: pyt
     def eager(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: model(x) + has_hooks(model)
 
-    for name in zoo_graphs.MAKERS:
-        monkeypatch.setitem(zoo_graphs.MAKERS, name, eager)
+    for name in graphs.MAKERS:
+        monkeypatch.setitem(graphs.MAKERS, name, eager)
     net = made(Plain)
     results = check_graphs(net, net.images(2))
     assert results["export"].startswith("differs from masking by ")
@@ -203,8 +203,8 @@ def test_a_model_that_has_no_graph_without_gates_either_is_skipped(monkeypatch: 
     def fails(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         raise ZeroDivisionError("inside")
 
-    for name in zoo_graphs.MAKERS:
-        monkeypatch.setitem(zoo_graphs.MAKERS, name, fails)
+    for name in graphs.MAKERS:
+        monkeypatch.setitem(graphs.MAKERS, name, fails)
     net = made(Plain)
     skipped = "skipped: nor does the bare model: ZeroDivisionError: inside"
     assert check_graphs(net, net.images(2)) == {"export": skipped, "compile": skipped}
@@ -214,7 +214,7 @@ def test_a_step_that_fails_says_so_and_the_others_go_on(monkeypatch: pytest.Monk
     def fails(subject: Subject) -> None:
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setitem(zoo_checks.STEPS, "gate", fails)
+    monkeypatch.setitem(checks.STEPS, "gate", fails)
     net = made(Plain)
     results = check(net, net.images(2))
     assert results.pop("gate") == "ZeroDivisionError: inside"

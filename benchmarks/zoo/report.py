@@ -8,8 +8,8 @@ from typing import Any
 
 import timm
 
-from benchmarks.zoo_models import smallest
-from benchmarks.zoo_sites import module_of
+from benchmarks.zoo.models import smallest
+from benchmarks.zoo.sites import module_of
 
 __all__ = ["page", "summary", "verdict"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from benchmarks.zoo_sites import unaccounted
-from benchmarks.zoo_subject import Failed, Subject, described, distance, gated, outcome, output, require
+from benchmarks.zoo.sites import unaccounted
+from benchmarks.zoo.subject import Failed, Subject, described, distance, gated, outcome, output, require
 from isw_plugin import InstanceWisePruner
 from isw_plugin.copies import copy_of
 from isw_plugin.hooks import column_keep, has_hooks, reader_parts

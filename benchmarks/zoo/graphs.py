@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 
-from benchmarks.zoo_subject import Skipped, Subject, distance, flat, gated, outcome, output, require
+from benchmarks.zoo.subject import Skipped, Subject, distance, flat, gated, outcome, output, require
 from isw_plugin.copies import copy_of
 from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.engine.trace import trace

@@ -18,10 +18,10 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.zoo_checks import check
-from benchmarks.zoo_graphs import check_engine
-from benchmarks.zoo_models import randomise
-from benchmarks.zoo_sites import unaccounted
+from benchmarks.zoo.checks import check
+from benchmarks.zoo.graphs import check_engine
+from benchmarks.zoo.models import randomise
+from benchmarks.zoo.sites import unaccounted
 from isw_plugin.sites import find_sites
 
 Make = Callable[[], nn.Module]

@@ -9,8 +9,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.zoo_models import randomise
-from benchmarks.zoo_subject import described, flat
+from benchmarks.zoo.models import randomise
+from benchmarks.zoo.subject import described, flat
 from isw_plugin.copies import copy_of
 from isw_plugin.sites import LAYERS, find_sites
 

@@ -24,13 +24,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo_checks import check
-from benchmarks.zoo_graphs import check_engine, check_graphs
-from benchmarks.zoo_models import build, smallest
-from benchmarks.zoo_pruned import pruned
-from benchmarks.zoo_report import page, summary
-from benchmarks.zoo_sites import module_of, site_record
-from benchmarks.zoo_subject import described
+from benchmarks.zoo.checks import check
+from benchmarks.zoo.graphs import check_engine, check_graphs
+from benchmarks.zoo.models import build, smallest
+from benchmarks.zoo.pruning import pruned
+from benchmarks.zoo.report import page, summary
+from benchmarks.zoo.sites import module_of, site_record
+from benchmarks.zoo.subject import described
 from isw_plugin.measure import hardware
 
 __all__ = ["check_pruned", "main", "report", "resume"]
