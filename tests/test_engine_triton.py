@@ -388,7 +388,7 @@ def test_runs_repeat_bit_by_bit(run: Run) -> None:
 
 
 def network_case(device: str) -> None:
-    from benchmarks import engine_cuda_nets as nets
+    from benchmarks.speed.cuda import nets
     from isw_plugin.engine import triton_ops
 
     def conv2d(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ def test_tiles_waste_less_than_they_cover(pixels: int) -> None:
 def test_the_convolution_compiles_to_tensor_cores_and_asynchronous_copies(
     channels: int, capability: int, instruction: str
 ) -> None:
-    from benchmarks.engine_cuda_assembly import gated_layer, report
+    from benchmarks.speed.cuda.assembly import gated_layer, report
 
     found = report(gated_layer(channels, channels, 3, 16, torch.bfloat16)["conv"], capability)
     assert found[instruction] > 0
@@ -138,7 +138,7 @@ def test_the_convolution_compiles_to_tensor_cores_and_asynchronous_copies(
 
 @pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.float16, True)])
 def test_every_kernel_compiles(dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.engine_cuda_assembly import gated_layer, other_launches, report
+    from benchmarks.speed.cuda.assembly import gated_layer, other_launches, report
     from isw_plugin.engine import triton_launch
 
     monkeypatch.setattr(triton_launch, "_wide", lambda *maps: wide)

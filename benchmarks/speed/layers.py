@@ -1,7 +1,7 @@
 """One convolution at a time: the engine's kernel against oneDNN with prepacked weights, in turn, in one process.
 
-    python benchmarks/engine_layers.py --rounds 15
-    python benchmarks/engine_layers.py --rounds 15 --bfloat16 --isa avx512_bf16
+    python -m benchmarks.speed.layers --rounds 15
+    python -m benchmarks.speed.layers --rounds 15 --bfloat16 --isa avx512_bf16
 
 Times are ratios to the dense layer (3x3 convolution, bias, ReLU): below 1 is faster. "all kept" is the engine's
 kernel with a mask that keeps everything; "gated" decides in the operator, from statistics, at about half the channels.

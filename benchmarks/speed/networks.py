@@ -7,28 +7,23 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models.vgg import VGG
 from torch import Tensor, nn
 
 from benchmarks.lab import decisions
+from benchmarks.lab.networks import WIDTHS, vgg16
 from isw_plugin import InstanceWisePruner
 
 __all__ = ["NETWORKS", "Stored", "gate_at", "gate_by", "network", "trained_networks"]
 
-_DECISIONS = Path(__file__).parents[1] / "docs" / "results" / "paper" / "decisions"
+_DECISIONS = Path(__file__).parents[2] / "docs" / "results" / "paper" / "decisions"
 
-_VGG = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
 # Widths that slimming at 67 % leaves, odd on purpose.
-_SLIMMED = [37, 53, "M", 101, 97, "M", 129, 131, 117, "M", 113, 67, 59, "M", 61, 71, 139, "M"]
+_SLIMMED = (37, 53, 101, 97, 129, 131, 117, 113, 67, 59, 61, 71, 139)
 
 
-def _vgg16(layout: Sequence[int | str]) -> nn.Module:
-    last = layout[-2]
-    assert isinstance(last, int)
-    model = VGG(cfg=layout, num_classes=10, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d)
-    model.pre_logits = nn.Identity()
-    model.head.fc = nn.Linear(last, 10)
-    return model
+def _vgg16(widths: Sequence[int]) -> nn.Module:
+    """In PyTorch's own layout: which one is faster is for the benchmark to say."""
+    return vgg16(tuple(widths), 10).to(memory_format=torch.contiguous_format)
 
 
 def _resnet18(side: int) -> nn.Module:
@@ -48,7 +43,7 @@ def _mobilenetv2(side: int) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "vgg16": lambda side: _vgg16(_VGG),
+    "vgg16": lambda side: _vgg16(WIDTHS),
     "slimmed vgg16": lambda side: _vgg16(_SLIMMED),
     "resnet18": _resnet18,
     "mobilenetv2": _mobilenetv2,
@@ -61,11 +56,6 @@ def trained_networks() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_DECISIONS.glob("*.npz")) if "vgg16" in path.stem}
 
 
-def _of_widths(widths: Sequence[int]) -> nn.Module:
-    width = iter(widths)
-    return _vgg16([entry if entry == "M" else next(width) for entry in _VGG])
-
-
 def network(name: str, side: int) -> nn.Module:
     """A network by name, for square images of this side, in eval mode.
 
@@ -76,7 +66,7 @@ def network(name: str, side: int) -> nn.Module:
     if name in NETWORKS:
         model = NETWORKS[name](side)
     elif name in trained_networks():
-        model = _of_widths([mask.shape[1] for mask in decisions.load(trained_networks()[name])[0].values()])
+        model = _vgg16([mask.shape[1] for mask in decisions.load(trained_networks()[name])[0].values()])
     else:
         model = timm.create_model(name, num_classes=10)
     for module in model.modules():

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import steady
-from benchmarks.steady import Probe, taken_rounds
+from benchmarks.speed import steady
+from benchmarks.speed.steady import Probe, taken_rounds
 
 
 def answers(*given: bool) -> Callable[[], bool]:

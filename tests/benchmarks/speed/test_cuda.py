@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.engine_cuda import captured, gain, table
-from benchmarks.engine_cuda_nets import Calibrated, Chosen, Dense, Gated, Masked, Network, resnet18, vgg16
+from benchmarks.speed.cuda.__main__ import captured, gain, table
+from benchmarks.speed.cuda.nets import Calibrated, Chosen, Dense, Gated, Masked, Network, resnet18, vgg16
 from isw_plugin.engine import pack_weight, sum_squares
 
 NETS = {
@@ -56,7 +56,7 @@ def test_table_spreads_what_is_nested() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    command = [sys.executable, "-m", "benchmarks.engine_cuda", "--out", "unused"]
+    command = [sys.executable, "-m", "benchmarks.speed.cuda", "--out", "unused"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "found none" in done.stderr

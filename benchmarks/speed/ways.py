@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from benchmarks import handover
-from benchmarks.networks import gate_at, gate_by, network
-from benchmarks.steady import Probe, taken_rounds
+from benchmarks.speed import handover
+from benchmarks.speed.networks import gate_at, gate_by, network
+from benchmarks.speed.steady import Probe, taken_rounds
 from isw_plugin import InstanceWisePruner, count_macs
 from isw_plugin.engine.accelerate import Accelerated
 from isw_plugin.engine.execution import DenseConv
@@ -36,7 +36,7 @@ class Row:
     """One line of the table; times in milliseconds a batch, ratios are medians of per-round ones.
 
     Attributes:
-        steady: Rounds in which nothing else disturbed (``benchmarks.steady``); figures are of these, if there are any.
+        steady: Rounds in which nothing else disturbed (``speed/steady.py``); figures are of these, if there are any.
         all_rounds: ``speedup`` over all rounds.
         takes: ``speedup`` in each process of several; the row is that of the middle one.
         handover: Nanoseconds in which a core handed a cache line to another, median over the rounds; None: one thread,

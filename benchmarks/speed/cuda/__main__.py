@@ -1,8 +1,8 @@
 """Gated layers and whole networks on a GPU, against the best dense execution of the same network.
 
-    python -m benchmarks.engine_cuda --out FOLDER                 # everything: hours, most of it compiling
-    python -m benchmarks.engine_cuda --quick --out FOLDER         # a few minutes
-    python -m benchmarks.engine_cuda --nets vgg16 --sides 224 --batches 32 --dtypes bfloat16 --out FOLDER
+    python -m benchmarks.speed.cuda --out FOLDER                 # everything: hours, most of it compiling
+    python -m benchmarks.speed.cuda --quick --out FOLDER         # a few minutes
+    python -m benchmarks.speed.cuda --nets vgg16 --sides 224 --batches 32 --dtypes bfloat16 --out FOLDER
 
 In one process, in turn, medians of per-round ratios; every image of a batch has a mask of its own. Dense: cuDNN in
 channels_last (eager), in a CUDA graph, and torch.compile with CUDA graphs. Gated: the engine in a CUDA graph; chosen:
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.engine_cuda_nets import (
+from benchmarks.speed.cuda.nets import (
     Calibrated,
     Chosen,
     Dense,
@@ -198,7 +198,7 @@ def main() -> None:
     args = arguments()
     if not torch.cuda.is_available():
         raise SystemExit(
-            "engine_cuda times kernels on a GPU and found none. Without one, python -m benchmarks.engine_cuda_assembly "
+            "this times kernels on a GPU and found none. Without one, python -m benchmarks.speed.cuda.assembly "
             "compiles the kernels and pytest tests/test_engine_triton.py interprets them on the CPU."
         )
     torch.backends.cudnn.benchmark = True

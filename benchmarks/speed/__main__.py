@@ -1,18 +1,18 @@
 """Whole networks: the accelerated gated model against the best dense execution, in one process, taking turns.
 
-    python -m benchmarks.engine --quick                      # under two minutes: batch 8, no compiling
-    python -m benchmarks.engine --out docs/results/engine    # everything; what is in the table already is left out
-    python -m benchmarks.engine --takes 3 --out DIR          # the same in three processes a row, one after another
+    python -m benchmarks.speed --quick                      # under two minutes: batch 8, no compiling
+    python -m benchmarks.speed --out docs/results/engine    # everything; what is in the table already is left out
+    python -m benchmarks.speed --takes 3 --out DIR          # the same in three processes a row, one after another
 
 Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios). The first call of each
 turn is not counted: it finds memory and caches as another network left them. Rounds count in which the machine was
-not seen to be disturbed (benchmarks/steady.py): "steady" says how many there were, "x, all rounds" what all give.
+not seen to be disturbed (speed/steady.py): "steady" says how many there were, "x, all rounds" what all give.
 best eager: the faster of NCHW and channels_last; prepacked: batch norms folded, weights reordered once by oneDNN,
 channels_last; compiled: torch.compile with freezing; floor: the convolutions alone, each dense and prepacked on a ready
 map of as many channels as gates kept on average; all kept: the accelerated model with gates that drop nothing;
 gated: with the gates. "x" is the fastest dense time over gated, "bound" dense over gated MACs, "share" x / bound.
 takes: a process can be slow as a whole, so a row of several is that of the middle speed-up; "takes" has all of them.
-hand-over: what a cache line takes from core to core (benchmarks/handover.py); above 100 ns they had no cache in common.
+hand-over: what a cache line takes from core to core (speed/handover.py); above 100 ns they had no cache in common.
 masks: the keep ratio that thresholds were set for, or "trained", the stored decisions of that network on test images,
 handed in as masks.
 """
@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine_ways import TRAINED, Row, measure
-from benchmarks.networks import NETWORKS, trained_networks
-from benchmarks.steady import Probe
+from benchmarks.speed.networks import NETWORKS, trained_networks
+from benchmarks.speed.steady import Probe
+from benchmarks.speed.ways import TRAINED, Row, measure
 from isw_plugin.engine import cpu
 from isw_plugin.measure import hardware
 
@@ -85,7 +85,7 @@ def write(rows: Sequence[Row], rounds: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     about = facts(rounds)
     data = about | {
-        "command": shlex.join(["python", "-m", "benchmarks.engine", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     (out / "engine.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -111,7 +111,7 @@ def take_apart(args: argparse.Namespace) -> None:
         keeps = [str(ratio) for ratio in masks if ratio != TRAINED]
         if {(name, side, batch, str(ratio)) for ratio in masks} <= {row.key for row in read(folder)}:
             continue
-        command = [sys.executable, "-m", "benchmarks.engine", "--networks", name, "--out", str(folder)]
+        command = [sys.executable, "-m", "benchmarks.speed", "--networks", name, "--out", str(folder)]
         command += ["--sides", str(side), "--batches", str(batch), "--rounds", str(args.rounds)]
         command += [*(["--keeps", *keeps] if keeps else []), *(["--no-compile"] if args.no_compile else [])]
         subprocess.run(command, check=True)

@@ -1,6 +1,6 @@
 """What the penalty costs a training step: steps with and without it, in turn, in one process.
 
-python benchmarks/penalty_cost.py --batch 64 --rounds 15
+python -m benchmarks.speed.penalty --batch 64 --rounds 15
 """
 
 import argparse
@@ -8,20 +8,13 @@ import statistics
 import time
 from collections.abc import Callable
 
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.lab.networks import WIDTHS, vgg16
 from isw_plugin import InstanceWisePruner
 from isw_plugin.measure import hardware
-
-
-def vgg16() -> nn.Module:
-    model = timm.create_model("vgg16_bn", num_classes=10)
-    model.pre_logits = nn.Identity()
-    model.head.fc = nn.Linear(512, 10)
-    return model.to(memory_format=torch.channels_last)
 
 
 def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, penalized: bool) -> Callable[[], None]:
@@ -47,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     images = torch.randn(args.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (args.batch,))
-    steps = [step(vgg16(), images, labels, penalized) for penalized in (False, True)]
+    steps = [step(vgg16(WIDTHS, 10), images, labels, penalized) for penalized in (False, True)]
     ratios, seconds = [], []
     for _ in range(args.rounds + 2):
         taken = []

@@ -1,6 +1,6 @@
 """What the CUDA kernels compile to, for any GPU and without one: nothing runs and nothing is timed.
 
-    python -m benchmarks.engine_cuda_assembly --capability 90
+    python -m benchmarks.speed.cuda.assembly --capability 90
 
 Counts come from the PTX, registers and spills from ptxas. 16-byte asynchronous copies (cp.async) and tensor-core
 instructions (wgmma from 9.0 on, mma before) in the convolution are what its design is for.

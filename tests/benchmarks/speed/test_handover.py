@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from benchmarks import handover
+from benchmarks.speed import handover
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has nobody to hand over to")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import engine
-from benchmarks.engine_ways import TRAINED, Row, measure
-from benchmarks.networks import NETWORKS, gate_at, network, trained_networks
-from benchmarks.steady import Probe
+from benchmarks.speed import __main__ as engine
+from benchmarks.speed.networks import NETWORKS, gate_at, network, trained_networks
+from benchmarks.speed.steady import Probe
+from benchmarks.speed.ways import TRAINED, Row, measure
 from isw_plugin import InstanceWisePruner
 
 
@@ -86,7 +86,7 @@ def test_takes_are_processes_of_their_own(row: Row, tmp_path: Path, monkeypatch:
     for _ in range(2):
         engine.main([*only, "--takes", "3", "--out", str(tmp_path)])
     assert len(called) == 3
-    assert called[0][:2] == ["-m", "benchmarks.engine"]
+    assert called[0][:2] == ["-m", "benchmarks.speed"]
     assert "--no-compile" in called[0]
     assert [(row.masks, row.speedup, row.takes) for row in engine.read(tmp_path)] == [
         ("0.5", 2, [1, 2, 3]),
