@@ -1,7 +1,7 @@
 """Whole networks: the accelerated gated model against the best dense execution, in one process, taking turns.
 
     python -m benchmarks.speed --quick                      # under two minutes: batch 8, no compiling
-    python -m benchmarks.speed --out docs/results/engine    # everything; what is in the table already is left out
+    python -m benchmarks.speed --out benchmarks/speed/results    # everything; what is in the table already is left out
     python -m benchmarks.speed --takes 3 --out DIR          # the same in three processes a row, one after another
 
 Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios). The first call of each

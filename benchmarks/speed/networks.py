@@ -15,7 +15,7 @@ from isw_plugin import InstanceWisePruner
 
 __all__ = ["NETWORKS", "Stored", "gate_at", "gate_by", "network", "trained_networks"]
 
-_DECISIONS = Path(__file__).parents[2] / "docs" / "results" / "paper" / "decisions"
+_DECISIONS = Path(__file__).parents[1] / "paper" / "results" / "decisions"
 
 # Widths that slimming at 67 % leaves, odd on purpose.
 _SLIMMED = (37, 53, 101, 97, 129, 131, 117, 113, 67, 59, 61, 71, 139)

@@ -5,7 +5,7 @@
     python -m benchmarks.zoo engine --out FOLDER         #     accelerated
     python -m benchmarks.zoo graphs --out FOLDER         #     exported and compiled
     python -m benchmarks.zoo pruned --out FOLDER         # (c) after torch-pruning took half of the channels
-    python -m benchmarks.zoo report --out FOLDER         # docs/zoo.md and docs/results/zoo from what is there
+    python -m benchmarks.zoo report --out FOLDER         # docs/zoo.md and results/summary.json from it
     python -m benchmarks.zoo gates --only "resnet*" --out FOLDER
 
 A line of JSON a model is written as soon as it is known; a second run goes on where the first stopped.
@@ -35,6 +35,7 @@ from isw_plugin.measure import hardware
 
 __all__ = ["check_pruned", "main", "report", "resume"]
 
+ROOT = Path(__file__).parents[2]
 Record = dict[str, Any]
 
 
@@ -97,13 +98,14 @@ PARTS: dict[str, Callable[[str], Record]] = {
 }
 
 
-def report(records: dict[str, list[Record]], docs: Path) -> None:
-    """Write the page and its numbers."""
+def report(records: dict[str, list[Record]], root: Path) -> None:
+    """Write the page and its numbers, below the root of the repository."""
     told = summary(records)
-    numbers = docs / "results" / "zoo" / "summary.json"
+    numbers, zoo = root / "benchmarks" / "zoo" / "results" / "summary.json", root / "docs" / "zoo.md"
     numbers.parent.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(told, indent=1) + "\n")
-    (docs / "zoo.md").write_text(page(told, f"{hardware()}, threads: {torch.get_num_threads()}, {date.today()}"))
+    zoo.parent.mkdir(exist_ok=True)
+    zoo.write_text(page(told, f"{hardware()}, threads: {torch.get_num_threads()}, {date.today()}"))
 
 
 def main() -> None:
@@ -113,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="a folder for the records")
     args = parser.parse_args()
     if args.part == "report":
-        report({part: read(args.out / f"{part}.jsonl") for part in PARTS}, Path("docs"))
+        report({part: read(args.out / f"{part}.jsonl") for part in PARTS}, ROOT)
         return
     sites = args.out / "sites.jsonl"
     if args.part != "sites" and not sites.exists():
