@@ -1,4 +1,4 @@
-"""Beyond the paper, at digits scale: what carries over between networks, and what a gate does without training.
+"""At digits scale: what carries over between networks, and what a gate does without training.
 
     python -m benchmarks.budget --out benchmarks/budget/results --seeds 0 1
     python -m benchmarks.budget --out runs/budget --quick      # a minute or two: does it run?

@@ -1,4 +1,4 @@
-"""Beyond the paper: fine-tune a trained VGG16 with other forms of feature decay, for benchmarks.budget.sites.
+"""What does another form of feature decay do to a trained VGG16? Fine-tunes it, for benchmarks.budget.sites.
 
     python -m benchmarks.budget.finetune runs/paper/runs/vgg16-0/trained.safetensors --data DIR \\
         --decays none relative:0.3 --out runs/decay
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="weights of a VGG16 of benchmarks.paper or examples/slimmed_vgg16.py")
-    parser.add_argument("--data", required=True, help="what it was trained on, as the example takes it")
+    parser.add_argument("--data", required=True, help="what it was trained on: digits, cifar10, or a folder of images")
     parser.add_argument(
         "--decays", type=Decay.parse, nargs="+", required=True, help="none, sum:1e-6, relative:0.3, ..."
     )

@@ -1,4 +1,4 @@
-"""Beyond the paper: fine-tune a trained network with its gates on, so that it learns to do without what they drop.
+"""Fine-tune a trained network with its gates on, so that it learns to do without what they drop.
 
     python -m benchmarks.budget.gated runs/paper/runs/vgg16-3e-07/trained.safetensors --data DIR \\
         --saved 0.55 --epochs 4 --lambda 3e-7 --out runs/gated
@@ -41,7 +41,7 @@ def stored(path: Path, classes: int) -> nn.Module:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="trained weights of benchmarks.paper, or of a VGG16 of the example")
-    parser.add_argument("--data", required=True, help="what it was trained on, as the example takes it")
+    parser.add_argument("--data", required=True, help="what it was trained on: digits, cifar10, or a folder of images")
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--saved", type=float, help="share of the MACs that the gates save before they are trained with")
     aim.add_argument("--max-drop", type=float, help="accuracy that they may lose then, for the most channels")

@@ -1,4 +1,4 @@
-"""Beyond the paper: one pair of thresholds for a network against thresholds of single sites, on trained VGG16s.
+"""One pair of thresholds for a network against thresholds of single sites, on trained VGG16s.
 
     python -m benchmarks.budget.sites --data DIR --out benchmarks/budget/results \\
         runs/paper/runs/vgg16-0/trained.safetensors runs/paper/runs/vgg16-1e-07/trained.safetensors

@@ -1,4 +1,4 @@
-"""Beyond the paper: train a network with gates on, thresholds following a share to keep at every site.
+"""Train a network with gates on, thresholds following a share to keep at every site.
 
     python -m benchmarks.budget.steered --network vgg16 --data DIR --epochs 12 --lambda 3e-7 \\
         --keep '{"*": 0.75, "features.2?": 0.3, "features.3?": 0.1}' --out runs/steered
@@ -72,7 +72,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--network", help="of benchmarks.paper, from scratch")
     subject.add_argument("--model", type=Path, help="trained weights of benchmarks.paper, or of a VGG16 of the example")
-    parser.add_argument("--data", required=True, help="as the example takes it")
+    parser.add_argument("--data", required=True, help="digits, cifar10, or a folder of images")
     parser.add_argument("--keep", type=json.loads, required=True, help="site pattern -> share of channels, as JSON")
     parser.add_argument("--ramp", type=float, nargs=2, default=(0.1, 0.5), metavar=("FROM", "TO"))
     parser.add_argument("--lambda", dest="lambda_", type=float, default=0.0, help="of feature decay")

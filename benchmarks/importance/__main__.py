@@ -203,7 +203,7 @@ def job_of(own: argparse.Namespace, seed: int) -> Slimming:
     )
 
 
-def main() -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/importance"))
     parser.add_argument("--epochs", type=int, default=12, help="dense, and again with feature decay")
@@ -211,7 +211,11 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.75, 0.5, 0.25], help="shares of the MACs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training")
-    own = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(own: argparse.Namespace) -> dict[str, Any]:
+    """Train, prune by every importance, and write ``importance.json`` and ``importance.md``."""
     found, whole = [], []
     for seed in own.seeds:
         job = job_of(own, seed)
@@ -223,7 +227,8 @@ def main() -> None:
     (own.out / "importance.json").write_text(json.dumps(results, indent=2))
     (own.out / "importance.md").write_text(table(results))
     print(table(results))
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments())

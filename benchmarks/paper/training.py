@@ -17,7 +17,7 @@ from benchmarks.lab.training import Schedule, finish, train
 from benchmarks.paper.recipes import Recipe
 from isw_plugin import InstanceWisePruner
 
-__all__ = ["Adopted", "Bench", "as_pretrained", "on_device"]
+__all__ = ["Adopted", "Bench", "as_pretrained", "on_device", "pretrained"]
 
 BATCH = 250  # of evaluation
 PRETRAINED = "mobilenetv2_100"

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from benchmarks.lab import decisions
-from benchmarks.lab.images import ImageSplits
+from benchmarks.lab.images import DataError, ImageSplits
 from benchmarks.lab.images import load as load_images
 from benchmarks.lab.networks import build
 from benchmarks.lab.run_folder import OtherRunError
@@ -17,7 +18,7 @@ from benchmarks.paper import __main__ as command
 from benchmarks.paper.measuring import OFF, Measurer, key_of
 from benchmarks.paper.recipes import SCALES, recipes
 from benchmarks.paper.tables import TABLES, Row, Table, markdown
-from benchmarks.paper.training import Bench, as_pretrained
+from benchmarks.paper.training import Bench, as_pretrained, pretrained
 from benchmarks.paper.writing import load_slimmed
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate, evaluate
 from tests.folders import make_folder
@@ -233,6 +234,19 @@ def test_networks_are_the_papers(name: str, sites: int, mmacs: float) -> None:
 def test_gates_have_names_of_their_own() -> None:
     gates = [OFF, CVGate(0.5, 1.0), CVGate(1.0, 0.5), MinNorm(0.1), MinNorm(0.2), RandomGate(0.1), RandomGate(0.1, 1)]
     assert len({key_of(gate) for gate in gates}) == len(gates)
+
+
+def test_without_the_hub_there_are_no_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(DataError, match=r"the hub cannot be reached.*leave out --pretrained"):
+        pretrained(1000)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: torch.nn.Module())
+    monkeypatch.setattr(torch.nn.Module, "num_classes", 1000, raising=False)
+    with pytest.raises(DataError, match="knows 1000 classes and the folder has 50"):
+        pretrained(50)
 
 
 def test_pretrained_weights_get_their_own_normalisation() -> None:
