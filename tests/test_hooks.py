@@ -50,7 +50,7 @@ def test_memory_holds_no_tensor_in_a_pickle(plain: Net) -> None:
     pruner.step()
     plain.train()(plain.images())
     memory = pickle.loads(pickle.dumps(memory_of(plain)))
-    assert (memory.tape, memory.norms, memory.keep, memory.running) == ([], {}, {}, False)
+    assert (memory.tape, memory.norms, memory.keep, memory.running) == ([], {}, {}, None)
     assert (memory.enabled, memory.gates) == (True, pruner._memory.gates)
 
 

@@ -12,8 +12,10 @@ import isw_plugin
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
     {"errors", "ranks", "copies"},
-    {"functional"},
+    {"functional", "values"},
     {"sites", "gates", "structure", "decay"},
+    {"memory"},
+    {"places"},
     {"hooks"},
     {"engine"},
     {"settings", "wrappers", "static", "saving"},

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
 from isw_plugin.engine.accelerate import Accelerated, Record
-from isw_plugin.errors import AttachError
+from isw_plugin.errors import AttachError, SettingError
 from isw_plugin.hooks import has_hooks, memory_of
 from isw_plugin.measure.modes import measuring
 from isw_plugin.pruner import InstanceWisePruner
@@ -93,7 +93,15 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
         keep = decided.keep
     dense = count_dense(model, inputs)  # with gates off
     instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    saved = saved_by_site(pruner.sites, keep, dense) if pruner else {}
+    sites = pruner.sites if pruner else ()
+    for site in sites:
+        if site.name not in keep or len(keep[site.name]) != instances:
+            decided = len(keep.get(site.name, ()))
+            raise SettingError(
+                f"{site.name} decided for {decided} instances of a batch of {instances}: what the gates save is known "
+                "where forward runs once, on the whole batch, through every site"
+            )
+    saved = saved_by_site(sites, keep, dense)
     total = torch.full((instances,), float(dense.total), dtype=torch.float64)
     return MacReport(dense.total, total - sum(saved.values()), saved, dict(dense.per_layer), dense.gate)
 
