@@ -44,7 +44,7 @@ def is_tracing() -> bool:
 def _norms(feature: Tensor, axis: int) -> Tensor:
     others = [dim for dim in range(1, feature.dim()) if dim != axis]
     wide = torch.promote_types(feature.dtype, torch.float32)  # squares overflow float16
-    sums = [feature[part].to(wide, copy=True).square_().sum(others) for part in _parts(feature)]
+    sums = [feature[part].to(wide, copy=True).pow_(2).sum(others) for part in _parts(feature)]
     return torch.cat(sums).sqrt_()
 
 

@@ -6,10 +6,10 @@ tensors on copy and pickle, so that a copied model (EMA) has hooks and memory of
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, SettingError, UnsupportedError
 from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate, keeps_all
+from isw_plugin.masking import Part, column_keep, masked, reader_parts, size
 from isw_plugin.memory import Call, Memory
 from isw_plugin.places import Hook, Step, hooks_in, steps_to
 from isw_plugin.sites import Site
@@ -35,15 +36,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Columns of a reader's input that a site's channels fill (see ``Consumer``)."""
-
-    site: str
-    start: int
-    repeat: int
-
-
 class _Begin(Hook):
     """A forward of the whole model starts.
 
@@ -60,7 +52,7 @@ class _Begin(Hook):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"paths": None}
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         if getattr(module, "_is_replica", False):
             raise UnsupportedError("nn.DataParallel runs gates in several threads: use DistributedDataParallel")
         compiling = torch.compiler.is_compiling()
@@ -101,24 +93,38 @@ class _FirstForward(Hook):
         self.memory = memory
         self.attach = attach
         self.failed: ProbeError | None = None
+        self.probed: int | None = None  # id of the model that is being probed, so that its copy can tell
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"failed": None}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.probed not in (None, id(module)):
+            return
         try:
             inputs: Any = _by_name(inspect.signature(module.forward), args, kwargs) if kwargs else args
         except TypeError:
             return  # forward says better what is wrong with these arguments
-        attach: Callable[..., None] = self.attach
+        attach_now: Callable[..., None] = self._attach
         if torch.compiler.is_compiling():
-            attach = torch.compiler.disable(attach)  # type: ignore[no-untyped-call]  # of torch
-        try:
-            attach(module, inputs)
-        except ProbeError as error:
-            _of_kind(module, _FirstForward).failed = error
-            return
-        _of_kind(module, _Begin)(module, args)
+            attach_now = torch.compiler.disable(attach_now)  # type: ignore[no-untyped-call]  # of torch
+        attach_now(module, inputs)
+        if self.failed is None:
+            begin: Any = next(hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Begin))
+            begin(module, args)
+
+    def _attach(self, module: nn.Module, inputs: Any) -> None:
+        with _FIRST:
+            self.probed, self.failed = id(module), None
+            try:
+                self.attach(module, inputs)
+            except ProbeError as error:
+                self.failed = error
+            finally:
+                self.probed = None
+
+
+_FIRST = threading.RLock()  # first forwards in several threads: one attaches, the others wait
 
 
 class _FirstResult(Hook):
@@ -130,14 +136,6 @@ class _FirstResult(Hook):
         failed, self.first.failed = self.first.failed, None
         if failed is not None:
             raise failed
-
-
-_H = TypeVar("_H", bound=Hook)
-
-
-def _of_kind(model: nn.Module, kind: type[_H]) -> _H:
-    hooks: Iterable[Any] = model._forward_pre_hooks.values()
-    return next(hook for hook in hooks if isinstance(hook, kind))
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +188,7 @@ class _Observe(Hook):
             largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices
             keep = keep.scatter(1, largest, True)
         call.decide(name, norms, keep)
-        return _mask(feature, keep, self.site.axis) if self.applies else feature
+        return masked(feature, keep, self.site.axis) if self.applies else feature
 
 
 def _require_map(feature: Any, site: Site) -> None:
@@ -260,36 +258,14 @@ class _Apply(Hook):
             return None
         feature = _argument(args, self.argument, self.reader)
         keep = {part.site: call.decision(part.site, self.reader) for part in self.parts}
-        columns = column_keep(self.parts, keep, feature.shape[self.axis])
-        return _replaced(args, self.argument, _mask(feature, columns, self.axis))
+        columns = column_keep(self.parts, keep, size(feature, self.axis))
+        return _replaced(args, self.argument, masked(feature, columns, self.axis))
 
 
 def _argument(args: tuple[Any, ...], index: int, name: str) -> Any:
     if index >= len(args):
         raise UnsupportedError(f"the map at {name} was passed by keyword, and by position when the sites were found")
     return args[index]
-
-
-def column_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) -> Tensor:
-    """Which input columns of a reader survive, (N, columns): its sites' decisions, True between them."""
-    pieces: list[Tensor] = []
-    filled = 0
-    for part in sorted(parts, key=lambda part: part.start):
-        kept = keep[part.site] if part.repeat == 1 else keep[part.site].repeat_interleave(part.repeat, dim=1)
-        pieces += [*_ungated(kept, part.start - filled), kept]
-        filled = part.start + kept.shape[1]
-    pieces += _ungated(pieces[0], columns - filled)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-def _ungated(keep: Tensor, columns: int) -> list[Tensor]:
-    return [keep.new_ones(keep.shape[0], columns)] if columns else []
-
-
-def _mask(feature: Tensor, keep: Tensor, axis: int) -> Tensor:
-    shape = [keep.shape[0]] + [1] * (feature.dim() - 1)  # len() would make it a constant for torch.export
-    shape[axis] = keep.shape[1]
-    return torch.where(keep.view(shape), feature, 0)  # masked_fill would make channels_last maps contiguous
 
 
 def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
@@ -304,18 +280,25 @@ def attach_at_first_forward(model: nn.Module, memory: Memory, attach: Callable[[
 
 
 def attach_hooks(model: nn.Module, memory: Memory, sites: Sequence[Site], scope: str) -> None:
-    """Place the hooks of all sites; gates and recording flags are read from the memory at run time."""
+    """Place the hooks of all sites, that of the model last; gates and recording flags are read at run time."""
     modules = dict(model.named_modules())
     readers = reader_parts(sites) if scope == "consumers" else {}
-    begin = _Begin(memory, _places(sites, scope))
-    model.register_forward_pre_hook(begin, prepend=True)
     for site in sites:
         _observe_site(modules, memory, site, applies=scope == "all")
     for layer, parts in readers.items():
         axis = -1 if isinstance(modules[layer], nn.Linear) else 1
         modules[layer].register_forward_pre_hook(_Apply(memory, layer, parts, axis))
     model.register_forward_hook(_End(memory), always_call=True)
+    begin = _Begin(memory, _places(sites, scope))
     begin.paths = steps_to(model, memory, begin.places)
+    waiting = [number for number, hook in model._forward_pre_hooks.items() if isinstance(hook, _FirstForward)]
+    if not waiting:
+        model.register_forward_pre_hook(begin, prepend=True)
+    for number in waiting:  # in its place, since another thread's forward may start meanwhile
+        model._forward_pre_hooks[number] = begin
+        model._forward_pre_hooks_with_kwargs.pop(number)
+    for number in [number for number, hook in model._forward_hooks.items() if isinstance(hook, _FirstResult)]:
+        del model._forward_hooks[number]
 
 
 def _places(sites: Sequence[Site], scope: str) -> tuple[str, ...]:
@@ -333,16 +316,6 @@ def _observe_site(modules: dict[str, nn.Module], memory: Memory, site: Site, app
     for tap in others if applies else ():
         apply = _Apply(memory, f"{tap}, {tap.argument}", (Part(site.name, 0, 1),), site.axis, tap.argument or 0)
         modules[tap.module].register_forward_pre_hook(apply)
-
-
-def reader_parts(sites: Sequence[Site]) -> dict[str, tuple[Part, ...]]:
-    """For every layer that reads sites, which site fills which of its input columns."""
-    parts: dict[str, tuple[Part, ...]] = {}
-    for site in sites:
-        for consumer in site.consumers:
-            part = Part(site.name, consumer.start, consumer.repeat)
-            parts[consumer.layer] = (*parts.get(consumer.layer, ()), part)
-    return parts
 
 
 def detach_hooks(model: nn.Module) -> None:

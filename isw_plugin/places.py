@@ -1,6 +1,7 @@
 """Where hooks of ours are in a model, and whether they are still where they were placed."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from isw_plugin.errors import AttachError, UnsupportedError
 from isw_plugin.memory import Memory
 
-__all__ = ["Hook", "Step", "hooks_in", "steps_to"]
+__all__ = ["Hook", "Step", "hooks_in", "steps_to", "without_hooks"]
 
 Step = tuple[dict[str, nn.Module | None], str, nn.Module]  # where a module is held, by which name, and the module
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what wraps a part in place holds it as
@@ -31,6 +32,20 @@ def hooks_in(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, dict[int
         # Handles would tie the hooks to this model; a copy must be able to find its own.
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             yield from ((module, hooks, number) for number, hook in hooks.items() if isinstance(hook, Hook))
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """The bare model, inside the block."""
+    held = {id(hooks): (hooks, dict(hooks)) for _, hooks, _ in hooks_in(model.modules())}
+    for _, hooks, number in list(hooks_in(model.modules())):
+        hooks.pop(number, None)
+    try:
+        yield
+    finally:
+        for hooks, before in held.values():
+            hooks.clear()
+            hooks.update(before)
 
 
 def steps_to(model: nn.Module, memory: Memory, places: Iterable[str]) -> list[Step]:

@@ -1,6 +1,5 @@
 """The pruner: attaches a feature regularizer and a per-image channel gate to a model."""
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -14,6 +13,7 @@ from isw_plugin.engine.accelerate import BACKENDS, Accelerated, accelerate
 from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
 from isw_plugin.gates import Gate
 from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of, orphaned_memory
+from isw_plugin.places import without_hooks
 from isw_plugin.saving import encoded_inputs, write
 from isw_plugin.settings import Settings, check_inputs, check_lambda, choose_gate
 from isw_plugin.sites import Found, Inputs, Patterns, Site, default_inputs
@@ -140,11 +140,8 @@ class InstanceWisePruner:
         inputs = self._settings.inputs
         if inputs is None:
             raise AttachError("the model has not been run yet: there are no sites to update")
-        enabled, self._memory.enabled = self._memory.enabled, False  # the probe must see the bare model
-        try:
+        with without_hooks(self.model):  # also of those that came with a part of another model
             self._settings.resolve(self.model, inputs)
-        finally:
-            self._memory.enabled = enabled
         self._attach()
 
     def remove(self) -> None:
@@ -418,13 +415,15 @@ class InstanceWisePruner:
 
     def _attach(self) -> None:
         detach_hooks(self.model)
-        found = self._settings.found
-        if found is None:
+        if self._settings.found is None:
             attach_at_first_forward(self.model, self._memory, _resolve_and_attach)
-            return
+        else:
+            self._place_hooks()
+
+    def _place_hooks(self) -> None:
         self._memory.clear()
         self._configure()
-        attach_hooks(self.model, self._memory, found.sites, self._settings.scope)
+        attach_hooks(self.model, self._memory, self.sites, self._settings.scope)
 
     def _configure(self) -> None:
         """Tell the hooks what holds at each site."""
@@ -435,18 +434,10 @@ class InstanceWisePruner:
 
 
 def _resolve_and_attach(model: nn.Module, inputs: Inputs) -> None:
-    with _FIRST:
-        pruner = InstanceWisePruner.of(model)
-        if pruner._settings.found is not None:
-            return  # another thread's forward was the first
-        detach_hooks(model)  # else the copy that the probe runs would look for its sites in turn
-        try:
-            pruner._settings.resolve(model, inputs)
-        finally:
-            pruner._attach()
-
-
-_FIRST = threading.RLock()  # one first forward at a time
+    pruner = InstanceWisePruner.of(model)
+    if pruner._settings.found is None:  # else another thread's forward was the first
+        pruner._settings.resolve(model, inputs)
+        pruner._place_hooks()
 
 
 def _require_module(model: Any) -> None:

@@ -14,7 +14,7 @@ ORDER = [
     {"errors", "ranks", "copies"},
     {"functional", "values"},
     {"sites", "gates", "structure", "decay"},
-    {"memory"},
+    {"memory", "masking"},
     {"places"},
     {"hooks"},
     {"engine"},

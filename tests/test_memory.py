@@ -10,6 +10,7 @@ import torch
 from conftest import Concat, Net, Plain, Residual, made
 from test_training import Checkpointed, assert_same_gradients, frozen_statistics, gradients, task_loss
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from isw_plugin import InstanceWisePruner, MinNorm, count_macs, evaluate
 from isw_plugin.errors import ISWError, NothingRecordedError, SettingError, UnsupportedError
@@ -135,7 +136,7 @@ def test_an_error_in_one_thread_leaves_the_others_alone(scope: str) -> None:
     pruner = attached(net, scope=scope)
     pruner.step()
     expected = net(net.images())
-    meeting(net.bn2)
+    meeting(net.c2)
     good, bad = in_threads(lambda: net(net.images()), lambda: net(torch.zeros(2, 3, 4, 4)))
     assert torch.equal(good, expected)
     assert isinstance(bad, RuntimeError)
@@ -314,10 +315,31 @@ def test_a_recompute_repeats_the_decisions_of_its_forward(scope: str) -> None:
     assert found
 
 
-def test_a_recompute_does_not_know_which_of_two_forwards_it_repeats() -> None:
-    net = frozen_statistics(made(Checkpointed))
-    attached(net, scope="consumers", lambda_=0.0).step()
-    loss = task_loss(net(net.images(seed=1))) + task_loss(net(net.images(seed=2)))
+class ReaderAlone(nn.Module):
+    """Only the reader is recomputed; what it reads was decided before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.b, self.act(self.a(x)), use_reentrant=False)
+
+
+def test_a_recompute_knows_the_decision_of_one_forward_and_says_so_of_two() -> None:
+    torch.manual_seed(0)
+    model = ReaderAlone()
+    first, second = torch.randn(2, 3, 3, 4, 4)
+    pruner = InstanceWisePruner(model, first, 0.0, alpha=0.0, scope="consumers")
+    pruner.step()
+    for images in (first, second):
+        model.zero_grad()
+        model(images).square().sum().backward()
+        with torch.no_grad():
+            read = torch.where(pruner.keep["a"][:, :, None, None], model.act(model.a(images)), 0)
+        expected = nn.functional.conv2d(read, model.b.weight, model.b.bias).square().sum()
+        torch.testing.assert_close(model.b.weight.grad, torch.autograd.grad(expected, model.b.weight)[0])
+    loss = model(first).square().sum() + model(second).square().sum()
     with pytest.raises(UnsupportedError, match="several forwards wait for their backward"):
         loss.backward()
 

@@ -96,9 +96,9 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
     sites = pruner.sites if pruner else ()
     for site in sites:
         if site.name not in keep or len(keep[site.name]) != instances:
-            decided = len(keep.get(site.name, ()))
+            rows = len(keep.get(site.name, ()))
             raise SettingError(
-                f"{site.name} decided for {decided} instances of a batch of {instances}: what the gates save is known "
+                f"{site.name} decided for {rows} instances of a batch of {instances}: what the gates save is known "
                 "where forward runs once, on the whole batch, through every site"
             )
     saved = saved_by_site(sites, keep, dense)
