@@ -185,7 +185,7 @@ def test_a_batch_of_one_that_loses_its_axis_is_refused(scope: str, training: boo
         pruner.step()
     assert model(images).shape == (3, 2)
     with pytest.raises(
-        UnsupportedError, match=r"map of b has shape \(5,\), and \(N, 5\) when .* no bare \.squeeze\(\)"
+        UnsupportedError, match=r"map of b has shape \(5,\), and \(N, 5\) when .* \(no bare \.squeeze\(\)"
     ):
         model(images[:1])
 
@@ -214,6 +214,7 @@ def test_another_number_of_channels_is_refused(plain: Net) -> None:
         plain(plain.images())
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 def test_complex_maps_are_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 2)).eval()
     InstanceWisePruner(net, torch.zeros(2, 4)).step()
@@ -228,9 +229,8 @@ def test_nested_maps_are_refused_with_the_way_out() -> None:
     x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     net = nn.TransformerEncoder(layer, 1).eval()
     InstanceWisePruner(net, x).step()
-    with pytest.raises(UnsupportedError, match="enable_nested_tensor=False"):
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="enable_nested_tensor=False"):
         net(x, src_key_padding_mask=padding)
-    net = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
 
 
 @pytest.mark.parametrize("sparse", [Tensor.to_sparse, lambda keep: keep.tolist()])
