@@ -12,9 +12,11 @@ import isw_plugin
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
     {"errors", "ranks"},
-    {"functional", "inputs", "copies"},
+    {"functional", "inputs", "copies", "values"},
     {"ops"},
     {"sites", "gates", "structure", "decay", "batches"},
+    {"memory", "masking"},
+    {"places"},
     {"hooks", "engine"},
     {"accelerate"},
     {"settings", "wrappers", "static", "saving"},

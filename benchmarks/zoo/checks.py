@@ -39,7 +39,7 @@ def penalty(subject: Subject) -> None:
     model.train()
     try:
         model(subject.images)
-        alive = {name for name, norms in pruner._memory.tape[-1].items() if bool(norms.any())}
+        alive = {name for name, norms in pruner._memory.tape[-1].recorded.items() if bool(norms[-1].any())}
         loss = pruner.penalty()
         loss.backward()
         _check_gradients(subject, float(loss.detach()), alive)

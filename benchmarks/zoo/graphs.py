@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.zoo.subject import Skipped, Subject, distance, flat, gated, outcome, output, require
+from isw_plugin.accelerate import Accelerated
+from isw_plugin.accelerate.trace import trace
 from isw_plugin.copies import copy_of
 from isw_plugin.hooks import memory_of
 
