@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_training import Checkpointed, assert_same_gradients, frozen_statistics, gradients, task_loss
+from tests.test_training import Checkpointed, assert_same_gradients, frozen_statistics, gradients, task_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
