@@ -14,7 +14,7 @@ ORDER = [
     {"errors", "ranks", "copies"},
     {"functional"},
     {"sites", "gates", "structure", "decay"},
-    {"hooks"},
+    {"hooks", "stored"},
     {"engine"},
     {"settings", "wrappers", "static", "saving"},
     {"pruner"},
