@@ -1,4 +1,4 @@
-"""A folder that a long job can be killed over at any time and goes on from: atomic files, no pickle, one job at a time."""
+"""A folder that a long job can be killed over at any time and goes on from: atomic files, no pickle, one process."""
 
 import json
 import os

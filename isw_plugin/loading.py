@@ -80,7 +80,7 @@ def _remade(stored: dict[str, Any]) -> nn.Module:
     except StateMismatchError:
         raise
     except Exception as error:  # whatever a model's constructor raises
-        raise StateMismatchError(f"timm makes no {stored['architecture']!r} with {stored['options']}: {error}") from error
+        raise StateMismatchError(f"timm cannot make {stored['architecture']!r} as it was saved: {error}") from error
 
 
 def _require_same(stored: dict[str, Any], model: nn.Module) -> None:
@@ -111,9 +111,11 @@ def _rehearse(model: nn.Module, facts: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def _require_types(gate: Gate) -> None:
-    for field in fields(gate) if is_dataclass(gate) and not isinstance(gate, type) else ():
+    if not is_dataclass(gate) or isinstance(gate, type):
+        return
+    for field in fields(gate):
         value = getattr(gate, field.name)
-        allowed = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(field.type)
+        allowed = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(field.type)  # type: ignore[call-overload]  # also words
         if allowed and type(value) not in allowed:
             raise StateMismatchError(f"{field.name}={value!r} of the stored {type(gate).__name__} is no {field.type}")
 
@@ -132,7 +134,7 @@ def _filled(model: nn.Module, facts: Mapping[str, Any], tensors: Mapping[str, Te
         return model.eval()
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
-        raise UnsupportedError(f"{', '.join(empty[:3])} would have no values, which are not in the file: pass the model")
+        raise UnsupportedError(f"the file does not hold the values of {', '.join(empty[:3])}: pass the model")
     model.load_state_dict(dict(tensors))
     return model.eval()
 

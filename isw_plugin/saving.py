@@ -5,7 +5,7 @@ finds the old pair or the new one, whenever writing stops. Whoever saves holds a
 was stopped go with the next one.
 """
 
-import errno
+import contextlib
 import hashlib
 import json
 import math
@@ -14,7 +14,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ __all__ = ["encoded_inputs", "origin", "rebuilt", "write"]
 
 _LOCK = ".pruner.lock"
 _DRAFT = re.compile(rf"\.(({re.escape(FILE)})|{WEIGHTS.pattern})\.\d+(\.old)?\.draft")
-_UNLOCKABLE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of file systems that know no locks
 _OPTIONS = ("in_chans", "drop_rate", "global_pool")  # what timm models remember of how they were made
 _LARGE = 1 << 20  # elements; buffers that a constructor computes have fewer
 _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
@@ -229,7 +227,7 @@ def _write(draft: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Only one process or thread saves. The lock's file goes afterwards, which filelock's does not everywhere."""
     if sys.platform == "win32":
@@ -241,16 +239,14 @@ def _locked(path: Path) -> Iterator[None]:
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _UNLOCKABLE:
-                raise
-            break
-        if lock.exists() and os.path.samestat(os.fstat(file), lock.stat()):
-            break
-        os.close(file)  # of one who was done meanwhile
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(file)
+            with contextlib.suppress(OSError):  # of a file system that knows no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock.exists() or not os.path.samestat(os.fstat(file), lock.stat()):
+                continue  # of one who was done meanwhile
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(file)

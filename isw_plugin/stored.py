@@ -80,6 +80,7 @@ def decoded_inputs(encoded: Mapping[str, Any]) -> Any:
     Raises:
         StateMismatchError: It gave something else.
     """
+    value: Any
     kind, value = next(iter(encoded.items())) if isinstance(encoded, dict) and encoded else ("nothing", None)
     if kind == "shape" and encoded.keys() == {"shape", "dtype"}:
         dtype = getattr(torch, encoded["dtype"], None) if _is_word(encoded["dtype"]) else None
