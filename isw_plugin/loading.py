@@ -115,7 +115,7 @@ def _require_types(gate: Gate) -> None:
         return
     for field in fields(gate):
         value = getattr(gate, field.name)
-        allowed = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(field.type)  # type: ignore[call-overload]  # also words
+        allowed = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(field.type)
         if allowed and type(value) not in allowed:
             raise StateMismatchError(f"{field.name}={value!r} of the stored {type(gate).__name__} is no {field.type}")
 
