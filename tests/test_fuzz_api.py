@@ -118,7 +118,6 @@ class Api(RuleBasedStateMachine):
         self.net, self.bare, self.kind = made(kind, seed), made(kind, seed), kind
         self.images = self.net.images(3, seed)
         self.pruner: InstanceWisePruner | None = None
-        self.hooks = hooks_of(self.net)
         self.reset()
 
     def reset(self) -> None:
@@ -193,7 +192,7 @@ class Api(RuleBasedStateMachine):
         assert list(here) == list(there)
         assert all(torch.equal(here[key], there[key]) for key in here)
         if self.pruner is None:
-            assert hooks_of(self.net) == self.hooks
+            assert not any(any(hooks) for hooks in hooks_of(self.net).values())
             return
         assert self.pruner.enabled is self.enabled
         assert self.pruner.gate == CVGate(self.truth["alpha"], self.truth["beta"])
@@ -221,6 +220,8 @@ class Api(RuleBasedStateMachine):
     )
     def attach(self, pattern: str, own: float | None, late: bool, **given: Any) -> None:
         names = list(self.kind.sites)
+        if self.kind is Shared and given["scope"] == "consumers":
+            names.remove("c1")  # its reader runs twice
         chosen = {"first": names[:1], "last": names[-1:]}.get(pattern, names)
         layers = {"*": "*", "re:": "re:.*", "function": lambda name, _: True}.get(pattern, chosen)
         per_site = {} if own is None else {chosen[0]: {"beta": own, "lambda_": 0.01}}
@@ -344,7 +345,7 @@ class Api(RuleBasedStateMachine):
             self.pruner.enable(alpha=0.3, beta=0.3)
             self.pruner.remove()
             self.pruner = pruner
-        self.net, self.hooks = net, hooks_of(net)
+        self.net = net
 
     @rule(pickled=st.booleans())
     def copied(self, pickled: bool) -> None:
@@ -407,7 +408,6 @@ class Api(RuleBasedStateMachine):
             if isinstance(module, nn.ReLU):
                 setattr(self.net, name, nn.ReLU())
         self.pruner.update_regularizer()
-        self.hooks = hooks_of(made(self.kind))
 
     @precondition(lambda self: self.attached() and self.enabled and self.truth["scope"] == "all")
     @rule()
