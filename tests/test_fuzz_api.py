@@ -217,8 +217,9 @@ class Api(RuleBasedStateMachine):
         pattern=st.sampled_from(["*", "first", "last", "re:", "function"]),
         own=st.none() | BETAS,
         late=st.booleans(),
+        on=st.booleans(),
     )
-    def attach(self, pattern: str, own: float | None, late: bool, **given: Any) -> None:
+    def attach(self, pattern: str, own: float | None, late: bool, on: bool, **given: Any) -> None:
         names = list(self.kind.sites)
         if self.kind is Shared and given["scope"] == "consumers":
             names.remove("c1")  # its reader runs twice
@@ -232,6 +233,9 @@ class Api(RuleBasedStateMachine):
             with torch.no_grad():
                 self.net(self.images)
         self.truth = {**given, "per_site": per_site, "sites": chosen}
+        if on:
+            self.pruner.step()
+        self.enabled = on
 
     @precondition(attached)
     @rule()
