@@ -17,7 +17,7 @@ ORDER = [
     {"sites", "gates", "structure", "decay", "batches"},
     {"memory", "masking"},
     {"places"},
-    {"hooks", "engine"},
+    {"hooks", "stored", "engine"},
     {"accelerate"},
     {"settings", "wrappers", "static", "saving"},
     {"pruner"},
