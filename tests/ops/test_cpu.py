@@ -13,7 +13,7 @@ from torch import Tensor
 from isw_plugin import ops
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.ops import Statistics, cpu, pack_weight
-from isw_plugin.ops.build import cache_folder
+from isw_plugin.ops.cache import cache_folder
 
 # A fresh process: one call twice, every warning printed, then the result against the reference.
 SCRIPT = """
