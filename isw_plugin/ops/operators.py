@@ -15,7 +15,16 @@ from torch.utils.flop_counter import register_flop_formula
 import isw_plugin.ops.cpu as cpu
 import isw_plugin.ops.reference as reference
 from isw_plugin.errors import EngineInputError
-from isw_plugin.ops.checks import check_act, check_gating, check_packed, check_tensor, check_window, output_size, pair
+from isw_plugin.ops.checks import (
+    check_act,
+    check_gating,
+    check_packed,
+    check_tensor,
+    check_thresholds,
+    check_window,
+    output_size,
+    pair,
+)
 from isw_plugin.ops.reference import DTYPES, Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
 
 __all__ = [
@@ -43,7 +52,7 @@ def _define(name: str, schema: str, plain: Callable[..., Any], fake: Callable[..
     _library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
 
     def run(*args: Any) -> Any:
-        if args[0].is_cpu and cpu.load():
+        if args[0].is_cpu and cpu.active() is None and cpu.load():  # now there is one
             return getattr(torch.ops.isw, name)(*args)
         return plain(*args)
 
@@ -364,5 +373,6 @@ def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
     check_tensor(squares, "squares", (None,) * 3)
     if squares.shape[1] == 0:
         raise EngineInputError(f"squares: no slot, shape {tuple(squares.shape)}")
+    check_thresholds(alpha, beta, "keep_mask")
     keep: Tensor = torch.ops.isw.keep_mask(squares, alpha, beta)
     return keep
