@@ -140,5 +140,7 @@ def output_size(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, int]:
     """(OH, OW) of a window that slides over a map of this (H, W)."""
+    if min(stride) < 1:
+        raise EngineInputError(f"stride {tuple(stride)}: must be positive")
     height = (size[0] + 2 * padding[0] - kernel[0]) // stride[0] + 1
     return height, (size[1] + 2 * padding[1] - kernel[1]) // stride[1] + 1

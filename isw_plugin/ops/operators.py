@@ -62,10 +62,16 @@ def _define(plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
     def run(*args: Any) -> Any:
         if args[0].is_cpu and cpu.active() is None and cpu.load():  # now there is one
             return getattr(torch.ops.isw, name)(*args)
+        if any(isinstance(each, Tensor) and _apart(each, args[0]) for each in args):
+            raise EngineInputError(f"isw::{name}: expected dense tensors on one device")
         return plain(**named(args))
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"isw::{name}", lambda *args: fake(**named(args)), lib=_library)
+
+
+def _apart(tensor: Tensor, x: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.device != x.device
 
 
 def _gates(parameter: str) -> bool:
