@@ -89,8 +89,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {  # of a library
 }
 
 
-@pytest.mark.parametrize("what", ["kernels_generic.so", "operators.so", "kernels_generic.so.json"])
-@pytest.mark.parametrize("damage", DAMAGES)
+OTHERS = [
+    (damage, what) for damage in ("missing", "text", "a folder") for what in ("operators.so", "operators.so.json")
+]
+
+
+@pytest.mark.parametrize(("damage", "what"), [*((damage, "kernels_generic.so") for damage in DAMAGES), *OTHERS])
 def test_what_is_not_as_it_was_built_is_built_again(compiler: Path, damage: str, what: str) -> None:
     if damage == "another's" and os.geteuid():
         pytest.skip("only root gives files away")
