@@ -326,13 +326,15 @@ def test_the_tests_are_strict() -> None:
     assert ops.keep_mask(squares, 0.49, 0.51).tolist() == [[False] * 3 + [True] * 3]
 
 
-@pytest.mark.parametrize("size", [1e-20, 1e-15, 1.0, 1e15, 1e18])
+@pytest.mark.parametrize("size", [1e-20, 1.0, 2e18])  # of the last, squared deviations overflow
 def test_decisions_agree_at_any_size_of_the_norms(size: float) -> None:
-    x = normal(2, 100, 4, 4) * normal(1, 100, 1, 1, seed=1)
-    wanted = keep_mask(channel_norm(x.double()), 0.7, 1.0)
+    x = normal(2, 600, 4, 4)
+    x[0] *= torch.linspace(0.1, 1.0, 600)[:, None, None]
+    wanted = keep_mask(channel_norm(x.double()), 0.3, 1.0)
+    assert wanted[1].all()  # its variation is not above alpha
     assert 0 < wanted.sum() < wanted.numel()
-    assert torch.equal(keep_mask(channel_norm(x * size), 0.7, 1.0), wanted)  # the masked model's
-    assert torch.equal(ops.keep_mask(ops.sum_squares(x * size), 0.7, 1.0), wanted)
+    assert torch.equal(keep_mask(channel_norm(x * size), 0.3, 1.0), wanted)  # the masked model's
+    assert torch.equal(ops.keep_mask(ops.sum_squares(x * size), 0.3, 1.0), wanted)
 
 
 def bytes_of(keep: Tensor) -> Tensor:
