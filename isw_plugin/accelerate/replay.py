@@ -38,14 +38,15 @@ class Replayed:
 
     def _recorded(self, size: Any, inputs: Sequence[Tensor]) -> Sequence[Any]:
         tape = torch.classes.isw.Tape()
-        tape.start(inputs)
-        outputs: Sequence[Any] = ()
+        tensors: list[Tensor] = []
         try:
+            started = tape.start(inputs)  # False within the recording of another graph, which takes these calls
             outputs = self.function(*inputs)
+            tensors += [output for output in outputs if type(output) is Tensor]
         finally:
-            tensors = [output for output in outputs if type(output) is Tensor]
             complete = tape.stop(tensors)
-        self._tapes[size] = tape if complete and len(tensors) == len(outputs) else None
+        if started:
+            self._tapes[size] = tape if complete and len(tensors) == len(outputs) else None
         return outputs
 
     def __getstate__(self) -> dict[str, Any]:
