@@ -51,10 +51,10 @@ def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backen
         UnsupportedError: A copy of the model loses its pruner.
     """
     call = Call.of(inputs, "accelerate")
-    masked = Masked(_masked_copy(model), str(call))
+    masked = Masked(_masked_copy(model))
     call.check(masked.devices)
     if not call.instances:
-        raise SettingError(f"accelerate: {masked.example} has no instances to time layers on")
+        raise SettingError(f"accelerate: {call} has no instances to time layers on")
     fast = Accelerated(masked, sites, call).eval()
     with tqdm(total=5, desc="accelerating", unit="step", leave=False, disable=None) as progress:
 
@@ -71,6 +71,7 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
     tell("exporting")
     masked, plans = fast._held, fast._plans
     wanted = masked.wanted(call)  # refuses what the model does not take
+    masked.example = str(call)
     try:
         traced = Traced(masked.model, fast.sites, call)
     except UnsupportedError as error:

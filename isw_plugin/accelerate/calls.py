@@ -117,7 +117,7 @@ class Call:
         for leaf in self.leaves:
             if not isinstance(leaf, Tensor):
                 if hasattr(leaf, "__array__") and not isinstance(leaf, numbers.Number):
-                    raise EngineInputError(f"a {type(leaf).__name__}: give a tensor, as torch.as_tensor makes one")
+                    raise EngineInputError(f"{type(leaf).__name__} instead of a tensor: torch.as_tensor makes one")
             elif not _is_plain(leaf):
                 kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
                 raise EngineInputError(f"a {kind} tensor: give a dense one of a single shape")

@@ -19,14 +19,14 @@ class Masked:
     """Runs it without gradients, one call at a time.
 
     Attributes:
-        example: What messages say it takes.
+        example: What it is known to take, for messages.
         devices: Of its tensors.
         kind: Of device, "cpu" for one.
     """
 
-    def __init__(self, model: nn.Module, example: str) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.example = example
+        self.example = ""
         tensors = [*model.parameters(), *model.buffers()]
         self.devices = {tensor.device for tensor in tensors}
         self.kind = min((device.type for device in self.devices), default="cpu")
@@ -78,10 +78,9 @@ class Masked:
             raise
         except Exception as error:
             call.check(self.devices)
-            raise EngineInputError(
-                f"{type(self.model).__name__} does not take {call}; it was accelerated on "
-                f"{self.example}. It says: {str(error) or type(error).__name__}"
-            ) from error
+            known = f"; it was accelerated on {self.example}" if self.example else ""
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise EngineInputError(f"{type(self.model).__name__} does not take {call}{known}: {said}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"lock": None}

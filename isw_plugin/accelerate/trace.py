@@ -159,8 +159,6 @@ def _require_repeatable(exported: torch.export.ExportedProgram) -> None:
 
 
 def _checks_values(node: fx.Node) -> bool:
-    if node.target in (_aten._assert_async.default, _aten._assert_async.msg):
-        return True
     if node.target is not _aten._assert_scalar.default:
         return False
     held = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
