@@ -73,7 +73,7 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
     wanted = masked.wanted(call)  # refuses what the model does not take
     masked.example = str(call)
     try:
-        traced = Traced(masked.model, fast.sites, call)
+        traced = Traced(masked.model, fast.sites, call, plans.weights)
     except UnsupportedError as error:
         fast.reason = str(error).splitlines()[0]
         return

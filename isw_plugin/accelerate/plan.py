@@ -77,10 +77,10 @@ class Traced:
         masked: nn.Module,
         sites: tuple[Site, ...],
         call: Call,
-        weights: Weights | None = None,
+        weights: Weights,
     ) -> None:
         exported = trace_call(masked, sites, call.args, call.kwargs)
-        self.weights = weights or Weights()
+        self.weights = weights
         spec: Any = exported._out_spec
         packed = spec.child(0)
         count: int = packed.num_leaves
@@ -136,12 +136,13 @@ def _given(graph_module: fx.GraphModule) -> list[Any]:
 
 def _own(traced: Sequence[Any], given: Sequence[Any]) -> tuple[int, ...]:
     """Places of outputs that hang on no input, or that became the same as an input or as another."""
-    places = []
+    places: list[int] = []
     for place, node in enumerate(given):
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), Tensor | None):
             continue
         became_input = node.op == "placeholder" and traced[place].op != "placeholder"
-        became_other = any(other is node and traced[k] is not traced[place] for k, other in enumerate(given[:place]))
+        alike = [k for k in range(place) if given[k] is node and k not in places]
+        became_other = any(traced[k] is not traced[place] for k in alike)
         if became_input or became_other or not _hangs_on_inputs(node):
             places.append(place)
     return tuple(places)

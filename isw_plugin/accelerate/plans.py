@@ -28,6 +28,7 @@ class Plans:
         by_form: Plans that are held.
         limit: How many are, at most.
         refused: Inputs that run masked, and why.
+        weights: What plans hold together.
     """
 
     def __init__(self, masked: Masked, sites: tuple[Site, ...]) -> None:
@@ -38,7 +39,7 @@ class Plans:
         self.refused: dict[str, str] = {}
         self._forms: dict[Any, Any] = {}  # by size; None: it runs masked
         self._without: dict[Any, None] = {}  # forms that cannot be exported
-        self._weights = Weights()
+        self.weights = Weights()
 
     def known(self, size: Any) -> Plan | None:
         return self.by_form.get(self._forms.get(size, _NEW))
@@ -66,7 +67,7 @@ class Plans:
         plan = self.by_form.get(form)
         if plan is None:
             try:
-                traced = Traced(self.masked.model, self.sites, call, self._weights)
+                traced = Traced(self.masked.model, self.sites, call, self.weights)
             except UnsupportedError as error:
                 _put(self._without, form, None)
                 self._refuse(call, size, str(error).splitlines()[0])
@@ -112,7 +113,7 @@ class Plans:
 
     def __getstate__(self) -> dict[str, Any]:
         held = {form: plan for form, plan in self.by_form.items() if plan.guards is None}  # guards do not pickle
-        return self.__dict__ | {"by_form": held, "_forms": {}, "_weights": Weights()}
+        return self.__dict__ | {"by_form": held, "_forms": {}, "weights": Weights()}
 
 
 def _put(held: dict[Any, Any], key: Any, value: Any) -> None:

@@ -11,6 +11,8 @@ from isw_plugin.accelerate.execution import DenseConv, DenseLinear
 
 __all__ = ["Weights"]
 
+_PADDING = slice(108, 112)  # of oneDNN's description, between its type and its dimensions: never written
+
 
 class Weights:
     """Knows tensors as long as a plan holds them."""
@@ -30,8 +32,7 @@ class Weights:
             linear = layer.linear if isinstance(layer, DenseConv) else None
             for dense in (layer, linear):
                 if isinstance(dense, DenseConv | DenseLinear) and dense.reordered is not None:
-                    order = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(dense.reordered).tolist())
-                    key = (dense.layer.weight.data_ptr(), order)
+                    key = (dense.layer.weight.data_ptr(), _order(dense.reordered))
                     dense.reordered = self._first(dense.reordered, key, lambda found, new: True)
 
     def _first(self, tensor: Tensor, key: Any, equal: Any) -> Tensor:
@@ -41,3 +42,10 @@ class Weights:
                 return held
         known.append(weakref.ref(tensor))
         return tensor
+
+
+def _order(reordered: Tensor) -> bytes:
+    """How oneDNN laid a tensor out."""
+    description = torch.ops.mkldnn._get_mkldnn_serialized_md(reordered).tolist()
+    description[_PADDING] = []
+    return bytes(description)

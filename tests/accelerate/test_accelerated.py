@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate
+from isw_plugin.accelerate import Accelerated, Record, fit
 from isw_plugin.accelerate import choose as module
-from isw_plugin.accelerate import fit
-from isw_plugin.accelerate import Accelerated, Record
 from isw_plugin.accelerate.execution import DenseConv, GatedConv
-from isw_plugin.errors import EngineInputError, SettingError, UnsupportedError
+from isw_plugin.errors import EngineInputError, UnsupportedError
 from isw_plugin.ops import cpu
 from tests.accelerate.nets import (
     CASES,
