@@ -29,7 +29,8 @@ class Masked:
         self.example = ""
         tensors = [*model.parameters(), *model.buffers()]
         self.devices = {tensor.device for tensor in tensors}
-        self.kind = min((device.type for device in self.devices), default="cpu")
+        kinds = (device.type for device in self.devices)
+        self.kind = next((kind for kind in kinds if torch.amp.is_autocast_available(kind)), "cpu")
         self.dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
         self.lock = threading.RLock()  # hooks share one memory
 
