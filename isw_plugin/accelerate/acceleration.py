@@ -56,7 +56,7 @@ def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backen
     if not call.instances:
         raise SettingError(f"accelerate: {call} has no instances to time layers on")
     fast = Accelerated(masked, sites, call).eval()
-    with tqdm(total=5, desc="accelerating", unit="step", leave=False, disable=None) as progress:
+    with tqdm(total=4, desc="accelerating", unit="step", leave=False, disable=None) as progress:
 
         def tell(step: str) -> None:
             progress.set_postfix_str(step)
