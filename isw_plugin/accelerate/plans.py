@@ -74,23 +74,23 @@ class Plans:
                 return
             plan = traced.plan(execution, choices, call.instances)
         problem = self.check(plan, wanted, call)
-        self.hold(form, plan)
         if problem:
             self._refuse(call, size, problem)
+            self._hold(form, plan)
         else:
-            _put(self._forms, size, form)
+            self.take(size, form, plan)
 
-    def hold(self, form: Any, plan: Plan) -> None:
+    def take(self, size: Any, form: Any, plan: Plan) -> None:
+        """A plan that is right at this size."""
+        self._hold(form, plan)
+        _put(self._forms, size, form)
+
+    def _hold(self, form: Any, plan: Plan) -> None:
         """In place of the one that was used longest ago."""
         while len(self.by_form) >= self.limit and form not in self.by_form:
             self.by_form.pop(min(self.by_form, key=lambda held: self.by_form[held].used))
         plan.used = time.monotonic()
         self.by_form[form] = plan
-
-    def take(self, size: Any, form: Any, plan: Plan) -> None:
-        """One that was checked."""
-        self.hold(form, plan)
-        _put(self._forms, size, form)
 
     def check(self, plan: Plan, wanted: Outcome, call: Call) -> str:
         """Why a plan does not hold for these inputs; "" where it does."""
@@ -98,9 +98,12 @@ class Plans:
         guarded = plan.guards(flat) if plan.guards is not None else ""
         if guarded:
             return f"the model takes another branch at this size ({guarded.splitlines()[0]})"
-        with torch.no_grad():
-            given = plan.run(*flat)
-        found = Outcome(plan.outputs.pack(given), *plan.decided(given))
+        try:
+            with torch.no_grad():
+                given = plan.run(*flat)
+            found = Outcome(plan.outputs.pack(given), *plan.decided(given))
+        except Exception as error:  # of whatever operator
+            return f"the graph does not run: {(str(error) or type(error).__name__).splitlines()[0]}"
         problem = self.masked.differs(found, wanted, call)
         plan.alone = plan.alone or (not problem and call.instances == 1)
         return problem

@@ -238,6 +238,19 @@ def test_a_size_that_comes_later_is_checked_too(monkeypatch: pytest.MonkeyPatch)
     assert list(fast.refused) == ["float32 (3, 3, 12, 12)"]
 
 
+def test_a_graph_that_does_not_run_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = seeded(Large)
+    pruner, fast = fast_of(net, images_for(net))
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such form")
+
+    for plan in fast.plans.values():
+        monkeypatch.setattr(plan, "run", fails)
+    with pytest.warns(RuntimeWarning, match=r"\(3, 3, 8, 8\) runs masked, not faster: the graph does not run: no such"):
+        assert_runs_as_masked(fast, pruner, (images_for(net, 3),))
+
+
 # -- how many are held -----------------------------------------------------------------------------
 
 
