@@ -54,8 +54,18 @@ class Masked:
         return Outcome(pytree.tree_map_only(Tensor, self._given, output), *decided)
 
     def wanted(self, call: Call) -> Outcome:
-        """The same for copies of the inputs, which a forward may change."""
-        return self.run(call.copied())
+        """The same for copies of the inputs, which a forward may change, as it may its buffers: they are put back."""
+        before = [(module, dict(module._buffers)) for module in self.model.modules()]
+        values = {id(held): held.clone() for held in self.model.buffers()}
+        with self.lock:
+            try:
+                return self.run(call.copied())
+            finally:
+                for module, buffers in before:
+                    module._buffers = buffers
+                for held in self.model.buffers():
+                    if not torch.equal(held, values[id(held)]):
+                        held.copy_(values[id(held)])
 
     def differs(self, found: Outcome, wanted: Outcome, call: Call) -> str:
         """How what a graph gave for these inputs is not what this gave; "" where it is, to rounding."""
