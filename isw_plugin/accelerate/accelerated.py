@@ -90,13 +90,10 @@ class Accelerated(Snapshot):
         flat = pytree.tree_leaves((args, kwargs))
         plan = None if self.execution == "masked" else self.plans.get(Call(args, kwargs).form(self._held.kind))
         if plan is None or plan.guards is not None or (instances_of(flat) < 2 and not plan.alone):
-            return self._outside(args, kwargs)
+            outside: Any = torch.compiler.disable(self.forward)  # type: ignore[no-untyped-call]  # of torch
+            return outside(*args, **kwargs)
         with torch.no_grad():
             return plan.outputs.pack(plan.graph(*flat))
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
-    def _outside(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.forward(*args, **kwargs)
 
     @contextmanager
     def recording(self) -> Iterator[Record]:

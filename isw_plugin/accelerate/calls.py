@@ -131,6 +131,7 @@ class Call:
 
 
 def instances_of(flat: Sequence[Any]) -> int:
+    """Of flat inputs: the first axis of the first tensor that has one."""
     return next((leaf.shape[0] for leaf in flat if isinstance(leaf, Tensor) and leaf.dim()), 0)
 
 
