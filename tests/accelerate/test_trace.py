@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate, functional
-from isw_plugin.accelerate.trace import TRACED_INSTANCES, arguments, channel_norm, decide, trace
+from isw_plugin.accelerate.trace import TRACED_INSTANCES, channel_norm, decide, trace
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.hooks import memory_of
+from isw_plugin.inputs import arguments
 from tests.accelerate.nets import CASES, above, attached, images_for, seeded
 from tests.conftest import Net, Plain, Residual, hooks_of, made
 
@@ -174,3 +175,11 @@ def test_norms_and_decisions_as_nodes_are_the_hooks(shape: tuple[int, ...], axis
     assert torch.equal(keep, functional.keep_mask(norms, 0.1, 0.9))
     assert not keep.all()
     torch.library.opcheck(DECIDE, (norms, 0.1, 0.9))
+
+
+def test_users_hooks_do_not_see_fake_tensors() -> None:
+    model, seen = made(Plain), []
+    model.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 8, 8))
+    trace(model, pruner.sites, torch.zeros(2, 3, 8, 8))
+    assert seen == []
