@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, SettingError, UnsupportedError
 from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate, keeps_all
-from isw_plugin.masking import Part, column_keep, masked, reader_parts, size
+from isw_plugin.masking import Part, column_keep, reader_parts, size
 from isw_plugin.memory import Call, Memory
 from isw_plugin.places import Hook, Step, hooks_in, steps_to
 from isw_plugin.sites import Site
@@ -188,7 +188,7 @@ class _Observe(Hook):
             largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices
             keep = keep.scatter(1, largest, True)
         call.decide(name, norms, keep)
-        return masked(feature, keep, self.site.axis) if self.applies else feature
+        return self.memory.mask(feature, keep, self.site.axis) if self.applies else feature
 
 
 def _require_map(feature: Any, site: Site) -> None:
@@ -261,7 +261,7 @@ class _Apply(Hook):
         columns = column_keep(self.parts, keep, size(feature, self.axis))
         if feature.shape[0] != columns.shape[0]:  # a linear layer whose rows are places of instances
             columns = columns.repeat_interleave(feature.shape[0] // columns.shape[0], dim=0)
-        return _replaced(args, self.argument, masked(feature, columns, self.axis))
+        return _replaced(args, self.argument, self.memory.mask(feature, columns, self.axis))
 
 
 def _argument(args: tuple[Any, ...], index: int, name: str) -> Any:

@@ -1,8 +1,8 @@
 """The masked model as a graph: a copy with its gates on is exported, decisions and masks become nodes.
 
-What the graph computes is by construction what the hooks compute. Only norms and a CV gate without ``min_keep``
-are put in as one node each, ``isw.channel_norm`` and ``isw.decide``, which later steps know how to take from a
-producer's statistics; any other gate is traced into the operations that it runs.
+What the graph computes is by construction what the hooks compute. Only norms, masks and a CV gate without ``min_keep``
+are put in as one node each (``isw_plugin.ops.gating``), which later steps know how to take from a producer's
+statistics and hand to readers; any other gate is traced into the operations that it runs.
 """
 
 import warnings
@@ -14,41 +14,19 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_map, tree_map_only
 
-from isw_plugin import functional
 from isw_plugin.copies import copy_of, has_observers
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.gates import CVGate, Gate
 from isw_plugin.hooks import Memory, memory_of
 from isw_plugin.inputs import arguments
+from isw_plugin.ops.gating import channel_norm, decide, mask
 from isw_plugin.sites import Inputs, Site
 
-__all__ = ["TRACED_INSTANCES", "channel_norm", "decide", "trace", "trace_call"]
+__all__ = ["TRACED_INSTANCES", "trace", "trace_call"]
 
 TRACED_INSTANCES = 2  # export takes a batch of 1 for a constant
 
 _aten = torch.ops.aten
-
-
-@torch.library.custom_op("isw::channel_norm", mutates_args=())
-def channel_norm(x: Tensor, axis: int) -> Tensor:
-    """Norms (N, C) of a map (Eq. 3)."""
-    return functional.channel_norm(x, axis)
-
-
-@channel_norm.register_fake
-def _(x: Tensor, axis: int) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[axis]), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-@torch.library.custom_op("isw::decide", mutates_args=())
-def decide(norms: Tensor, alpha: float, beta: float) -> Tensor:
-    """Keep mask (N, C) of the CV gate (Eq. 6-7)."""
-    return functional.keep_mask(norms, alpha, beta)
-
-
-@decide.register_fake
-def _(norms: Tensor, alpha: float, beta: float) -> Tensor:
-    return norms.new_empty(norms.shape, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -104,9 +82,9 @@ def trace_call(
         raise UnsupportedError(f"{type(model).__name__} has no pruner of its own")
     traced = tree_map_only(Tensor, _traced_instances, (args, kwargs))
     shapes = tree_map(_dynamic_instances, traced)
-    gates, enabled, norm = memory.gates, memory.enabled, memory.channel_norm
-    memory.gates = {site.name: _as_node(gates[site.name], memory.min_keep) for site in sites}
-    memory.enabled, memory.channel_norm = True, channel_norm
+    held = memory.gates, memory.enabled, memory.channel_norm, memory.mask
+    memory.gates = {site.name: _as_node(memory.gates[site.name], memory.min_keep) for site in sites}
+    memory.enabled, memory.channel_norm, memory.mask = True, channel_norm, mask
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             exported = torch.export.export(_WithDecisions(model, memory), traced, dynamic_shapes=shapes)
@@ -120,7 +98,7 @@ def trace_call(
         reason = str(error) or type(error).__name__
         raise UnsupportedError(f"{type(model).__name__} cannot be exported: {reason}") from error
     finally:
-        memory.gates, memory.enabled, memory.channel_norm = gates, enabled, norm
+        memory.gates, memory.enabled, memory.channel_norm, memory.mask = held
         memory.clear()
 
 
