@@ -259,7 +259,9 @@ class _Apply(Hook):
         feature = _argument(args, self.argument, self.reader)
         keep = {part.site: call.decision(part.site, self.reader) for part in self.parts}
         columns = column_keep(self.parts, keep, size(feature, self.axis))
-        if feature.shape[0] != columns.shape[0]:  # a linear layer whose rows are places of instances
+        if feature.dim() > 1 and size(feature, 0) != size(
+            columns, 0
+        ):  # a linear layer whose rows are places of instances
             columns = columns.repeat_interleave(feature.shape[0] // columns.shape[0], dim=0)
         return _replaced(args, self.argument, self.memory.mask(feature, columns, self.axis))
 

@@ -76,6 +76,7 @@ def _ungated(keep: Tensor, columns: int) -> list[Tensor]:
 
 
 def size(tensor: Tensor, axis: int) -> int:
+    """Of an axis, as a number also under torch.jit.trace."""
     if not is_tracing():
         return tensor.shape[axis]
     with warnings.catch_warnings(action="ignore"):  # the number of channels is a constant of the model

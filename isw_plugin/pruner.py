@@ -456,8 +456,3 @@ def _require_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise SettingError(f"the loss is {what}: regularize takes the task loss, a scalar tensor, not outputs")
-    if not loss.requires_grad and torch.is_grad_enabled():
-        raise SettingError(
-            "the loss has no graph (detached, .item(), or computed under no_grad), so only the penalty would train: "
-            "pass it as computed. For the penalty alone call pruner.penalty()"
-        )
