@@ -26,7 +26,7 @@ _BUILT_IN = {gate.__name__: gate for gate in (CVGate, MinNorm, RandomGate)}
 
 @dataclass
 class Settings:
-    """All that a pruner is besides its model and memory; plain values, so it copies and pickles."""
+    """What a user chose for a pruner, and what was found with it: plain values that can be copied and pickled."""
 
     lambda_: float
     gate: Gate
