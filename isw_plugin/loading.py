@@ -35,10 +35,9 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: Nothing was saved there.
-        StateMismatchError: What was saved does not fit; the message says what. ``model`` is unchanged where the
-            version or the architecture differs, a file is damaged, or a model is needed and was not passed. Where
-            only the pruner does not fit (other sites, an unknown gate, weights with which the model does not
-            run), ``model`` has the saved weights and no pruner.
+        StateMismatchError: Another version, a damaged file, another architecture, or no model where one is
+            needed: nothing is changed then. Or other sites, a gate that is not known, or weights with which
+            the model does not run: it has them then, and no pruner. Says what does not fit.
         AttachError, UnsupportedError: No pruner can be attached to the model.
 
     Example:
