@@ -44,7 +44,7 @@ class InstanceWisePruner:
             function (name, module) -> bool.
         exclude: Layers to leave out, in the same form.
         alpha, beta: Short for ``gate=CVGate(alpha, beta)`` (0.5 and 1.0).
-        gate: "cv", or any ``Gate``.
+        gate: "cv", the name of an installed gate, or any ``Gate``.
         scope: "all": dropped channels are zero for every user of the map, the literal reading of
             section 3.3. "consumers": only for the convolutions and linear layers; shortcuts and
             squeeze-excite see the whole map.
@@ -84,7 +84,7 @@ class InstanceWisePruner:
         exclude: Patterns = (),
         alpha: float | None = None,
         beta: float | None = None,
-        gate: Gate | Literal["cv"] = "cv",
+        gate: Gate | str = "cv",
         scope: Literal["all", "consumers"] = "all",
         reduction: Literal["sum", "mean", "relative"] = "sum",
         per_site: Mapping[str, Mapping[str, Any]] | None = None,
@@ -316,10 +316,21 @@ class InstanceWisePruner:
             >>> pruner.gate, pruner.enabled
             (MinNorm(ratio=0.25), True)
         """
+        self.set_thresholds(per_site=per_site, **parameters)
+        self._memory.enabled = True
+
+    def set_thresholds(self, *, per_site: Mapping[str, Mapping[str, Any]] | None = None, **parameters: Any) -> None:
+        """Change gate parameters as ``enable`` does; gates stay on or off.
+
+        Example:
+            >>> pruner.disable()
+            >>> pruner.set_thresholds(ratio=0.5)
+            >>> pruner.gate, pruner.enabled
+            (MinNorm(ratio=0.5), False)
+        """
         self._require_attached()
         self._settings.set_thresholds(self.model, parameters, per_site)
         self._configure()
-        self._memory.enabled = True
 
     def step(self) -> None:
         """Switch gates on. As in torch-pruning, the step after which the model is smaller, here per image.

@@ -283,8 +283,10 @@ def _by_site(model: nn.Module, found: Found, per_site: Mapping[str, Mapping[str,
 
 def _require_same_model(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     missing = sorted(here.keys() - state.keys() - _ADDED)
-    if missing or state["version"] != _VERSION:
-        raise StateMismatchError(f"no state_dict of version {_VERSION}: version {state.get('version')!r}, no {missing}")
+    if state.get("version", _VERSION) != _VERSION:
+        raise StateMismatchError(f"no state_dict of version {_VERSION}: it is of version {state['version']!r}")
+    if missing:
+        raise StateMismatchError(f"no state_dict of version {_VERSION}: it has no {', '.join(missing)}")
     if state["scope"] != here["scope"]:
         raise StateMismatchError(f"saved with scope={state['scope']!r}: attach with that scope first")
     names = dict.fromkeys([*here["sites"], *state["sites"]])

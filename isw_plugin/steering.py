@@ -75,10 +75,7 @@ def steer_thresholds(pruner: InstanceWisePruner, keep: Mapping[str, float], *, r
         if wanted:
             beta = parameters["beta"] + rate * (sum(wanted) / len(wanted) - parameters["beta"])
             per_site[site] = per_site.get(site, {}) | {"beta": beta}
-    enabled = pruner.enabled
-    pruner.enable(per_site=per_site)
-    if not enabled:
-        pruner.disable()
+    pruner.set_thresholds(per_site=per_site)
 
 
 def _wanted(norms: Tensor, alpha: float, keep: float) -> float:

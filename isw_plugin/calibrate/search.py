@@ -199,10 +199,8 @@ def _rules_out(candidate: Candidate, point: Parameters, choice: Choice) -> bool:
 
 
 def _set(pruner: InstanceWisePruner, trial: Trial, calibration: Calibration) -> None:
-    best, enabled = calibration.best, pruner.enabled
-    pruner.enable(per_site=trial.overlaid(best.per_site), **best.parameters)
-    if not enabled:
-        pruner.disable()
+    best = calibration.best
+    pruner.set_thresholds(per_site=trial.overlaid(best.per_site), **best.parameters)
     pruner.calibration = calibration.to_dict()
 
 
