@@ -13,6 +13,7 @@ from isw_plugin.decay import decay
 from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
 from isw_plugin.gates import Gate
 from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of, orphaned_memory
+from isw_plugin.inputs import device_of
 from isw_plugin.places import without_hooks
 from isw_plugin.saving import encoded_inputs, write
 from isw_plugin.settings import Settings, check_inputs, check_lambda, choose_gate
@@ -225,7 +226,7 @@ class InstanceWisePruner:
                 "eval mode, under no_grad, through a submodule, or was compiled before the pruner was attached; or a "
                 "feature extractor or copied graph ran that does not have all of the pruner's hooks"
             )
-        return torch.zeros((), device=next(self.model.parameters(), torch.empty(0)).device)
+        return torch.zeros((), device=device_of(self.model))
 
     def regularize(
         self, model: nn.Module, loss: Tensor, *, world_size: int | None = None, accumulation_steps: int = 1

@@ -14,7 +14,7 @@ G = TypeVar("G", bound="Gate")
 
 @runtime_checkable
 class Gate(Protocol):
-    """Decides per instance which channels of a feature map survive.
+    """Decides per instance which channels of a feature map are kept.
 
     Any callable of this form works; a frozen dataclass also lets its parameters be changed by name.
 
