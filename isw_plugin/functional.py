@@ -94,7 +94,7 @@ class _ChannelNormInTransforms(_ChannelNorm):
         feature, norms = ctx.saved_tensors
         others = [dim for dim in range(1, feature.dim()) if dim != ctx.axis]
         inner = (feature.to(norms.dtype) * tangent).sum(others)
-        return torch.where(norms == 0, 0.0, inner / norms)
+        return torch.where(norms == 0, torch.zeros_like(inner), inner / norms)
 
 
 def _parts(feature: Tensor) -> list[slice]:
