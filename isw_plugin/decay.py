@@ -35,7 +35,7 @@ def decay(norms: Mapping[str, Sequence[Tensor]], weights: Mapping[str, float], r
     terms = []
     for name, times in norms.items():
         instances = 1 if reduction == "sum" else max(1, sum(norm.shape[0] for norm in times))
-        terms += [(weights[name] / instances * norm).sum() for norm in times]  # jvp of a number times a scalar is float64
+        terms += [(weights[name] / instances * norm).sum() for norm in times]
     return torch.stack(terms).sum()
 
 
