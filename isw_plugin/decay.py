@@ -3,14 +3,17 @@
 "sum" is Eq. 5, lambda times the sum over the batch. "mean" divides it by the batch. "relative" takes norms in
 units of what they were when training began, site by site: lambda times the mean over sites, instances and
 channels of norm / reference, which is lambda at the start for any network, map size and batch.
+
+A site that runs several times in one forward (an encoder on two views) counts every time: "sum" adds, the others take
+the mean over all its instances. One that does not run (layer drop) adds nothing.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from isw_plugin.functional import instance_penalty
 from isw_plugin.ranks import of_all_ranks
 
 __all__ = ["REDUCTIONS", "decay", "first_norms", "relative_weights"]
@@ -18,19 +21,22 @@ __all__ = ["REDUCTIONS", "decay", "first_norms", "relative_weights"]
 REDUCTIONS = ("sum", "mean", "relative")
 
 
-def decay(norms: Mapping[str, Tensor], weights: Mapping[str, float], reduction: str) -> Tensor:
+def decay(norms: Mapping[str, Sequence[Tensor]], weights: Mapping[str, float], reduction: str) -> Tensor:
     """The penalty of one forward.
 
     Args:
-        norms: Site name -> channel norms (N, C).
+        norms: Site name -> channel norms (N, C) of every time that the site ran; batches may differ.
         weights: Site name -> weight of each norm.
-        reduction: "sum" over instances, or anything else for their mean.
+        reduction: "sum" over all instances of all times, or anything else for their mean, at each site.
 
     Returns:
         A scalar in the graph.
     """
-    instances = instance_penalty(weights[name] * norm for name, norm in norms.items())
-    return instances.sum() if reduction == "sum" else instances.mean()
+    terms = []
+    for name, times in norms.items():
+        instances = 1 if reduction == "sum" else max(1, sum(norm.shape[0] for norm in times))
+        terms += [(weights[name] / instances) * norm.sum() for norm in times]
+    return torch.stack(terms).sum()
 
 
 def relative_weights(
@@ -50,18 +56,19 @@ def relative_weights(
     }
 
 
-def first_norms(norms: Mapping[str, Tensor], sites: Iterable[str]) -> dict[str, float]:
+def first_norms(norms: Mapping[str, Sequence[Tensor]], sites: Iterable[str]) -> dict[str, float]:
     """The mean norm of sites over the instances of all ranks, to be their references.
 
     Sites that were not recorded, or whose maps are all zero or not finite, are left out. Under
     torch.distributed every rank must call this, with the same ``sites``.
     """
-    mine = {name: (len(norms[name]), norms[name].mean().item()) for name in sites if name in norms}
+    seen = {name: torch.cat(tuple(norms[name])) for name in sites if name in norms}
+    mine = {name: (len(norm), norm.mean().item()) for name, norm in seen.items()}
     ranks = of_all_ranks(mine)
     found = {}
     for name in sites:
-        seen = [rank[name] for rank in ranks if name in rank]
-        mean = sum(count * mean for count, mean in seen) / max(1, sum(count for count, _ in seen))
+        counted = [rank[name] for rank in ranks if name in rank]
+        mean = sum(count * mean for count, mean in counted) / max(1, sum(count for count, _ in counted))
         if mean > 0 and math.isfinite(mean):
             found[name] = mean
     return found

@@ -1,22 +1,25 @@
-"""The callables placed in a model, and the memory they share: record norms, decide, mask.
+"""The callables placed in a model: record norms, decide, mask.
 
 Module-level classes, so that a model pickles with them; what they share holds no module, and drops its
 tensors on copy and pickle, so that a copied model (EMA) has hooks and memory of its own.
 """
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from isw_plugin.errors import RecordedWithoutGradError, SettingError, UnsupportedError
-from isw_plugin.functional import channel_norm
+from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, SettingError, UnsupportedError
+from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate, keeps_all
+from isw_plugin.masking import Part, column_keep, masked, reader_parts, size
+from isw_plugin.memory import Call, Memory
+from isw_plugin.places import Hook, Step, hooks_in, steps_to
 from isw_plugin.sites import Site
 
 __all__ = [
@@ -28,110 +31,50 @@ __all__ = [
     "detach_hooks",
     "has_hooks",
     "memory_of",
+    "orphaned_memory",
     "reader_parts",
 ]
 
-_FORGOTTEN = 100  # training forwards without a penalty taken, after which something is surely wrong
 
+class _Begin(Hook):
+    """A forward of the whole model starts.
 
-class Memory:
-    """What the hooks of one model share.
-
-    Attributes:
-        gates: By site name; which channels to keep.
-        recording: By site name; whether its norms enter the penalty.
-        enabled: Whether gates act.
-        min_keep: Channels that every instance keeps at every site, the largest.
-        channel_norm: What takes a map's norms (Eq. 3).
-        tape: One dict a training forward: site name -> norms (N, C), in the graph.
-        norms, keep: Of the last gated forward, by site name, (N, C), detached.
-        owner: What the pruner of a copied model is rebuilt from; holds no module either.
+    Args:
+        places: The modules that have hooks, by name. Where each was found is kept, so that every forward can tell
+            at once whether they are still the model's.
     """
 
-    def __init__(self, owner: Any = None) -> None:
-        self.owner = owner
-        self.gates: dict[str, Gate] = {}
-        self.recording: dict[str, bool] = {}
-        self.enabled = False
-        self.min_keep = 0
-        self.channel_norm: Callable[[Tensor, int], Tensor] = channel_norm
-        self.running = False
-        self.training = False  # this forward, or the last, records
-        self.repeats = False  # so did the last with grad, which is what a checkpoint recomputes
-        self.tape: list[dict[str, Tensor]] = []
-        self.norms: dict[str, Tensor] = {}
-        self.keep: dict[str, Tensor] = {}
+    def __init__(self, memory: Memory, places: tuple[str, ...]) -> None:
+        self.memory = memory
+        self.places = places
+        self.paths: list[Step] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped: dict[str, Any] = {"tape": [], "norms": {}, "keep": {}, "running": False}
-        return self.__dict__ | dropped | {"next_hook": RemovableHandle.next_id}
+        return self.__dict__ | {"paths": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # In another process, hooks registered later must not get the numbers of those that come with the model.
-        RemovableHandle.next_id = max(RemovableHandle.next_id, state.pop("next_hook"))
-        self.__dict__.update(state)
-
-    def clear(self) -> None:
-        """Forget all that was recorded and decided."""
-        self.take()
-        self.norms.clear()
-        self.keep.clear()
-
-    def take(self) -> list[dict[str, Tensor]]:
-        """The tape, which is empty from here on."""
-        self._drop_unfinished()
-        tape, self.tape = self.tape, []
-        return [norms for norms in tape if norms]
-
-    def _drop_unfinished(self) -> None:
-        if self.running and self.training:
-            self.tape.pop()  # that forward raised
-        self.running = False
-
-    def begin(self, training: bool) -> None:
-        """A forward of the whole model starts, in training mode or not."""
-        self._drop_unfinished()
-        grad = torch.is_grad_enabled()
-        self.running = True
-        self.training = training and grad and any(self.recording.values())
-        if self.enabled:
-            self.norms, self.keep = {}, {}  # a site that this forward skips has no decision
-        if grad:
-            self.repeats = self.training
-        if self.training:
-            self.tape.append({})
-            if len(self.tape) == _FORGOTTEN:
-                warnings.warn(
-                    f"{_FORGOTTEN} training forwards were recorded and no penalty taken: their graphs stay in memory. "
-                    "Call pruner.regularize(model, loss) before backward, or set pruner.lambda_ = 0",
-                    stacklevel=2,
-                )
-
-    def end(self) -> None:
-        # Nothing more: torch.compile runs this hook as a graph of its own, and would look into the tape's tensors.
-        self.running = False
-
-
-@dataclass(frozen=True)
-class Part:
-    """Columns of a reader's input that a site's channels fill (see ``Consumer``)."""
-
-    site: str
-    start: int
-    repeat: int
-
-
-class _Begin:
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         if getattr(module, "_is_replica", False):
             raise UnsupportedError("nn.DataParallel runs gates in several threads: use DistributedDataParallel")
-        self.memory.begin(module.training)
+        compiling = torch.compiler.is_compiling()
+        if self.memory.running is not None and not compiling and not _runs_inside_itself(module):
+            self.memory.abandon()
+        call = self.memory.begin(module.training)
+        if (call.records or call.gates is not None) and not compiling and not self._are_in_place():
+            self.paths = steps_to(module, self.memory, self.places)
+
+    def _are_in_place(self) -> bool:
+        return self.paths is not None and all(modules.get(name) is child for modules, name, child in self.paths)
 
 
-class _End:
+def _runs_inside_itself(module: nn.Module) -> bool:
+    frame, calls = sys._getframe(1), 0
+    while frame is not None:
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+    return calls > 1
+
+
+class _End(Hook):
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
 
@@ -139,22 +82,60 @@ class _End:
         self.memory.end()
 
 
-class _FirstForward:
-    """Attaches the hooks when the first inputs are seen; this forward already runs with them."""
+class _FirstForward(Hook):
+    """Attaches the hooks when the first inputs are seen; this forward already runs with them.
+
+    Inputs on which the model cannot be probed are most often ones that it cannot take: the forward goes on without
+    hooks, so that its own error is seen, and only if there is none does ``_FirstResult`` raise that of the probe.
+    """
 
     def __init__(self, memory: Memory, attach: Callable[[nn.Module, Any], None]) -> None:
         self.memory = memory
         self.attach = attach
+        self.failed: ProbeError | None = None
+        self.probed: int | None = None  # id of the model that is being probed, so that its copy can tell
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"failed": None}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs: Any = args
-        if kwargs:
-            inputs = _by_name(inspect.signature(module.forward), args, kwargs)
-        attach: Callable[..., None] = self.attach
+        if self.probed not in (None, id(module)):
+            return
+        try:
+            inputs: Any = _by_name(inspect.signature(module.forward), args, kwargs) if kwargs else args
+        except TypeError:
+            return  # forward says better what is wrong with these arguments
+        attach_now: Callable[..., None] = self._attach
         if torch.compiler.is_compiling():
-            attach = torch.compiler.disable(attach)  # type: ignore[no-untyped-call]  # of torch
-        attach(module, inputs)
-        _Begin(self.memory)(module, args)
+            attach_now = torch.compiler.disable(attach_now)  # type: ignore[no-untyped-call]  # of torch
+        attach_now(module, inputs)
+        if self.failed is None:
+            begin: Any = next(hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Begin))
+            begin(module, args)
+
+    def _attach(self, module: nn.Module, inputs: Any) -> None:
+        with _FIRST:
+            self.probed, self.failed = id(module), None
+            try:
+                self.attach(module, inputs)
+            except ProbeError as error:
+                self.failed = error
+            finally:
+                self.probed = None
+
+
+_FIRST = threading.RLock()  # first forwards in several threads: one attaches, the others wait
+
+
+class _FirstResult(Hook):
+    def __init__(self, first: _FirstForward) -> None:
+        self.memory = first.memory
+        self.first = first
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        failed, self.first.failed = self.first.failed, None
+        if failed is not None:
+            raise failed
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +146,7 @@ def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[s
     return dict(named)
 
 
-class _Observe:
+class _Observe(Hook):
     """Sees a site's map first: records its norms, decides, and under scope="all" masks it."""
 
     def __init__(self, memory: Memory, site: Site, applies: bool) -> None:
@@ -176,43 +157,74 @@ class _Observe:
     def observe(self, feature: Tensor) -> Tensor:
         """What the others see of the map."""
         memory, site = self.memory, self.site
-        # Outside a forward this is a checkpoint's recompute: it repeats the arithmetic, not the record.
-        recording = (memory.training if memory.running else memory.repeats) and memory.recording[site.name]
-        if not (recording or memory.enabled):
+        call = memory.running or memory.outside()
+        recording = call.records and memory.recording[site.name]
+        if not recording and call.gates is None:
             return feature
+        _require_map(feature, site)
         # What the gradient of the norms needs must outlive the forward.
         norms = memory.channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
-        if recording and memory.running:
-            self._record(norms)
-        return self._gate(feature, norms.detach()) if memory.enabled else feature
+        if recording and call.whole:  # a checkpoint's recompute repeats the arithmetic, not the record
+            self._record(call, norms)
+        return feature if call.gates is None else self._gate(call, call.gates[site.name], feature, norms.detach())
 
-    def _record(self, norms: Tensor) -> None:
+    def _record(self, call: Call, norms: Tensor) -> None:
         if not torch.is_grad_enabled():
             raise RecordedWithoutGradError(
                 f"{self.site.name} ran under no_grad inside a training forward, so its penalty would have no "
                 "gradient. Checkpointing: pass use_reentrant=False. Frozen on purpose: exclude it, or give it "
                 "per_site lambda_ 0"
             )
-        self.memory.tape[-1][self.site.name] = norms
+        call.recorded[self.site.name] = [*call.recorded.get(self.site.name, ()), norms]
 
-    def _gate(self, feature: Tensor, norms: Tensor) -> Tensor:
-        memory, name = self.memory, self.site.name
-        gate = memory.gates[name]
-        memory.norms[name] = norms
+    def _gate(self, call: Call, gate: Gate, feature: Tensor, norms: Tensor) -> Tensor:
+        name = self.site.name
         if keeps_all(gate):
-            memory.keep[name] = torch.ones_like(norms, dtype=torch.bool)
+            call.decide(name, norms, torch.ones_like(norms, dtype=torch.bool))
             return feature
         keep = gate(feature.detach(), norms)
-        if keep.dtype != torch.bool or keep.shape != norms.shape:
-            raise SettingError(
-                f"{gate} gave {keep.dtype} of shape {tuple(keep.shape)} at {name}: a gate gives bool of shape "
-                f"{tuple(norms.shape)}, True where the channel is kept"
-            )
-        if memory.min_keep:
-            largest = norms.topk(min(memory.min_keep, norms.shape[1]), dim=1).indices
+        _require_mask(keep, gate, norms, name)
+        if self.memory.min_keep:
+            largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices
             keep = keep.scatter(1, largest, True)
-        memory.keep[name] = keep
-        return _mask(feature, keep, self.site.axis) if self.applies else feature
+        call.decide(name, norms, keep)
+        return masked(feature, keep, self.site.axis) if self.applies else feature
+
+
+def _require_map(feature: Any, site: Site) -> None:
+    """The map is of the form that the probe saw, or the instances' axis would be another."""
+    if not isinstance(feature, Tensor):
+        raise UnsupportedError(f"{site.name} is a {type(feature).__name__} here: no feature map that can be gated")
+    if feature.is_nested or not feature.is_floating_point():
+        nested = "nested, pass enable_nested_tensor=False to nn.TransformerEncoder" if feature.is_nested else ""
+        raise UnsupportedError(
+            f"the feature map of {site.name} is {nested or feature.dtype}: norms are of dense real maps; exclude it"
+        )
+    if is_tracing():
+        return  # sizes are no numbers there
+    if feature.dim() != len(site.shape) + 1 or feature.shape[site.axis] != site.channels:
+        axes = [str(size) for size in site.shape]
+        raise UnsupportedError(
+            f"the feature map of {site.name} has shape {tuple(feature.shape)}, and (N, {', '.join(axes)}) when the "
+            f"sites were found, {site.channels} channels on axis {site.axis}: pass batches (x.unsqueeze(0) for one "
+            "instance), keep the instance axis in forward (no bare .squeeze()), or exclude the site. After a change "
+            "of the model call pruner.update_regularizer()"
+        )
+
+
+def _require_mask(keep: Any, gate: Gate, norms: Tensor, name: str) -> None:
+    dense = isinstance(keep, Tensor) and keep.layout is torch.strided and keep.dtype is torch.bool
+    if dense and (is_tracing() or (keep.shape == norms.shape and keep.device == norms.device)):
+        return
+    what = type(keep).__name__
+    if isinstance(keep, Tensor):
+        layout = "" if keep.layout is torch.strided else f" {keep.layout}"
+        where = "" if keep.device == norms.device else f" on {keep.device}"
+        what = f"{keep.dtype}{layout} of shape {tuple(keep.shape)}{where}"
+    raise SettingError(
+        f"{gate} gave {what} at {name}: a gate gives a dense bool tensor of shape {tuple(norms.shape)} on "
+        f"{norms.device}, True where the channel is kept"
+    )
 
 
 class _ObserveOutput(_Observe):
@@ -226,72 +238,75 @@ class _ObserveInput(_Observe):
         self.argument = argument
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _replaced(args, self.argument, self.observe(args[self.argument]))
+        return _replaced(args, self.argument, self.observe(_argument(args, self.argument, self.site.name)))
 
 
-class _Apply:
+class _Apply(Hook):
     """Masks a module's input by decisions that were made before."""
 
-    def __init__(self, memory: Memory, parts: tuple[Part, ...], axis: int, argument: int = 0) -> None:
+    def __init__(self, memory: Memory, reader: str, parts: tuple[Part, ...], axis: int, argument: int = 0) -> None:
         self.memory = memory
+        self.reader = reader
         self.parts = parts
         self.axis = axis
         self.argument = argument
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        memory = self.memory
-        if not memory.enabled or all(keeps_all(memory.gates[part.site]) for part in self.parts):
+        call = self.memory.running or self.memory.outside()
+        gates = call.gates
+        if gates is None or all(keeps_all(gates[part.site]) for part in self.parts):
             return None
-        feature = args[self.argument]
-        keep = column_keep(self.parts, memory.keep, feature.shape[self.axis])
-        return _replaced(args, self.argument, _mask(feature, keep, self.axis))
+        feature = _argument(args, self.argument, self.reader)
+        keep = {part.site: call.decision(part.site, self.reader) for part in self.parts}
+        columns = column_keep(self.parts, keep, size(feature, self.axis))
+        if feature.shape[0] != columns.shape[0]:  # a linear layer whose rows are places of instances
+            columns = columns.repeat_interleave(feature.shape[0] // columns.shape[0], dim=0)
+        return _replaced(args, self.argument, masked(feature, columns, self.axis))
 
 
-def column_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) -> Tensor:
-    """Which input columns of a reader survive, (N, columns): its sites' decisions, True between them."""
-    pieces: list[Tensor] = []
-    filled = 0
-    for part in sorted(parts, key=lambda part: part.start):
-        kept = keep[part.site] if part.repeat == 1 else keep[part.site].repeat_interleave(part.repeat, dim=1)
-        pieces += [*_ungated(kept, part.start - filled), kept]
-        filled = part.start + kept.shape[1]
-    pieces += _ungated(pieces[0], columns - filled)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-def _ungated(keep: Tensor, columns: int) -> list[Tensor]:
-    return [keep.new_ones(keep.shape[0], columns)] if columns else []
-
-
-def _mask(feature: Tensor, keep: Tensor, axis: int) -> Tensor:
-    shape = [keep.shape[0]] + [1] * (feature.dim() - 1)  # len() would make it a constant for torch.export
-    shape[axis] = keep.shape[1]
-    return torch.where(keep.view(shape), feature, 0)  # masked_fill would make channels_last maps contiguous
+def _argument(args: tuple[Any, ...], index: int, name: str) -> Any:
+    if index >= len(args):
+        raise UnsupportedError(f"the map at {name} was passed by keyword, and by position when the sites were found")
+    return args[index]
 
 
 def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
     return (*args[:index], value, *args[index + 1 :])
 
 
-_HOOKS = (_Begin, _End, _FirstForward, _Observe, _Apply)
-
-
 def attach_at_first_forward(model: nn.Module, memory: Memory, attach: Callable[[nn.Module, Any], None]) -> None:
     """Call ``attach(model, inputs)`` when the model is first called; it must detach this hook."""
-    model.register_forward_pre_hook(_FirstForward(memory, attach), prepend=True, with_kwargs=True)
+    first = _FirstForward(memory, attach)
+    model.register_forward_pre_hook(first, prepend=True, with_kwargs=True)
+    model.register_forward_hook(_FirstResult(first))
 
 
 def attach_hooks(model: nn.Module, memory: Memory, sites: Sequence[Site], scope: str) -> None:
-    """Place the hooks of all sites; gates and recording flags are read from the memory at run time."""
+    """Place the hooks of all sites, that of the model last; gates and recording flags are read at run time."""
     modules = dict(model.named_modules())
-    model.register_forward_pre_hook(_Begin(memory), prepend=True)
+    readers = reader_parts(sites) if scope == "consumers" else {}
     for site in sites:
         _observe_site(modules, memory, site, applies=scope == "all")
-    if scope == "consumers":
-        for layer, parts in reader_parts(sites).items():
-            axis = -1 if isinstance(modules[layer], nn.Linear) else 1
-            modules[layer].register_forward_pre_hook(_Apply(memory, parts, axis))
-    model.register_forward_hook(_End(memory))
+    for layer, parts in readers.items():
+        axis = -1 if isinstance(modules[layer], nn.Linear) else 1
+        modules[layer].register_forward_pre_hook(_Apply(memory, layer, parts, axis))
+    model.register_forward_hook(_End(memory), always_call=True)
+    begin = _Begin(memory, _places(sites, scope))
+    begin.paths = steps_to(model, memory, begin.places)
+    waiting = [number for number, hook in model._forward_pre_hooks.items() if isinstance(hook, _FirstForward)]
+    if not waiting:
+        model.register_forward_pre_hook(begin, prepend=True)
+    for number in waiting:  # in its place, since another thread's forward may start meanwhile
+        model._forward_pre_hooks[number] = begin
+        model._forward_pre_hooks_with_kwargs.pop(number)
+    for number in [number for number, hook in model._forward_hooks.items() if isinstance(hook, _FirstResult)]:
+        del model._forward_hooks[number]
+
+
+def _places(sites: Sequence[Site], scope: str) -> tuple[str, ...]:
+    """Names of the modules that get hooks."""
+    taps = [tap.module for site in sites for tap in (site.taps if scope == "all" else site.taps[:1])]
+    return tuple(dict.fromkeys([*taps, *(reader_parts(sites) if scope == "consumers" else ())]))
 
 
 def _observe_site(modules: dict[str, nn.Module], memory: Memory, site: Site, applies: bool) -> None:
@@ -301,25 +316,18 @@ def _observe_site(modules: dict[str, nn.Module], memory: Memory, site: Site, app
         return
     modules[first.module].register_forward_pre_hook(_ObserveInput(memory, site, applies, first.argument))
     for tap in others if applies else ():
-        apply = _Apply(memory, (Part(site.name, 0, 1),), site.axis, tap.argument or 0)
+        apply = _Apply(memory, f"{tap}, {tap.argument}", (Part(site.name, 0, 1),), site.axis, tap.argument or 0)
         modules[tap.module].register_forward_pre_hook(apply)
 
 
-def reader_parts(sites: Sequence[Site]) -> dict[str, tuple[Part, ...]]:
-    """For every layer that reads sites, which site fills which of its input columns."""
-    parts: dict[str, tuple[Part, ...]] = {}
-    for site in sites:
-        for consumer in site.consumers:
-            part = Part(site.name, consumer.start, consumer.repeat)
-            parts[consumer.layer] = (*parts.get(consumer.layer, ()), part)
-    return parts
-
-
 def detach_hooks(model: nn.Module) -> None:
-    """Remove every hook of ours, and nothing else."""
-    for module, hooks, number in list(_ours(model)):
-        del hooks[number]
+    """Remove every hook of ours, also from modules that have left the model since, and nothing else."""
+    begun = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Begin)]
+    left = [child for hook in begun for _, _, child in hook.paths or ()]
+    for module, hooks, number in list(hooks_in(chain(model.modules(), left))):
+        hooks.pop(number, None)
         module._forward_pre_hooks_with_kwargs.pop(number, None)
+        module._forward_hooks_always_called.pop(number, None)
 
 
 def memory_of(model: nn.Module) -> Memory | None:
@@ -330,13 +338,22 @@ def memory_of(model: nn.Module) -> Memory | None:
     return None
 
 
+def orphaned_memory(model: nn.Module) -> Memory | None:
+    """The memory of hooks that are all in their places but for those on the model itself, or None."""
+    hooks = [hooks[number] for _, hooks, number in hooks_in(model.modules())]
+    memories = {id(hook.memory): hook.memory for hook in hooks}
+    if len(memories) != 1 or any(isinstance(hook, _Begin | _FirstForward) for hook in hooks):
+        return None
+    (memory,) = memories.values()
+    observed = [hook.site for hook in hooks if isinstance(hook, _Observe)]
+    scope = "all" if any(hook.applies for hook in hooks if isinstance(hook, _Observe)) else "consumers"
+    try:
+        steps_to(model, memory, _places(observed, scope))
+    except AttachError:
+        return None
+    return memory if len(observed) == len(memory.gates) else None
+
+
 def has_hooks(model: nn.Module) -> bool:
     """Whether any part of the model has hooks of ours."""
-    return any(True for _ in _ours(model))
-
-
-def _ours(model: nn.Module) -> Iterator[tuple[nn.Module, dict[int, Any], int]]:
-    for module in model.modules():
-        # Handles would tie the hooks to this model; a copy must be able to find its own.
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            yield from ((module, hooks, number) for number, hook in hooks.items() if isinstance(hook, _HOOKS))
+    return any(True for _ in hooks_in(model.modules()))

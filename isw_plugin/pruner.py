@@ -12,10 +12,12 @@ from isw_plugin.accelerate import BACKENDS, Accelerated, accelerate
 from isw_plugin.decay import decay
 from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
 from isw_plugin.gates import Gate
-from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of
+from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of, orphaned_memory
+from isw_plugin.places import without_hooks
 from isw_plugin.saving import encoded_inputs, write
-from isw_plugin.settings import Settings, check_lambda, choose_gate
+from isw_plugin.settings import Settings, check_inputs, check_lambda, choose_gate
 from isw_plugin.sites import Found, Inputs, Patterns, Site, default_inputs
+from isw_plugin.values import as_count
 from isw_plugin.wrappers import attachable, unwrapped
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class InstanceWisePruner:
             squeeze-excite see the whole map.
         reduction: "sum" over the batch as in Eq. 5; "mean"; or "relative": norms as shares of each site's mean
             norm in the first batch, averaged over instances, channels and sites, so that one lambda suits all.
+            A site that runs several times in a forward (an encoder on two views) counts every time: "sum" adds
+            them, the others average over all of its instances. One that does not run adds nothing.
         per_site: Patterns and what differs there, such as ``{"blocks.0.*": {"beta": 0.0}}``.
         min_keep: Channels that every instance keeps at every site, the largest.
 
@@ -75,12 +79,12 @@ class InstanceWisePruner:
         per_site: Mapping[str, Mapping[str, Any]] | None = None,
         min_keep: int = 0,
     ) -> None:
+        _require_module(model)
+        check_inputs(example_inputs)
         model = attachable(model)
-        overrides = {pattern: dict(override) for pattern, override in (per_site or {}).items()}
-        chosen = choose_gate(gate, alpha, beta)
-        settings = Settings(lambda_, chosen, layers, exclude, scope, reduction, overrides)
-        if min_keep < 0:
-            raise SettingError(f"min_keep={min_keep}: a number of channels is 0 or more")
+        overrides = {} if per_site is None else per_site
+        settings = Settings(lambda_, choose_gate(gate, alpha, beta), layers, exclude, scope, reduction, overrides)
+        min_keep = as_count("min_keep", min_keep, "a number of channels")
         inputs = example_inputs if example_inputs is not None else default_inputs(model)
         if inputs is not None:
             settings.resolve(model, inputs)
@@ -96,12 +100,15 @@ class InstanceWisePruner:
         Raises:
             AttachError: The model has none.
         """
+        _require_module(model)
         model = unwrapped(model)
-        memory = memory_of(model)
+        memory = memory_of(model) or orphaned_memory(model)
         if memory is None:
             raise AttachError(f"{type(model).__name__} has no pruner attached")
         pruner = cls.__new__(cls)
         pruner.model, pruner._memory = model, memory
+        if memory_of(model) is None:
+            pruner._attach()  # torch.fx copies a graph without the hooks on the whole
         return pruner
 
     # -- what is attached where --------------------------------------------------------------------
@@ -133,11 +140,8 @@ class InstanceWisePruner:
         inputs = self._settings.inputs
         if inputs is None:
             raise AttachError("the model has not been run yet: there are no sites to update")
-        enabled, self._memory.enabled = self._memory.enabled, False  # the probe must see the bare model
-        try:
+        with without_hooks(self.model):  # also of those that came with a part of another model
             self._settings.resolve(self.model, inputs)
-        finally:
-            self._memory.enabled = enabled
         self._attach()
 
     def remove(self) -> None:
@@ -157,8 +161,7 @@ class InstanceWisePruner:
 
     @lambda_.setter
     def lambda_(self, value: float) -> None:
-        check_lambda(value)
-        self._settings.lambda_ = value
+        self._settings.lambda_ = check_lambda(value)
         self._configure()
 
     def penalty(self) -> Tensor:
@@ -178,7 +181,8 @@ class InstanceWisePruner:
         if any((settings.lambdas() or {"unknown yet": self.lambda_}).values()):
             raise NothingRecordedError(
                 "no training forward of the attached model was recorded since the penalty was last taken: it ran in "
-                "eval mode, under no_grad, through a submodule, or was compiled before the pruner was attached"
+                "eval mode, under no_grad, through a submodule, or was compiled before the pruner was attached; or a "
+                "feature extractor or copied graph ran that does not have all of the pruner's hooks"
             )
         return torch.zeros((), device=next(self.model.parameters(), torch.empty(0)).device)
 
@@ -199,13 +203,14 @@ class InstanceWisePruner:
 
         Raises:
             AttachError: Another model.
-            SettingError: A factor below 1.
+            SettingError: A factor below 1, or a loss that is no scalar in a graph.
         """
         if unwrapped(model) is not self.model:
             raise AttachError("regularize got another model than the one this pruner is attached to")
         for name, factor in (("world_size", world_size), ("accumulation_steps", accumulation_steps)):
-            if factor is not None and factor < 1:
-                raise SettingError(f"{name}={factor}: a count is 1 or more")
+            if factor is not None:
+                as_count(name, factor, "a count", least=1)
+        _require_loss(loss)
         penalty = self.penalty()
         if self._settings.reduction == "sum":
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -227,13 +232,19 @@ class InstanceWisePruner:
 
     @property
     def keep(self) -> dict[str, Tensor]:
-        """Which channels each instance kept in the last gated forward, by site: bool, (N, C)."""
-        return {site.name: self._memory.keep[site.name] for site in self.sites if site.name in self._memory.keep}
+        """Which channels each instance kept in the last gated forward, by site: bool, (N, C).
+
+        Of this thread's last, or where it ran none, of the last of any thread. A site that ran several times in it has
+        the instances of all times, one below the other; one that did not run is missing.
+        """
+        keep = self._memory.keep
+        return {site.name: keep[site.name] for site in self.sites if site.name in keep}
 
     @property
     def norms(self) -> dict[str, Tensor]:
-        """Channel norms (Eq. 3) of the last gated forward, by site: (N, C), detached."""
-        return {site.name: self._memory.norms[site.name] for site in self.sites if site.name in self._memory.norms}
+        """Channel norms (Eq. 3) on which ``keep`` was decided, by site: (N, C), detached."""
+        norms = self._memory.norms
+        return {site.name: norms[site.name] for site in self.sites if site.name in norms}
 
     @property
     def per_site(self) -> dict[str, dict[str, Any]]:
@@ -343,6 +354,7 @@ class InstanceWisePruner:
         self._require_attached()
         if backend not in BACKENDS:
             raise SettingError(f"backend={backend!r}: one of {', '.join(map(repr, BACKENDS))}")
+        check_inputs(example_inputs)
         inputs = example_inputs if example_inputs is not None else self._noise()
         return accelerate(self.model, self.sites, inputs, backend)
 
@@ -366,8 +378,9 @@ class InstanceWisePruner:
                 changed then.
         """
         self._require_attached()
+        min_keep = as_count("min_keep", state.get("min_keep", 0), "a number of channels")
         self._memory.owner = self._settings.restored(state, self.model)
-        self._memory.min_keep = state.get("min_keep", 0)
+        self._memory.min_keep = min_keep
         self._memory.enabled = state.get("enabled", False)
         self._configure()
 
@@ -402,13 +415,15 @@ class InstanceWisePruner:
 
     def _attach(self) -> None:
         detach_hooks(self.model)
-        found = self._settings.found
-        if found is None:
+        if self._settings.found is None:
             attach_at_first_forward(self.model, self._memory, _resolve_and_attach)
-            return
+        else:
+            self._place_hooks()
+
+    def _place_hooks(self) -> None:
         self._memory.clear()
         self._configure()
-        attach_hooks(self.model, self._memory, found.sites, self._settings.scope)
+        attach_hooks(self.model, self._memory, self.sites, self._settings.scope)
 
     def _configure(self) -> None:
         """Tell the hooks what holds at each site."""
@@ -420,8 +435,23 @@ class InstanceWisePruner:
 
 def _resolve_and_attach(model: nn.Module, inputs: Inputs) -> None:
     pruner = InstanceWisePruner.of(model)
-    detach_hooks(model)  # else the copy that the probe runs would look for its sites in turn
-    try:
+    if pruner._settings.found is None:  # else another thread's forward was the first
         pruner._settings.resolve(model, inputs)
-    finally:
-        pruner._attach()
+        pruner._place_hooks()
+
+
+def _require_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        hint = f", such as timm.create_model({model!r})" if isinstance(model, str) else ""
+        raise SettingError(f"model={model!r} is no torch.nn.Module: pass the model itself{hint}")
+
+
+def _require_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise SettingError(f"the loss is {what}: regularize takes the task loss, a scalar tensor, not outputs")
+    if not loss.requires_grad and torch.is_grad_enabled():
+        raise SettingError(
+            "the loss has no graph (detached, .item(), or computed under no_grad), so only the penalty would train: "
+            "pass it as computed. For the penalty alone call pruner.penalty()"
+        )

@@ -2,21 +2,22 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isw_plugin.decay import REDUCTIONS, first_norms, relative_weights
-from isw_plugin.errors import AttachError, SettingError, StateMismatchError
+from isw_plugin.errors import AttachError, PatternError, SettingError, StateMismatchError
 from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate, named_gate, stored_gate, with_parameters
 from isw_plugin.sites import Found, Inputs, Patterns, find_sites
 from isw_plugin.sites.patterns import select
+from isw_plugin.values import as_number
 
-__all__ = ["Settings", "check_lambda", "choose_gate"]
+__all__ = ["Settings", "check_inputs", "check_lambda", "choose_gate"]
 
 _VERSION = 1
 _ADDED = {"calibration", "references"}  # to a state of this version, after some were saved without
@@ -33,7 +34,7 @@ class Settings:
     exclude: Patterns
     scope: str
     reduction: str
-    per_site: dict[str, dict[str, Any]]
+    per_site: Mapping[str, Mapping[str, Any]]
     inputs: Any = None
     found: Found | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # per_site, by site name
@@ -41,11 +42,13 @@ class Settings:
     calibration: dict[str, Any] | None = None  # of the last ``calibrate``, plain values
 
     def __post_init__(self) -> None:
-        check_lambda(self.lambda_)
+        self.lambda_ = check_lambda(self.lambda_)
         _check_choice("scope", self.scope, ("all", "consumers"))
         _check_choice("reduction", self.reduction, REDUCTIONS)
-        for override in self.per_site.values():
-            self.lambda_and_gate(override)
+        _check_patterns("layers", self.layers)
+        _check_patterns("exclude", self.exclude)
+        _check_per_site(self.per_site)
+        self.per_site = {pattern: self._plain(override) for pattern, override in self.per_site.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Functions as patterns become the names that they chose, which can be pickled."""
@@ -55,11 +58,15 @@ class Settings:
             state["exclude"] = ()
         return state
 
+    def _plain(self, override: Mapping[str, Any]) -> dict[str, Any]:
+        """What differs at a site, checked, and numbers as Python has them."""
+        lambda_, gate = self.lambda_and_gate(override)
+        return {name: lambda_ if name == "lambda_" else getattr(gate, name) for name in override}
+
     def lambda_and_gate(self, override: Mapping[str, Any]) -> tuple[float, Gate]:
         """What holds at a site with these overrides."""
         parameters = dict(override)
-        lambda_ = parameters.pop("lambda_", self.lambda_)
-        check_lambda(lambda_)
+        lambda_ = check_lambda(parameters.pop("lambda_", self.lambda_))
         return lambda_, with_parameters(self.gate, **parameters)
 
     def lambdas(self) -> dict[str, float]:
@@ -73,7 +80,7 @@ class Settings:
             return lambdas
         return relative_weights(lambdas, {s.name: s.channels for s in self.known().sites}, self.references)
 
-    def measure(self, norms: Mapping[str, Tensor]) -> None:
+    def measure(self, norms: Mapping[str, Sequence[Tensor]]) -> None:
         """Under reduction="relative", take the first norms of sites as their references."""
         if self.reduction == "relative":
             missing = [name for name, lambda_ in self.lambdas().items() if lambda_ and name not in self.references]
@@ -109,14 +116,15 @@ class Settings:
         gate = with_parameters(self.gate, **parameters)
         changed = dataclasses.replace(self, gate=gate)
         if per_site is not None:
-            changed = dataclasses.replace(changed, per_site={pattern: dict(o) for pattern, o in per_site.items()})
+            changed = dataclasses.replace(changed, per_site=per_site)
             changed.overrides = _by_site(model, self.found, changed.per_site) if self.found else {}
         self.gate, self.per_site, self.overrides = gate, changed.per_site, changed.overrides
 
     def override(self, site: str, parameters: Mapping[str, Any]) -> None:
         """Set gate parameters of one site, whatever patterns say of it; its overrides are found at ``resolve``."""
         if parameters:
-            self.per_site[site] = self.per_site.pop(site, {}) | dict(parameters)
+            before = dict(self.per_site)
+            self.per_site = {**before, site: {**before.pop(site, {}), **parameters}}
 
     def noise(self, instances: int, weight: Tensor) -> Inputs:
         """Noise in the shape of the inputs that the sites were found on, of a weight's type and device."""
@@ -214,10 +222,47 @@ def _gate_type(gate: Gate) -> str:
     return str(getattr(gate, "__qualname__", type(gate).__name__))  # a function's own name
 
 
-def check_lambda(lambda_: float) -> None:
-    """Raise SettingError unless this can weigh a penalty."""
-    if not (lambda_ >= 0 and math.isfinite(lambda_)):
-        raise SettingError(f"lambda_={lambda_}: the weight of the penalty is a finite number, 0 or more")
+def check_lambda(lambda_: float) -> float:
+    """It as a float; SettingError unless this can weigh a penalty."""
+    meaning = "the weight of the penalty is a finite number, 0 or more"
+    number = as_number("lambda_", lambda_, meaning)
+    if not (number >= 0 and math.isfinite(number)):
+        raise SettingError(f"lambda_={number}: {meaning}")
+    return number
+
+
+def check_inputs(inputs: Any) -> None:
+    """Raise SettingError where example inputs hold a shape or an array instead of a tensor."""
+    leaves = tree_leaves(inputs)
+    if isinstance(inputs, tuple | list) and leaves and all(type(leaf) is int for leaf in leaves):
+        shape = leaves if len(leaves) != 3 else [1, *leaves]
+        raise SettingError(
+            f"example_inputs={inputs!r} is a shape: pass a tensor, such as torch.zeros({', '.join(map(str, shape))})"
+        )
+    arrays = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor) and hasattr(leaf, "__array__")]
+    if arrays or isinstance(inputs, bool | int | float | str | bytes):
+        raise SettingError(
+            f"example_inputs hold a {(arrays or [type(inputs).__name__])[0]}: pass tensors, such as "
+            "torch.from_numpy(images), a tuple of what forward takes or a dict of it by name"
+        )
+
+
+def _check_patterns(name: str, patterns: Any) -> None:
+    listed = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) for pattern in patterns)
+    if not (isinstance(patterns, str) or callable(patterns) or listed):
+        raise PatternError(
+            f"{name}={patterns!r}: a glob over layer names, a list of globs, or a function (name, module) -> bool"
+        )
+
+
+def _check_per_site(per_site: Any) -> None:
+    def named(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+    if not (named(per_site) and all(map(named, per_site.values()))):
+        raise SettingError(
+            f"per_site={per_site!r}: patterns and what differs there, such as {{'layer1.*': {{'beta': 0.5}}}}"
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

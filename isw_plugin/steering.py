@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 from torch import Tensor
 
@@ -40,9 +41,11 @@ def steer_thresholds(pruner: InstanceWisePruner, keep: Mapping[str, float], *, r
         rate: How far to move, in (0, 1].
 
     Raises:
-        SettingError: Another gate, an unknown site, a share or rate outside its range.
+        SettingError: No pruner, another gate, no or an unknown site, a share or rate outside its range.
         NothingRecordedError: No gated forward before.
     """
+    if not isinstance(pruner, InstanceWisePruner):
+        raise SettingError(f"a pruner is steered, and this is a {type(pruner).__name__}: InstanceWisePruner.of(model)")
     gate = pruner.gate
     if not isinstance(gate, CVGate):
         raise SettingError(f"gate={gate!r}: beta is a threshold of the CV gate")
@@ -76,13 +79,15 @@ def _wanted(norms: Tensor, alpha: float, keep: float) -> float:
 
 
 def _check(pruner: InstanceWisePruner, keep: Mapping[str, float], rate: float) -> None:
+    if not isinstance(keep, Mapping) or not keep:
+        raise SettingError(f"keep={keep!r}: a dict of site name -> share of channels to keep, for one site or more")
     sites = [site.name for site in pruner.sites]
     unknown = [site for site in keep if site not in sites]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], sites, n=3, cutoff=0.3) or sites[:3]
+        close = difflib.get_close_matches(str(unknown[0]), sites, n=3, cutoff=0.3) or sites[:3]
         raise SettingError(f"keep has {unknown[0]!r}, which is no site. Close names: {', '.join(close)}")
     for site, share in keep.items():
-        if not 0 < share <= 1:
-            raise SettingError(f"keep={share} at {site}: the share of channels to keep lies in (0, 1]")
-    if not 0 < rate <= 1:
-        raise SettingError(f"rate={rate}: how far to move lies in (0, 1]")
+        if not isinstance(share, Real) or not 0 < share <= 1:
+            raise SettingError(f"keep={share!r} at {site}: the share of channels to keep lies in (0, 1]")
+    if not isinstance(rate, Real) or not 0 < rate <= 1:
+        raise SettingError(f"rate={rate!r}: how far to move lies in (0, 1]")

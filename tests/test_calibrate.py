@@ -84,11 +84,11 @@ def test_candidates_that_empty_a_map_are_rejected() -> None:
     subject = pruner(gate=MinNorm(0.0))
     images = torch.zeros(4, 1, 4, 4)  # nothing to keep: every norm is 0
     subject_all = pruner()
-    found = calibrate(subject, [(images, torch.zeros(4).long())], max_drop=1.0, grid={"ratio": (0.5, 0.9)})
+    found = calibrate(subject, [(images, torch.zeros(4).long())], max_drop=0.49, grid={"ratio": (0.5, 0.9)})
     assert found.best.parameters == {"ratio": 0.9}
     assert found.best.emptied == 0
     with pytest.raises(BudgetError, match="none of"):
-        calibrate(subject_all, [(images, torch.zeros(4).long())], max_drop=1.0)  # CV 0: nothing is ever dropped
+        calibrate(subject_all, [(images, torch.zeros(4).long())], max_drop=0.49)  # CV 0: nothing is ever dropped
 
 
 def test_emptying_loses_to_a_smaller_saving() -> None:
@@ -100,7 +100,7 @@ def test_emptying_loses_to_a_smaller_saving() -> None:
             return norms >= self.level
 
     subject = pruner(gate=Threshold(0.0))
-    found = calibrate(subject, held_out(), max_drop=1.0, grid={"level": (1.0, 1e9)})
+    found = calibrate(subject, held_out(), max_drop=0.49, grid={"level": (1.0, 1e9)})
     assert found.best.parameters == {"level": 1.0}
     assert found.candidates[1].emptied == 20
 
@@ -124,7 +124,22 @@ def test_a_budget_that_cannot_be_met_says_the_best_found() -> None:
         ({"target_macs": float("nan")}, "target_macs"),
         ({"max_drop": -0.1}, "max_drop"),
         ({"max_drop": float("nan")}, "max_drop"),
+        ({"max_drop": 1.5}, r"one point is 0\.01"),
+        ({"max_drop": 5}, r"one point is 0\.01"),
+        ({"max_drop": "0.01"}, "max_drop"),
+        ({"max_drop": None}, "max_drop"),
+        ({"max_drop": -1.0, "metric": lambda outputs, labels: labels}, "loss of the metric"),
+        ({"target_macs": "half"}, "target_macs"),
+        ({"target_macs": 0.5}, r"0\.5 of this model's 180 is target_macs=90"),
         ({"max_instances": 0}, "max_instances"),
+        ({"max_instances": "all"}, "max_instances"),
+        ({"max_instances": None}, "max_instances"),
+        ({"grid": {}}, "a dict of parameter"),
+        ({"grid": [0.5]}, "a dict of parameter"),
+        ({"grid": {"beta": 0.5}}, "needs a value"),
+        ({"grid": {"beta": "0.5"}}, "needs a value"),
+        ({"grid": {"beta": ("0.5",)}}, "needs a value"),
+        ({"metric": lambda outputs, labels: 0.5}, "for 20 instances"),
     ],
 )
 def test_wrong_arguments_change_nothing(arguments: dict[str, object], message: str) -> None:
@@ -137,7 +152,7 @@ def test_wrong_arguments_change_nothing(arguments: dict[str, object], message: s
 
 def test_only_the_first_instances_are_used() -> None:
     loader = held_out() * 3
-    assert calibrate(pruner(), loader, max_drop=1.0, max_instances=25).instances == 25
+    assert calibrate(pruner(), loader, max_drop=0.49, max_instances=25).instances == 25
 
 
 def test_frontier_is_what_no_other_beats() -> None:
@@ -146,3 +161,105 @@ def test_frontier_is_what_no_other_beats() -> None:
 
     good, dominated, small = candidate(0.9, 100), candidate(0.8, 120), candidate(0.7, 50)
     assert Calibration(good, (small, dominated, good), 0.9, 1).frontier == (good, small)
+
+
+@pytest.mark.parametrize("max_drop", [0.5, 1])
+def test_a_budget_in_points_is_warned_of(max_drop: float) -> None:
+    with pytest.warns(UserWarning, match=r"points of accuracy: one point is 0\.01"):
+        calibrate(pruner(), held_out(), max_drop=max_drop)
+    calibrate(pruner(), held_out(), max_drop=1.0, target_macs=170)  # any accuracy, on purpose
+
+
+def test_a_model_is_not_calibrated() -> None:
+    subject = pruner()
+    with pytest.raises(SettingError, match=r"InstanceWisePruner\.of\(model\)"):
+        calibrate(subject.model, held_out())  # type: ignore[arg-type]
+    fast = subject.accelerate(held_out()[0][0], backend="dense")
+    with pytest.raises(SettingError, match="the pruner that made it"):
+        calibrate(fast, held_out())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (held_out()[0], "one batch and not batches"),
+        (held_out()[0][0], "one batch and not batches"),
+        ([], "no batch"),
+        ([(held_out()[0][0], torch.full((20,), 2))], "label 2 is none of the 2 classes"),
+        ([(held_out()[0][0], torch.full((20,), -100))], "label -100"),
+    ],
+)
+@pytest.mark.parametrize("per_site", [False, True])
+def test_what_cannot_be_judged_changes_nothing(loader: object, message: str, per_site: bool) -> None:
+    subject = pruner()
+    before = subject.state_dict()
+    with pytest.raises(SettingError, match=message):
+        calibrate(subject, loader, max_drop=0.0, per_site=per_site)  # type: ignore[arg-type]
+    assert subject.state_dict() == before
+
+
+@pytest.mark.parametrize("per_site", [False, True])
+def test_metric_and_forward_judge_as_accuracy_does(per_site: bool) -> None:
+    subject, other = pruner(), pruner()
+    expected = calibrate(subject, held_out(), max_drop=0.0)
+    images, labels = held_out()[0]
+    found = calibrate(
+        other,
+        [{"x": images, "labels": labels.view(-1, 1).float()}],
+        max_drop=0.0,
+        forward=lambda model, inputs: {"scores": model(inputs["x"])},
+        metric=lambda outputs, labels: 100.0 * (outputs["scores"].argmax(1) == labels[:, 0]),
+        per_site=per_site,
+    )
+    assert (expected.accuracy, found.accuracy) == (1.0, 100.0)
+    assert found.best.macs == expected.best.macs
+
+
+def test_only_part_of_a_batch_is_taken_from_any_form() -> None:
+    images, labels = held_out()[0]
+    assert calibrate(pruner(), [{"x": images, "labels": labels.tolist()}] * 2, max_instances=25).instances == 25
+
+
+# -- what is not run -------------------------------------------------------------------------------
+
+
+def passes(subject: InstanceWisePruner, **settings: object) -> tuple[int, Calibration]:
+    """Forwards of the whole batch (a single image is run to count MACs), gates off among them."""
+    runs: list[int] = []
+    handle = subject.model.register_forward_pre_hook(lambda _, args: runs.append(len(args[0])))
+    found = calibrate(subject, held_out(), max_drop=0.0, **settings)  # type: ignore[arg-type]
+    handle.remove()
+    return runs.count(20), found
+
+
+def every_candidate(subject: InstanceWisePruner) -> list[Candidate]:
+    grid = {"alpha": (0.0, 0.25, 0.5, 1.0, 2.0), "beta": (0.25, 0.5, 0.75, 1.0)}
+    return list(passes(subject, grid=grid)[1].candidates)
+
+
+def test_own_grid_takes_half_of_the_passes_for_the_same_best() -> None:
+    count, found = passes(pruner())
+    assert count <= 18
+    assert all(c.macs >= found.best.macs for c in every_candidate(pruner()) if c.accuracy == 1)
+
+
+def test_what_a_grid_of_the_users_holds_is_tried_but_for_what_is_sure() -> None:
+    grid = {"alpha": (0.0, 0.25, 1.0, 2.0), "beta": (0.5, 1.0)}  # CV is .52 everywhere
+    count, found = passes(pruner(), grid=grid)
+    assert count == 1 + 2  # gates off; alpha 0; 0.25 decides alike, and 1 and 2 drop nothing
+    assert len(found.candidates) == 8
+    alone = [passes(pruner(), grid={n: (v,) for n, v in c.parameters.items()}) for c in found.candidates[:4]]
+    assert [c for _, each in alone for c in each.candidates] == list(found.candidates[:4])
+    assert all(c.prune_ratio == 0 and c.macs == 180 and c.accuracy == 1 for c in found.candidates[4:])
+
+
+def test_thresholds_of_the_users_own_count_in_what_is_sure() -> None:
+    _, found = passes(pruner(per_site={"make": {"alpha": 0.0}}), grid={"alpha": (2.0,), "beta": (1.0,)})
+    assert found.candidates[0].prune_ratio > 0
+    _, found = passes(pruner(per_site={"make": {"beta": 1.0}}), grid={"alpha": (0.0, 2.0), "beta": (0.5,)})
+    assert [c.prune_ratio > 0 for c in found.candidates] == [True, False]
+
+
+def test_progress_shows_a_total(capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate(pruner(), held_out(), max_drop=0.0)
+    assert "0/36" in capsys.readouterr().err

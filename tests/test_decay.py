@@ -234,15 +234,15 @@ def test_scaling_all_maps_and_their_references_changes_nothing(
     scale: float, instances: int, channels: list[int], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    norms = {str(i): torch.rand(instances, c, generator=generator) + 0.1 for i, c in enumerate(channels)}
+    norms = {str(i): [torch.rand(instances, c, generator=generator) + 0.1] for i, c in enumerate(channels)}
     lambdas = dict.fromkeys(norms, 1.0)
-    widths = {name: norm.shape[1] for name, norm in norms.items()}
-    scaled = {name: scale * norm for name, norm in norms.items()}
+    widths = {name: norm.shape[1] for name, (norm,) in norms.items()}
+    scaled = {name: [scale * norm] for name, (norm,) in norms.items()}
     for these in (norms, scaled):
         weights = relative_weights(lambdas, widths, first_norms(these, lambdas))
         assert decay(these, weights, "relative").item() == pytest.approx(1.0, rel=1e-4)
 
 
 def test_first_norms_are_of_sites_that_ran() -> None:
-    norms = {"a": torch.ones(2, 3), "b": torch.full((2, 3), 2.0), "dead": torch.zeros(2, 3)}
+    norms = {"a": [torch.ones(2, 3)], "b": [torch.full((2, 3), 2.0)], "dead": [torch.zeros(2, 3)]}
     assert first_norms(norms, ["b", "dead", "skipped"]) == {"b": 2.0}

@@ -1,4 +1,6 @@
 import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from isw_plugin import InstanceWisePruner, evaluate
 from isw_plugin.accelerate import choose, fit
 from isw_plugin.accelerate.accelerated import Accelerated
-from isw_plugin.errors import AttachError, NonFiniteFeatureError, SettingError
+from isw_plugin.errors import AttachError, NonFiniteFeatureError, ProbeError, SettingError
 from tests.accelerate.nets import clock, whole_clock
 
 
@@ -221,3 +223,152 @@ def test_a_recording_around_an_evaluation_changes_nothing(monkeypatch: pytest.Mo
     with fast.recording():
         assert evaluate(fast, batches()).instances == 10
     assert not fast.training
+
+
+# -- batches, outputs and labels of any form -------------------------------------------------------
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    aux: Tensor
+
+
+OUTPUTS: dict[str, Any] = {
+    "dataclass": Output,
+    "named tuple": lambda logits: Pair(-logits, logits)._replace(logits=logits),
+    "tuple": lambda logits: (logits, -logits),
+    "logits of a dict": lambda logits: {"loss": None, "logits": logits},
+    "out of a dict": lambda logits: {"out": logits, "aux": -logits},
+    "a dict of one": lambda logits: {"scores": logits},
+}
+
+
+class Packed(nn.Module):
+    """A network that takes named inputs and packs its outputs."""
+
+    def __init__(self, kind: str = "dataclass") -> None:
+        super().__init__()
+        self.net, self.kind = net(), kind
+
+    def forward(self, pixel_values: Tensor, scale: Tensor | None = None) -> Any:
+        return OUTPUTS[self.kind](self.net(pixel_values))
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_logits_are_found_in_any_output(kind: str) -> None:
+    expected = evaluate(net(), batches())
+    assert evaluate(Packed(kind), batches()).accuracy == expected.accuracy
+
+
+def test_batches_of_any_form_give_the_same_report() -> None:
+    model = Packed()
+    InstanceWisePruner(model, torch.zeros(1, 3, 6, 6), alpha=0.0, beta=0.9).step()
+    expected = evaluate(model, batches())
+    assert expected.prune_ratio > 0
+    for form in (
+        lambda x, y: {"pixel_values": x, "labels": y, "index": y},
+        lambda x, y: {"image": x, "label": y.tolist()},
+        lambda x, y: ({"pixel_values": x}, y.numpy()),
+        lambda x, y: ((x, torch.ones(len(x))), y.float()),
+        lambda x, y: (x, y.int(), torch.ones(len(x))),
+    ):
+        report = evaluate(model, (form(x, y) for x, y in batches()))
+        for name in ("accuracy", "prune_ratio", "macs", "per_class"):
+            assert getattr(report, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.ones(4, 5, 5).long(), torch.ones(4, 7), {"masks": torch.ones(4, 2)}, [{"boxes": torch.ones(1)}] * 4],
+    ids=["dense", "multi-label", "dict", "targets"],
+)
+def test_a_metric_takes_labels_as_they_are(labels: Any) -> None:
+    images = batches()[0][0]
+    seen = []
+
+    def metric(outputs: Output, given: Any) -> Tensor:
+        seen.append((type(outputs), type(given)))
+        return outputs.logits.softmax(1)[:, 0]
+
+    report = evaluate(Packed(), [(images, labels)], metric=metric, records=True)
+    assert seen == [(Output, type(labels))]
+    assert report.accuracy == pytest.approx(net()(images).softmax(1)[:, 0].mean().item())
+    assert report.per_class == {}
+    assert report.records is not None
+    assert report.records.labels.tolist() == [-1] * 4
+    assert evaluate(Packed(), [(images, labels)], metric=lambda o, y: [1.0, 0, 0, 1]).accuracy == 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.eye(3)[[0, 1, 2, 0]], r"\(4, 3\).*one-hot"),
+        (torch.zeros(4, 1), r"squeeze\(1\)"),
+        (torch.zeros(4, 6, 6).long(), "metric="),
+        (torch.tensor([0, 1, 3, 0]), "label 3 is none of the 3 classes"),
+        (torch.tensor([0, -100, 1, 0]), "label -100"),
+        (torch.tensor([0.5, 0, 0, 0]), "number of a class"),
+        (["cat", "dog", "cat", "dog"], "a list of 4 str"),
+        (torch.zeros(3).long(), "for 3 labels"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        evaluate(net(), [(batches()[0][0], labels)])
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.tensor(0.5), r"shape \(\) for 4 instances"),
+        (0.5, "for 4 instances"),
+        (torch.ones(4, 3), r"shape \(4, 3\)"),
+        (torch.tensor([1.0, float("nan"), 0, 0]), "nan for instance 1"),
+        ({"f1": 0.5}, "a dict"),
+        (None, "a NoneType"),
+    ],
+)
+def test_a_metric_gives_a_score_of_each_instance(result: Any, message: str) -> None:
+    model, pruner = gated()
+    before = pruner.state_dict()
+    with pytest.raises(SettingError, match=message):
+        evaluate(model, batches(), metric=lambda outputs, labels: result)
+    assert pruner.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (lambda logits: {"boxes": logits, "masks": logits}, "a dict of boxes, masks, without logits"),
+        (lambda logits: logits[:, :, None, None], r"\(4, 3, 1, 1\).*metric="),
+        (lambda logits: logits[:, :1], r"\(4, 1\).*metric="),
+        (lambda logits: None, "without logits"),
+    ],
+)
+def test_outputs_without_class_scores_are_refused(outputs: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        evaluate(net(), batches(), forward=lambda model, images: outputs(model(images)))
+
+
+def test_a_model_that_fails_on_the_first_batch_says_how_it_was_called() -> None:
+    with pytest.raises(ProbeError, match=r"model\(\(4, 1, 6, 6\)\).*pass forward="):
+        evaluate(net(), [(torch.zeros(4, 1, 6, 6), torch.zeros(4).long())])
+
+
+def test_what_was_read_before_is_empty() -> None:
+    once = (batch for batch in batches())
+    evaluate(net(), once)
+    with pytest.raises(SettingError, match="gives its batches once"):
+        evaluate(net(), once)
+
+
+def test_a_pruner_is_no_model() -> None:
+    _, pruner = gated()
+    with pytest.raises(SettingError, match=r"pass pruner\.model"):
+        evaluate(pruner, batches())  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isw_plugin import InstanceWisePruner
+from isw_plugin.errors import SettingError, UnsupportedError
 from isw_plugin.functional import keep_mask
 from isw_plugin.hooks import Memory, Part, column_keep, has_hooks, memory_of, reader_parts
 from tests.conftest import Concat, Net, made
@@ -50,7 +51,7 @@ def test_memory_holds_no_tensor_in_a_pickle(plain: Net) -> None:
     pruner.step()
     plain.train()(plain.images())
     memory = pickle.loads(pickle.dumps(memory_of(plain)))
-    assert (memory.tape, memory.norms, memory.keep, memory.running) == ([], {}, {}, False)
+    assert (memory.tape, memory.norms, memory.keep, memory.running) == ([], {}, {}, None)
     assert (memory.enabled, memory.gates) == (True, pruner._memory.gates)
 
 
@@ -157,3 +158,99 @@ def test_a_norms_memory_is_of_the_last_forward(plain: Net) -> None:
     plain(plain.images(4))
     plain(plain.images(2))
     assert {len(norms) for norms in pruner.norms.values()} == {2}
+
+
+# -- maps that are not what the probe saw ----------------------------------------------------------
+
+
+class Squeezed(nn.Module):
+    """A batch of one loses its axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.pool = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.b, self.act_b, self.c = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.act_b(self.b(self.pool(self.act(self.a(x))).squeeze())))
+
+
+@pytest.mark.parametrize("scope", ["all", "consumers"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_of_one_that_loses_its_axis_is_refused(scope: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model, images = Squeezed().train(training), torch.randn(3, 3, 8, 8)
+    pruner = InstanceWisePruner(model, images, scope=scope, lambda_=1.0)
+    if not training:
+        pruner.step()
+    assert model(images).shape == (3, 2)
+    with pytest.raises(
+        UnsupportedError, match=r"map of b has shape \(5,\), and \(N, 5\) when .* \(no bare \.squeeze\(\)"
+    ):
+        model(images[:1])
+
+
+@pytest.mark.parametrize("scope", ["all", "consumers"])
+def test_one_image_without_a_batch_axis_is_refused(scope: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    pruner = InstanceWisePruner(net, torch.zeros(1, 3, 8, 8), scope=scope)
+    assert net(torch.zeros(3, 8, 8)).shape == (4, 4, 4)  # gates off: nothing is gated
+    pruner.step()
+    with pytest.raises(UnsupportedError, match=r"map of 0 has shape \(6, 6, 6\).*x\.unsqueeze\(0\)"):
+        net(torch.zeros(3, 8, 8))
+
+
+def test_tokens_where_vectors_were_probed_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    InstanceWisePruner(net, torch.zeros(2, 4)).step()
+    with pytest.raises(UnsupportedError, match=r"shape \(2, 6, 6\), and \(N, 6\)"):
+        net(torch.zeros(2, 6, 4))
+
+
+def test_another_number_of_channels_is_refused(plain: Net) -> None:
+    InstanceWisePruner(plain, plain.images(1)).step()
+    plain.c1, plain.bn1, plain.c2 = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3)
+    with pytest.raises(UnsupportedError, match=r"4 channels on axis 1.*pruner\.update_regularizer\(\)"):
+        plain(plain.images())
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_complex_maps_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 2)).eval()
+    InstanceWisePruner(net, torch.zeros(2, 4)).step()
+    net.to(torch.complex64)
+    with pytest.raises(UnsupportedError, match=r"map of 0 is torch\.complex64"):
+        net(torch.zeros(2, 4, dtype=torch.complex64))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_maps_are_refused_with_the_way_out() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    net = nn.TransformerEncoder(layer, 1).eval()
+    InstanceWisePruner(net, x).step()
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="enable_nested_tensor=False"):
+        net(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, lambda keep: keep.tolist()])
+def test_masks_that_are_not_dense_tensors_are_refused(plain: Net, sparse) -> None:
+    InstanceWisePruner(plain, plain.images(1), gate=lambda feature, norms: sparse(norms > 1)).step()
+    with pytest.raises(
+        SettingError, match=r"gave (torch\.bool torch\.sparse_coo of shape \(4, 4\)|list) at c1: .*dense"
+    ):
+        plain(plain.images())
+
+
+def test_a_map_passed_by_keyword_is_refused() -> None:
+    class Named(TwoReaders):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            return self.b(input=x) if self.named else self.b(x)
+
+    net = Named().eval()
+    net.named = False
+    InstanceWisePruner(net, torch.zeros(1, 3, 4, 4)).step()
+    net.named = True
+    with pytest.raises(UnsupportedError, match="passed by keyword"):
+        net(torch.zeros(1, 3, 4, 4))

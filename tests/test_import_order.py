@@ -11,10 +11,12 @@ import isw_plugin
 
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
-    {"errors", "ranks", "copies"},
-    {"functional"},
+    {"errors", "ranks"},
+    {"functional", "inputs", "copies", "values"},
     {"ops"},
-    {"sites", "gates", "structure", "decay"},
+    {"sites", "gates", "structure", "decay", "batches"},
+    {"memory", "masking"},
+    {"places"},
     {"hooks", "engine"},
     {"accelerate"},
     {"settings", "wrappers", "static", "saving"},

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from isw_plugin import InstanceWisePruner, count_macs
+from isw_plugin.errors import ISWError, SettingError
 from isw_plugin.measure.macs import decisions, gated_pruner
 
 
@@ -143,3 +144,77 @@ def test_decisions_are_those_of_the_forward_inside() -> None:
     assert of_fast is not None
     assert of_fast.model is fast.masked
     assert gated_pruner(dense) is None
+
+
+# -- inputs of any form ----------------------------------------------------------------------------
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.mix = two_convs(), nn.Linear(5, 6)
+
+    def forward(self, images: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.net(input=images).mean((2, 3)) + self.mix(extra)
+        return out
+
+
+class OfLists(nn.Module):
+    """Takes images as torchvision's detection does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = two_convs()
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = self.net(torch.stack(images))
+        return out
+
+
+def test_inputs_of_any_form_are_counted_alike() -> None:
+    images, extra = torch.randn(5, 3, 8, 8), torch.randn(5, 5)
+    model = TwoInputs()
+    InstanceWisePruner(model, (images, extra), alpha=0.0, beta=1.0).step()
+    by_position = count_macs(model, (images, extra))
+    by_name = count_macs(model, {"extra": extra, "images": images})
+    assert by_position.dense == by_name.dense == FIRST + SECOND + 30
+    assert torch.equal(by_position.gated, by_name.gated)
+    assert by_position.saved.min() > 0
+    assert count_macs(OfLists(), list(images)).gated.tolist() == [FIRST + SECOND] * 5
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_inputs_without_a_batch_are_refused(enabled: bool) -> None:
+    model = two_convs()
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 8, 8))
+    if enabled:
+        pruner.step()
+    with pytest.raises(ISWError):
+        count_macs(model, torch.zeros(3, 8, 8))
+    with pytest.raises(SettingError, match="no batch"):
+        count_macs(model, torch.zeros(()))
+    with pytest.raises(SettingError, match="no batch"):
+        count_macs(model, {})
+    assert pruner.enabled is enabled
+
+
+def test_a_pruner_is_no_model() -> None:
+    pruner = InstanceWisePruner(two_convs(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(SettingError, match=r"pass pruner\.model"):
+        count_macs(pruner, torch.zeros(1, 3, 8, 8))  # type: ignore[arg-type]
+
+
+def test_a_replaced_module_is_named() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    model = two_convs()
+    pruner = InstanceWisePruner(model, images, layers="0")
+    pruner.step()
+    site, activation, reader = pruner.sites[0].name, model[1], model[2]
+    model[1] = nn.ReLU()
+    with pytest.raises(ISWError, match=rf"{site}\b.*update_regularizer"):
+        count_macs(model, images)
+    model[1], model[2] = activation, nn.Sequential(reader)
+    with pytest.raises(ISWError, match=r"update_regularizer"):
+        count_macs(model, images)
+    pruner.update_regularizer()
+    assert count_macs(model, images).dense == FIRST + SECOND

@@ -8,10 +8,12 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from isw_plugin.copies import copy_of
 from isw_plugin.errors import ProbeError
-from isw_plugin.sites.probe import default_inputs, probe
+from isw_plugin.sites.probe import INSTANCES, default_inputs, probe
+from isw_plugin.sites.recorder import _recurrent
 from tests.conftest import Net, Plain, hooks_of, made, on_meta
 
 
@@ -50,6 +52,22 @@ def test_a_recurrent_module_is_one_node() -> None:
     assert graph.nodes[1].inputs == graph.nodes[0].outputs[:1]
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("shape", [(5, 3, 4), (5, 4)])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 2}], ids=str
+)
+def test_shapes_of_recurrent_modules_on_meta_are_those_of_a_run(kind, shape: tuple[int, ...], options: dict) -> None:
+    if "proj_size" in options and kind is not nn.LSTM:
+        return
+    real = kind(4, 3, **options)
+    on_meta = copy.deepcopy(real).to("meta")
+    expected = tree_leaves(real(torch.zeros(shape)))
+    found = tree_leaves(_recurrent(on_meta, on_meta.forward, torch.zeros(shape, device="meta")))
+    assert [(t.shape, t.is_contiguous()) for t in found] == [(t.shape, t.is_contiguous()) for t in expected]
+
+
 def test_an_operation_in_place_makes_a_new_value() -> None:
     graph = probe(Custom(lambda layer, x: F.relu_(layer(x)).add_(1)), torch.zeros(1, 4))
     assert [node.kind for node in graph.nodes] == ["layer", "relu", "add"]
@@ -82,8 +100,8 @@ def test_inputs_may_be_a_tensor_a_tuple_or_a_dict(inputs: object) -> None:
     assert probe(model, inputs).nodes[0].name == "layer"
 
 
-def test_the_probe_runs_two_instances() -> None:
-    assert probe(made(Plain), torch.zeros(5, 3, 8, 8)).shapes[0] == (2, 3, 8, 8)
+def test_shapes_hold_for_any_number_of_instances() -> None:
+    assert probe(made(Plain), torch.zeros(5, 3, 8, 8)).shapes[0] == (INSTANCES, 3, 8, 8)
 
 
 def test_integer_inputs_keep_their_type() -> None:
@@ -184,6 +202,20 @@ def test_an_error_inside_the_forward_is_the_cause() -> None:
     with pytest.raises(ProbeError, match="inside") as caught:
         probe(Custom(_fails), torch.zeros(1, 4))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_function_that_the_forward_needs_as_a_hook_is_said() -> None:
+    class Swap:
+        def __call__(self, module: nn.Module, args: tuple[Tensor]) -> Tensor:
+            return args[0].transpose(1, 2)
+
+    model = Custom(lambda layer, x: layer(x))
+    handle = model.register_forward_pre_hook(lambda module, args: args[0].transpose(1, 2))
+    with pytest.raises(ProbeError, match="make hooks that it needs callable objects"):
+        probe(model, torch.zeros(1, 4, 3))
+    handle.remove()
+    model.register_forward_pre_hook(Swap())
+    assert probe(model, torch.zeros(1, 4, 3)).nodes
 
 
 # -- default inputs --------------------------------------------------------------------------------

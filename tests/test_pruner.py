@@ -3,6 +3,7 @@ import json
 import pickle
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -295,6 +296,30 @@ BAD_SETTINGS = [
     ({"layers": "re:("}, PatternError, "no regular expression"),
     ({"layers": "fc"}, NoSitesError, "fc: the model's output"),
     ({"example_inputs": torch.zeros(1, 7, 8, 8)}, ProbeError, r"Plain .*shape \[\(1, 7, 8, 8\)\]"),
+    ({"lambda_": "1e-6"}, SettingError, "lambda_='1e-6': .*a finite number.* not a str"),
+    ({"lambda_": True}, SettingError, "lambda_=True"),
+    ({"lambda_": None}, SettingError, "lambda_=None"),
+    ({"lambda_": torch.ones(2)}, SettingError, "lambda_="),
+    ({"lambda_": [0.1]}, SettingError, "lambda_="),
+    ({"alpha": "0.5"}, SettingError, "alpha='0.5': a CV threshold"),
+    ({"beta": [1.0]}, SettingError, r"beta=\[1.0\]: a drop threshold"),
+    ({"beta": np.ones(3)}, SettingError, "beta="),
+    ({"min_keep": 1.5}, SettingError, "min_keep=1.5: a number of channels is 0 or more, a whole number"),
+    ({"min_keep": "all"}, SettingError, "min_keep='all'"),
+    ({"min_keep": True}, SettingError, "min_keep=True"),
+    ({"layers": 5}, PatternError, r"layers=5: a glob over layer names, a list of globs, or a function"),
+    ({"exclude": [5]}, PatternError, r"exclude=\[5\]"),
+    ({"layers": None}, PatternError, "layers=None"),
+    ({"per_site": [("c1", {"beta": 0.1})]}, SettingError, r"per_site=.*patterns and what differs there"),
+    ({"per_site": {"c1": 0.1}}, SettingError, "per_site="),
+    ({"per_site": {"c1": {1: 0.1}}}, SettingError, "per_site="),
+    ({"per_site": {"c1": {"beta": "0.1"}}}, SettingError, "beta='0.1'"),
+    ({"per_site": {"c1": {"lambda_": None}}}, SettingError, "lambda_=None"),
+    ({"example_inputs": (3, 8, 8)}, SettingError, r"is a shape: pass a tensor, such as torch\.zeros\(1, 3, 8, 8\)"),
+    ({"example_inputs": torch.Size([4, 3, 8, 8])}, SettingError, r"torch\.zeros\(4, 3, 8, 8\)"),
+    ({"example_inputs": np.zeros((1, 3, 8, 8))}, SettingError, r"hold a ndarray: .*torch\.from_numpy"),
+    ({"example_inputs": {"x": np.zeros((1, 3, 8, 8))}}, SettingError, "hold a ndarray"),
+    ({"example_inputs": 224}, SettingError, "hold a int"),
 ]
 
 
@@ -305,6 +330,26 @@ def test_bad_settings_change_nothing(plain: Net, settings: dict, kind: type[Exce
         InstanceWisePruner(plain, **{"example_inputs": plain.images(1), **settings})
     assert hooks_of(plain) == hooks
     assert pickle.dumps(plain) == state
+
+
+@pytest.mark.parametrize("make", [InstanceWisePruner, InstanceWisePruner.of])
+def test_what_is_no_model_is_refused(make) -> None:
+    with pytest.raises(SettingError, match=r"model='resnet18' is no .*Module.*timm\.create_model\('resnet18'\)"):
+        make("resnet18")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), torch.tensor([0.25]), nn.Parameter(torch.tensor(0.25))],
+)
+def test_numbers_of_numpy_and_tensors_of_one_element_become_pythons(plain: Net, number: object) -> None:
+    pruner = attached(
+        plain, lambda_=number, alpha=number, beta=number, min_keep=np.int64(2), per_site={"c1": {"beta": number}}
+    )
+    state = json.loads(json.dumps(pruner.state_dict()))
+    assert (state["lambda_"], state["gate"]["parameters"]) == (0.25, {"alpha": 0.25, "beta": 0.25})
+    assert (state["min_keep"], state["per_site"]) == (2, {"c1": {"beta": 0.25}})
+    assert type(pruner.lambda_) is type(pruner.gate.alpha) is float
 
 
 @pytest.mark.parametrize("inputs", [None, torch.zeros(1, 3, 4)])
@@ -323,6 +368,11 @@ def test_a_model_without_layers_is_refused(inputs: Tensor | None) -> None:
         lambda pruner: pruner.gating(beta=2.5).__enter__(),
         lambda pruner: setattr(pruner, "lambda_", -1.0),
         lambda pruner: setattr(pruner, "lambda_", float("nan")),
+        lambda pruner: setattr(pruner, "lambda_", "x"),
+        lambda pruner: pruner.enable(alpha="x"),
+        lambda pruner: pruner.enable(beta=None),
+        lambda pruner: pruner.enable(per_site={"c1": 5}),
+        lambda pruner: pruner.load_state_dict(pruner.state_dict() | {"min_keep": "all"}),
     ],
 )
 def test_bad_changes_change_nothing(plain: Net, change) -> None:
@@ -573,6 +623,51 @@ def test_an_error_at_the_first_forward_can_be_repeated() -> None:
             model(torch.zeros(1, 4))
     pruner.remove()
     assert model(torch.zeros(1, 4)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("run", "kind", "named"),
+    [
+        (lambda net: net(torch.zeros(1, 7, 8, 8)), RuntimeError, "expected input.* to have 3 channels"),
+        (lambda net: net("images"), Exception, "conv2d|str"),
+        (lambda net: net(net.images(1), 5), TypeError, "positional argument"),
+        (lambda net: net(images=net.images(1)), TypeError, "unexpected keyword argument 'images'"),
+    ],
+)
+def test_the_users_own_error_at_the_first_forward_comes_as_itself(plain: Net, run, kind, named: str) -> None:
+    pruner = InstanceWisePruner(plain, lambda_=1.0)
+    hooks = hooks_of(plain)
+    for _ in range(2):
+        with pytest.raises(kind, match=named) as caught:
+            run(plain)
+        assert not isinstance(caught.value, ProbeError)
+    assert hooks_of(plain) == hooks
+    plain.train()(plain.images())
+    assert pruner.penalty() > 0
+
+
+class Once(nn.Module):
+    """Cannot be copied, so it cannot be probed; it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def __deepcopy__(self, memo: object) -> "Once":
+        raise ValueError("there is one")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+def test_a_model_that_runs_and_cannot_be_probed_is_no_silent_success() -> None:
+    model = Once()
+    pruner = InstanceWisePruner(model)
+    for _ in range(2):
+        with pytest.raises(ProbeError, match="there is one"):
+            model(torch.zeros(3, 4))
+    pruner.remove()
+    assert model(torch.zeros(3, 4)).shape == (3, 2)
 
 
 def test_patterns_are_checked_at_the_first_forward(plain: Net) -> None:

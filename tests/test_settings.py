@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from isw_plugin.errors import AttachError, SettingError
-from isw_plugin.gates import CVGate, Gate, MinNorm
+from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate
 from isw_plugin.settings import Settings, check_lambda, choose_gate
 from tests.conftest import Net, Plain, made
 
@@ -76,3 +76,13 @@ def test_a_function_that_excludes_is_saved_as_what_it_left(plain: Net) -> None:
     other = copy.deepcopy(resolved(plain, exclude=lambda name, module: name == "c1"))
     other.resolve(plain, plain.images(1))
     assert [site.name for site in other.found.sites] == ["c2"]
+
+
+@pytest.mark.parametrize("value", ["0.5", None, True, [0.5], 1j])
+@pytest.mark.parametrize(
+    "make",
+    [lambda v: CVGate(alpha=v), lambda v: CVGate(beta=v), MinNorm, RandomGate, lambda v: RandomGate(0.5, seed=v)],
+)
+def test_gates_take_numbers_only(make, value: object) -> None:
+    with pytest.raises(SettingError, match=r"(alpha|beta|ratio|seed)="):
+        make(value)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch_pruning as tp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -343,3 +344,88 @@ def test_channels_tied_by_something_the_graph_does_not_show_stay() -> None:
     InstanceWisePruner(net, net.images(1), beta=0.0).to_static([net.images()])
     assert net.c1.out_channels == 4
     assert net.c2.out_channels < 6
+
+
+# -- what torch-pruning cannot do ------------------------------------------------------------------
+
+
+class Shuffled(Net):
+    """Behind a pixel shuffle, torch-pruning takes 12 channels for columns of a layer that has 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.a1, self.c2 = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1)
+        self.shuffle, self.a2 = nn.PixelShuffle(2), nn.ReLU()
+        self.c3, self.a3, self.c4 = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a2(self.shuffle(self.c2(self.a1(self.c1(x)))))
+        return self.c4(self.a3(self.c3(x)))
+
+
+def test_a_group_whose_columns_do_not_fit_stays_and_the_rest_goes() -> None:
+    net = made(Shuffled)
+    with torch.no_grad():
+        net.c1.weight[1], net.c1.bias[1] = 0.0, -1.0
+    expected = net(net.images())
+    InstanceWisePruner(net, net.images(1), beta=0.0).to_static([net.images()])
+    assert (net.c1.out_channels, net.c2.out_channels) == (7, 12)
+    torch.testing.assert_close(net(net.images()), expected)
+
+
+ERRORS = (ZeroDivisionError, IndexError, AttributeError, KeyError, AssertionError, RecursionError)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", ["_trace", "get_all_groups"])
+def test_whatever_torch_pruning_raises_is_ours_and_changes_nothing(
+    error: type[Exception], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self, *args: object, **kwargs: object) -> None:
+        m = next(iter(getattr(self, "module2node", [None])))  # noqa: F841  # as frames of torch-pruning hold it
+        raise error("theirs")
+
+    net = with_dead_channels(made(Plain)).train()
+    pruner = InstanceWisePruner(net, net.images(1))
+    before, hooks, state = copy.deepcopy(net.state_dict()), hooks_of(net), pruner.state_dict()
+    monkeypatch.setattr(tp.DependencyGraph, where, fail)
+    with pytest.raises(UnsupportedError, match=r"torch-pruning cannot .*Plain.*theirs") as raised:
+        pruner.to_static([net.images()])
+    assert where == "_trace" or "(near fc)" in str(raised.value)
+    assert hooks_of(net) == hooks
+    assert pruner.state_dict() == state
+    assert net.training
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_a_pruning_that_fails_half_way_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = with_dead_channels(made(Plain)).train()
+    pruner = InstanceWisePruner(net, net.images(1))
+    before, parameters = copy.deepcopy(net.state_dict()), list(net.parameters())
+    prune, done = tp.dependency.Group.prune, []
+
+    def fails_in_the_model(self, *args: object, **kwargs: object) -> None:
+        prune(self, *args, **kwargs)
+        if self[0].dep.target.module in list(net.modules()):
+            done.append(self)
+            raise IndexError("theirs")
+
+    monkeypatch.setattr(tp.dependency.Group, "prune", fails_in_the_model)
+    with pytest.raises(UnsupportedError, match=r"cannot remove \d+ channels of c\d: IndexError\('theirs'\)"):
+        pruner.to_static([net.images()])
+    assert done
+    assert all(mine is yours for mine, yours in zip(net.parameters(), parameters, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert (net.c1.out_channels, net.c2.in_channels, net.bn1.num_features) == (4, 4, 4)
+    assert net.training
+
+
+def test_a_threshold_is_a_number(plain: Net) -> None:
+    with pytest.raises(SettingError, match="threshold='0'"):
+        InstanceWisePruner(plain, plain.images(1)).to_static([plain.images()], "0")  # type: ignore[arg-type]
+
+
+def test_dicts_with_labels_are_taken() -> None:
+    net = with_dead_channels(made(Plain))
+    batch = {"x": net.images(), "labels": torch.zeros(4), "index": torch.zeros(4)}
+    assert InstanceWisePruner(net, net.images(1)).to_static([batch]).layers

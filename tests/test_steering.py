@@ -222,3 +222,19 @@ def test_without_a_gated_forward_there_is_nothing_to_follow() -> None:
     pruner = InstanceWisePruner(OneMap(4), torch.zeros(1, 4, 1, 1))
     with pytest.raises(NothingRecordedError, match="gates on"):
         steer_thresholds(pruner, {"a": 0.5})
+
+
+@pytest.mark.parametrize("keep", [{}, None, "a", 0.5, {"a": "0.5"}, {"a": None}, {0: 0.5}])
+def test_a_share_is_a_number_of_a_site(keep: object) -> None:
+    pruner = gated(norms_of(0))
+    before = pruner.state_dict()
+    with pytest.raises(SettingError, match="keep"):
+        steer_thresholds(pruner, keep)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="rate='fast'"):
+        steer_thresholds(pruner, {"a": 0.5}, rate="fast")  # type: ignore[arg-type]
+    assert pruner.state_dict() == before
+
+
+def test_a_model_is_not_steered() -> None:
+    with pytest.raises(SettingError, match=r"InstanceWisePruner\.of\(model\)"):
+        steer_thresholds(OneMap(4), {"a": 0.5})  # type: ignore[arg-type]

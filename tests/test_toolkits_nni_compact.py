@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch_pruning as tp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -297,3 +298,44 @@ def test_a_wrapped_model_is_refused() -> None:
     del model[0]._nni_wrapper
     with pytest.raises(UnsupportedError, match="compact what is inside"):
         compact(torch.compile(model), {}, IMAGES)
+
+
+@pytest.mark.parametrize("where", ["_trace", "get_all_groups"])
+def test_what_torch_pruning_cannot_trace_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self, *args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("theirs")
+
+    model = chain(-0.5)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(tp.DependencyGraph, where, fail)
+    with pytest.raises(UnsupportedError, match=r"torch-pruning cannot .*Sequential.*theirs"):
+        compact(model, rows(model, "1", 0), IMAGES)
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
+
+
+def test_a_removal_that_fails_in_the_model_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain(-0.5)
+    InstanceWisePruner(model, IMAGES).step()
+    before, prune = copy.deepcopy(model.state_dict()), tp.dependency.Group.prune
+
+    def fails_in_the_model(self, *args: object, **kwargs: object) -> None:
+        prune(self, *args, **kwargs)
+        if self[0].dep.target.module in list(model.modules()):
+            raise IndexError("theirs")
+
+    monkeypatch.setattr(tp.dependency.Group, "prune", fails_in_the_model)
+    with pytest.raises(UnsupportedError, match="cannot remove 1 channels of 0: IndexError"):
+        compact(model, rows(model, "1", 0), IMAGES)
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
+    assert model[0].out_channels == 4
+    assert InstanceWisePruner.of(model).enabled
+
+
+def test_behind_a_pixel_shuffle_channels_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    masks = rows(model, "0", 1) | rows(model, "3", 2)
+    expected = masked(model, masks)
+    compact(model, masks, torch.randn(2, 3, 4, 4))
+    assert (model[0].out_channels, model[3].out_channels) == (12, 3)
+    same(model, expected, torch.randn(5, 3, 4, 4))

@@ -234,6 +234,163 @@ def test_a_forward_that_raises_leaves_no_record(plain: Net, between: str) -> Non
     assert torch.equal(pruner.penalty(), expected)
 
 
+# -- modules that run several times in one forward, or not -----------------------------------------
+
+
+class Views(nn.Module):
+    """One view in eval mode, which the probe sees; in training the encoder runs on each of several before the loss."""
+
+    def __init__(self, encoder: Net) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        outputs = [self.encoder(view) for view in ((x, *others) if self.training else (x,))]
+        return torch.stack([output.mean(0) for output in outputs])
+
+
+def views(net: Net, count: int) -> list[Tensor]:
+    return [net.images(2 + n, seed=n) for n in range(count)]
+
+
+@pytest.mark.parametrize("kind", [Plain, Residual])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_call_of_an_encoder_counts(kind: type[Net], count: int) -> None:
+    model = Views(frozen_statistics(made(kind)))
+    batches = views(model.encoder, count)
+    (task_loss(model(*batches)) + sum(model.encoder.penalty_by_hand(x, LAMBDA) for x in batches)).backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    pruner = InstanceWisePruner(model, batches[0], LAMBDA)
+    pruner.regularize(model, task_loss(model(*batches))).backward()
+    assert_same_gradients(model, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "relative"])
+def test_means_are_over_all_instances_of_all_calls(reduction: str) -> None:
+    model = Views(frozen_statistics(made(Plain)))
+    batches = views(model.encoder, 3)
+    pruner = InstanceWisePruner(model, batches[0], LAMBDA, reduction=reduction)
+    model(*batches)
+    found = pruner.penalty()
+    together = model.encoder.penalty_by_hand(torch.cat(batches), LAMBDA) / sum(map(len, batches))
+    torch.testing.assert_close(found, together if reduction == "mean" else torch.tensor(LAMBDA))
+
+
+class Halves(nn.Module):
+    """Sites that only a second call reaches, and one that no training forward does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act_a = nn.Linear(4, 6), nn.ReLU()
+        self.b, self.act_b = nn.Linear(6, 5), nn.ReLU()
+        self.c, self.act_c, self.head = nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)
+        self.short = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.head(self.act_c(self.c(self.act_b(self.b(self.act_a(self.a(x)))))))
+        self.act_a(self.a(x[:2]))
+        return self.short(self.act_b(self.b(self.act_a(self.a(x)))))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_penalty_is_of_what_ran(reduction: str) -> None:
+    torch.manual_seed(0)
+    model, x = Halves(), torch.randn(3, 4)
+    pruner = InstanceWisePruner(model.eval(), x, LAMBDA, reduction=reduction)
+    assert [site.name for site in pruner.sites] == ["a", "b", "c"]
+    hidden = model.act_a(model.a(torch.cat([x, x[:2]])))
+    deeper = model.act_b(model.b(hidden[:3]))
+    model.train()(x)
+    expected = [hidden.sum() / (5 if reduction == "mean" else 1), deeper.sum() / (3 if reduction == "mean" else 1)]
+    torch.testing.assert_close(pruner.penalty(), LAMBDA * sum(expected))
+
+
+class ViewsRecomputed(Views):
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        given = (x, *others) if self.training else (x,)
+        return torch.stack([checkpoint(self.encoder, view, use_reentrant=False).mean(0) for view in given])
+
+
+def test_what_a_checkpoint_recomputes_of_several_calls_counts_once() -> None:
+    found = []
+    for kind in (Views, ViewsRecomputed):
+        model = kind(frozen_statistics(made(Residual)))
+        batches = views(model.encoder, 2)
+        pruner = InstanceWisePruner(model, batches[0], LAMBDA)
+        pruner.regularize(model, task_loss(model(*batches))).backward()
+        found.append(gradients(model))
+        with pytest.raises(NothingRecordedError):
+            pruner.penalty()
+    assert_same_gradients(model, found[0], atol=1e-6, rtol=1e-5)
+
+
+# -- the loss --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (lambda output: output, r"of shape \(4, 5\): .*a scalar tensor, not outputs"),
+        (lambda output: 0.5, "a float"),
+        (lambda output: output.mean().item(), "a float"),
+        (lambda output: output.mean().detach(), r"no graph .*pruner\.penalty\(\)"),
+    ],
+)
+def test_what_is_no_loss_is_refused_and_the_record_kept(plain: Net, loss, named: str) -> None:
+    pruner = attached(plain.train())
+    output = plain(plain.images())
+    with pytest.raises(SettingError, match=named):
+        pruner.regularize(plain, loss(output))
+    assert pruner.penalty() > 0
+
+
+# -- torch.func and forward-mode AD ----------------------------------------------------------------
+
+
+def penalty_of(net: Net, pruner: InstanceWisePruner, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+    torch.func.functional_call(net, weights, (images,))
+    return pruner.penalty()
+
+
+def test_torch_func_grad_is_the_gradient(residual: Net) -> None:
+    net = frozen_statistics(residual)
+    images, weights = net.images(), dict(net.named_parameters())
+    net.penalty_by_hand(images, LAMBDA).backward()
+    pruner = attached(net)
+    found = torch.func.grad(lambda these: penalty_of(net, pruner, these, images))(weights)
+    for name, gradient in gradients(net).items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_per_sample_gradients_are_those_of_each_instance(residual: Net) -> None:
+    net = frozen_statistics(residual)
+    images, weights = net.images(3), {name: p.detach() for name, p in net.named_parameters()}
+    pruner = attached(net)
+
+    def one(these: dict[str, Tensor], image: Tensor) -> Tensor:
+        return penalty_of(net, pruner, these, image.unsqueeze(0))
+
+    found = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(weights, images)
+    for n, image in enumerate(images):
+        alone = torch.func.grad(one)(weights, image)
+        for name, gradient in alone.items():
+            torch.testing.assert_close(found[name][n], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own rules are scripted
+def test_forward_mode_is_the_directional_derivative(residual: Net) -> None:
+    net = frozen_statistics(residual)
+    images, weights = net.images(), {name: p.detach() for name, p in net.named_parameters()}
+    tangents = {name: torch.randn_like(p) for name, p in weights.items()}
+    pruner = attached(net)
+    _, found = torch.func.jvp(lambda these: penalty_of(net, pruner, these, images), (weights,), (tangents,))
+    gradient = torch.func.grad(lambda these: penalty_of(net, pruner, these, images))(weights)
+    torch.testing.assert_close(found, sum((gradient[name] * tangents[name]).sum() for name in weights))
+    assert found != 0
+
+
 # -- checkpointing ---------------------------------------------------------------------------------
 
 
@@ -513,6 +670,19 @@ def test_a_model_compiled_in_place_gives_the_same_gradients(plain: Net) -> None:
     plain.compile(backend="aot_eager")
     pruner.regularize(plain, task_loss(plain(plain.images()))).backward()
     assert_same_gradients(plain, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_every_call_of_a_compiled_encoder_counts(fullgraph: bool) -> None:
+    model = Views(frozen_statistics(made(Plain)))
+    batches = views(model.encoder, 2)
+    expected = sum(model.encoder.penalty_by_hand(x, LAMBDA) for x in batches)
+    pruner = InstanceWisePruner(model, batches[0], LAMBDA)
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    for _ in range(3):
+        compiled(*batches)
+        torch.testing.assert_close(pruner.penalty(), expected)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -17,9 +17,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from images import DataError, ImageSplits, load
-from run_folder import OtherRunError
 
+from benchmarks.lab.images import DataError, ImageSplits, load
+from benchmarks.lab.run_folder import OtherRunError
 from benchmarks.paper.figures import FIGURES
 from benchmarks.paper.measuring import Measurer
 from benchmarks.paper.recipes import SCALES, Recipe, recipes

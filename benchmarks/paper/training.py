@@ -5,20 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import slimmed_vgg16 as example
 import timm
 import torch
-from gate_pretrained import load_model
-from images import Batches, Images, ImageSplits
-from run_folder import OtherRunError, RunFolder
 from torch import Tensor, nn
-from training import Schedule, finish, train
 
-from benchmarks.paper.networks import build
+from benchmarks.lab.images import Batches, DataError, Images, ImageSplits
+from benchmarks.lab.networks import build, vgg16
+from benchmarks.lab.run_folder import OtherRunError, RunFolder
+from benchmarks.lab.slimming import Slimming
+from benchmarks.lab.training import Schedule, finish, train
 from benchmarks.paper.recipes import Recipe
 from isw_plugin import InstanceWisePruner
 
-__all__ = ["Adopted", "Bench", "as_pretrained", "on_device"]
+__all__ = ["Adopted", "Bench", "as_pretrained", "on_device", "pretrained"]
 
 BATCH = 250  # of evaluation
 PRETRAINED = "mobilenetv2_100"
@@ -38,6 +37,19 @@ def as_pretrained(splits: ImageSplits) -> ImageSplits:
     config = timm.get_pretrained_cfg(PRETRAINED)
     assert config is not None
     return replace(splits, mean=255 * torch.tensor(config.mean), std=255 * torch.tensor(config.std))
+
+
+def pretrained(classes: int) -> nn.Module:
+    """timm's network of these classes with its weights from the hub."""
+    try:
+        model = timm.create_model(PRETRAINED, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{PRETRAINED}: no pretrained weights from the hub ({error}): leave out --pretrained"
+        ) from error
+    if model.num_classes != classes:
+        raise DataError(f"{PRETRAINED} knows {model.num_classes} classes and the folder has {classes}")
+    return model
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Bench:
         """The trained network, in eval mode, gates not attached."""
         weights, facts = self.run(recipe).load("trained")
         if recipe.of_slimming:
-            model = example.vgg16(tuple(facts["widths"]), len(self.splits.classes))
+            model = vgg16(tuple(facts["widths"]), len(self.splits.classes))
         else:
             model = build(recipe.network, len(self.splits.classes), recipe.width, recipe.seed)
         model.load_state_dict(weights)
@@ -96,7 +108,7 @@ class Bench:
 
     def _pretrained(self, recipe: Recipe) -> None:
         """timm's weights as they are, or fine-tuned with feature decay."""
-        model = load_model(PRETRAINED, None, len(self.splits.classes)).to(self.device)
+        model = pretrained(len(self.splits.classes)).to(self.device)
         if recipe.lambda_ == 0:
             finish(model, self.run(recipe), "trained", origin=f"{PRETRAINED} of timm as it is")
         else:
@@ -123,10 +135,10 @@ class Bench:
     def _before_slimming(self, recipe: Recipe) -> None:
         """The network that slimming cuts, trained with BN-L1."""
         slimming = self._slimming(recipe)
-        example.dense_stage(slimming)
+        slimming.train_dense()
         origin = f"{'adopted' if self.adopt else 'made here'}: {recipe.epochs_dense} epochs with BN-L1 {recipe.bn_l1:g}"
         weights, _ = slimming.run.load("dense")
-        self.run(recipe).save("trained", weights, widths=list(slimming.dense_widths()), origin=origin)
+        self.run(recipe).save("trained", weights, widths=list(slimming.widths), origin=origin)
 
     def _slimmed(self, recipe: Recipe) -> None:
         """Fine-tune the slimmed network, which is trained with BN-L1 and pruned first if no run is adopted."""
@@ -138,23 +150,21 @@ class Bench:
             widths = slimming.run.load("slimmed")[1]["widths"]
             run.save("trained", slimming.run.load(finetuned)[0], widths=widths, origin=f"{origin}, adopted too")
             return
-        example.dense_stage(slimming)
-        widths = example.slim_stage(slimming)
+        slimming.train_dense()
+        widths = slimming.slim()
         model = slimming.stored("slimmed", widths)
         self._train(recipe, model, run, widths=list(widths), origin=origin)
 
-    def _slimming(self, recipe: Recipe) -> example.Job:
-        """The main example's job on a run folder that all lambdas of this network share."""
+    def _slimming(self, recipe: Recipe) -> Slimming:
+        """Slimming in a run folder that all lambdas of this network share."""
         names = ("width", "epochs_dense", "batch", "bn_l1", "prune_ratio", "seed", "precision")
         settings: dict[str, Any] = {name: getattr(recipe, name) for name in names}
-        args = example.arguments([])
-        vars(args).update(settings)
         if self.adopt:
             finetuned = {"epochs_finetune": recipe.epochs} if recipe.network == "slimmed-vgg16" else {}
             run: RunFolder = Adopted(self.adopt, settings | finetuned)
         else:
             run = RunFolder(self.out / "runs" / "slimming", settings | {"data": recipe.data})
-        return example.Job(args, self.splits, run, self.device)
+        return Slimming(self.splits, run, self.device, **settings)
 
 
 class Adopted(RunFolder):

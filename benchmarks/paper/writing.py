@@ -7,14 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import slimmed_vgg16 as example
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from benchmarks import decisions
-from benchmarks.command import command
+from benchmarks.lab import decisions
+from benchmarks.lab.circumstances import command
+from benchmarks.lab.networks import vgg16
 from benchmarks.paper.figures import FIGURES, subject
 from benchmarks.paper.measuring import Measurer, key_of
 from benchmarks.paper.tables import TABLES, markdown
@@ -164,7 +164,7 @@ def load_slimmed(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model = example.vgg16(tuple(facts["widths"]), len(facts["classes"]))
+    model = vgg16(tuple(facts["widths"]), len(facts["classes"]))
     model.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
     return model.eval(), facts
 

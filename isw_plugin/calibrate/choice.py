@@ -36,6 +36,14 @@ class Choice:
             return self._fits(candidate)
         return candidate.macs > self.target_macs
 
+    def too_much(self, candidate: Candidate) -> bool:
+        """Whether none that drops more is expected within the budget."""
+        return not self._fits(candidate)
+
+    def too_little(self, candidate: Candidate) -> bool:
+        """Whether none that drops less is expected to win."""
+        return self._fits(candidate) if self.target_macs is None else candidate.macs > self.target_macs
+
     def _fits(self, candidate: Candidate) -> bool:
         # A hair of tolerance: 0.97 - 0.96 is a little more than 0.01 in binary.
         return candidate.accuracy >= self.accuracy - self.max_drop - 1e-9 and not candidate.emptied

@@ -9,12 +9,8 @@ there, with finer steps.
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
-from torch.nn import functional as F
 
 from isw_plugin.calibrate.choice import Choice
 from isw_plugin.calibrate.record import Candidate, Parameters
@@ -58,6 +54,7 @@ def bisected(trial: Trial, choice: Choice, parameters: Parameters, steps: Sequen
     """The candidates met while looking for the last step of a path that the budget allows."""
     found = []
     low, high = 0, len(steps)
+    trial.expect(high.bit_length())
     while low < high:
         middle = (low + high) // 2
         found.append(trial.candidate(parameters, steps[middle]))
@@ -107,12 +104,14 @@ def _corners(
     trial: Trial, choice: Choice, start: Candidate, options: Mapping[str, Sequence[Parameters]]
 ) -> dict[str, list[Corner]]:
     """What each option does alone; options that empty a map where the start does not are left out."""
-    present = trial.shown(start.parameters, start.per_site, _cross_entropy, _INSTANCES)
+    images = trial.measured.first(_INSTANCES)
+    trial.expect(1 + sum(map(len, options.values())))
+    present = trial.shown(images, start.parameters, start.per_site)
     corners = {site: [Corner(0.0, 0.0, start.at(site))] for site in options}
     for site, tried in options.items():
         for option in tried:
-            found = trial.shown(start.parameters, start.per_site | {site: option}, _cross_entropy, _INSTANCES)
-            if found.emptied <= present.emptied and math.isfinite(found.accuracy):
+            found = trial.shown(images, start.parameters, start.per_site | {site: option})
+            if found.emptied <= present.emptied:
                 saved = choice.saved(found) - choice.saved(present)
                 corners[site].append(Corner(saved, found.accuracy - present.accuracy, option))
         trial.progress.set_postfix_str(f"sensitivity of {site}")
@@ -128,8 +127,3 @@ def _options(trial: Trial, here: Parameters, values: Mapping[str, Sequence[float
         near = grid if divisor == 1 else [v for v in around if min(grid) <= v <= max(grid)]
         options += [here | {name: value} for value in near if value != here[name]]
     return options
-
-
-def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Loss of each instance, (N,)."""
-    return F.cross_entropy(outputs.float(), labels, reduction="none")

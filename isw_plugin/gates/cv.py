@@ -7,6 +7,7 @@ from torch import Tensor
 
 from isw_plugin.errors import SettingError
 from isw_plugin.functional import keep_mask
+from isw_plugin.values import as_number
 
 __all__ = ["CVGate"]
 
@@ -24,10 +25,14 @@ class CVGate:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if math.isnan(self.alpha) or self.alpha < 0:
-            raise SettingError(f"alpha={self.alpha}: a CV threshold is 0 or more")
-        if not 0 <= self.beta < 2:
-            raise SettingError(f"beta={self.beta}: a drop threshold lies in [0, 2)")
+        alpha = as_number("alpha", self.alpha, "a CV threshold is a number, 0 or more")
+        beta = as_number("beta", self.beta, "a drop threshold is a number in [0, 2)")
+        if math.isnan(alpha) or alpha < 0:
+            raise SettingError(f"alpha={alpha}: a CV threshold is 0 or more")
+        if not 0 <= beta < 2:
+            raise SettingError(f"beta={beta}: a drop threshold lies in [0, 2)")
+        object.__setattr__(self, "alpha", alpha)  # frozen
+        object.__setattr__(self, "beta", beta)
 
     @property
     def keeps_all(self) -> bool:

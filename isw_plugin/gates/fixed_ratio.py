@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from isw_plugin.errors import SettingError
+from isw_plugin.values import as_count, as_number
 
 __all__ = ["MinNorm", "RandomGate"]
 
@@ -25,7 +26,7 @@ class MinNorm:
     ratio: float
 
     def __post_init__(self) -> None:
-        _check_ratio(self.ratio)
+        object.__setattr__(self, "ratio", _checked_ratio(self.ratio))  # frozen
 
     @property
     def keeps_all(self) -> bool:
@@ -52,7 +53,8 @@ class RandomGate:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_ratio(self.ratio)
+        object.__setattr__(self, "ratio", _checked_ratio(self.ratio))  # frozen
+        object.__setattr__(self, "seed", as_count("seed", self.seed, "the number of a draw"))
 
     @property
     def keeps_all(self) -> bool:
@@ -65,9 +67,11 @@ class RandomGate:
         return _drop_smallest(_hash(_hash(instance + _hash(channel + _hash(self.seed)))), self.ratio)
 
 
-def _check_ratio(ratio: float) -> None:
+def _checked_ratio(ratio: float) -> float:
+    ratio = as_number("ratio", ratio, "the share of channels to drop is a number in [0, 1)")
     if not 0 <= ratio < 1:
         raise SettingError(f"ratio={ratio}: the share of channels to drop lies in [0, 1)")
+    return ratio
 
 
 def _drop_smallest(scores: Tensor, ratio: float) -> Tensor:

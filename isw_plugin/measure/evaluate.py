@@ -1,26 +1,38 @@
 """One pass over a loader: accuracy, prune ratio, MACs saved and time."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from isw_plugin.accelerate import Accelerated, Record
-from isw_plugin.errors import NonFiniteFeatureError, SettingError
+from isw_plugin.batches import Batch, Batches, batches_in, fitting
+from isw_plugin.errors import ISWError, NonFiniteFeatureError, ProbeError, SettingError
 from isw_plugin.functional import coefficient_of_variation
+from isw_plugin.inputs import arguments, call, device_of, is_list_of_images, measuring, on_device
 from isw_plugin.measure.latency import Latency, summarize, timed
-from isw_plugin.measure.macs import DenseMacs, count_dense, decisions, gated_pruner, saved_by_site
-from isw_plugin.measure.modes import measuring
+from isw_plugin.measure.macs import (
+    DenseMacs,
+    bare,
+    count_dense,
+    decisions,
+    gated_pruner,
+    require_decided,
+    saved_by_site,
+)
+from isw_plugin.measure.scores import Metric, class_labels, scored, top1
 from isw_plugin.ranks import of_all_ranks
 from isw_plugin.wrappers import unwrapped
 
 __all__ = ["ClassReport", "GateReport", "Records", "SiteReport", "evaluate"]
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-Forward = Callable[[nn.Module, Tensor], Tensor]
-Metric = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[[nn.Module, Any], Any]
+
+_NO_CLASS = -1
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Records:
     """What was seen of every instance, in the loader's order, rank by rank.
 
     Attributes:
-        labels: (N,) int64.
+        labels: (N,) int64; -1 where a metric takes labels that are not the number of a class.
         scores: (N,) float, the metric of each instance (1 where right).
         prune_ratio: (N,) share of channels dropped.
         macs: (N,) multiply-adds.
@@ -76,7 +88,7 @@ class GateReport:
         emptied: (instance, site) pairs that lost every channel.
         execution: "dense"; "masked": dropped channels were zeroed, not skipped; "accelerated": skipped.
         per_site: By site name.
-        per_class: By label.
+        per_class: By label, where labels are classes.
         records: Per instance, if asked for.
     """
 
@@ -122,11 +134,15 @@ def evaluate(
 
     Args:
         model: A bare, an attached or an accelerated model; run in eval mode, flags restored.
-        loader: Gives (images, labels); labels (N,).
-        forward: ``forward(model, images) -> outputs``; ``model(images)`` if None.
-        metric: ``metric(outputs, labels) -> (N,)`` score of each instance; 1 where the largest output is
-            the label's, if None.
-        device: Where the images go; the model's own device if None.
+        loader: Gives batches: (inputs, labels), or mappings, dataclasses or named tuples with a field "labels",
+            "label", "targets", "target" or "y", whose other fields are inputs by name. Inputs are a tensor, a tuple of
+            arguments, a dict of them by name, or a list of images (C, H, W).
+        forward: ``forward(model, inputs) -> outputs``; the model's own call if None, on those named inputs that its
+            forward takes.
+        metric: ``metric(outputs, labels) -> (N,)`` finite score of each instance, from outputs and labels as they
+            are. If None, 1 where the largest of (N, classes) outputs is the label's, of labels (N,); outputs may
+            be held in a tuple, first, or in a field ``logits``.
+        device: Where inputs and labels go; the model's own device if None.
         records: Keep what was seen of every instance.
         across_ranks: Under torch.distributed, report on what all ranks have seen, each its part of the
             images; every rank must call this then. False: on this rank's loader alone. Images that a
@@ -134,29 +150,46 @@ def evaluate(
 
     Raises:
         NonFiniteFeatureError: A gated map holds NaN or infinity; names the first such site.
-        SettingError: The loader is empty, or ``forward`` does not run the model once on the whole batch.
+        SettingError: The loader is empty or one batch, a batch has no labels, labels or outputs do not fit the
+            metric, the metric is not one finite score of each instance, or ``forward`` does not run the model once on
+            the whole batch.
+        ProbeError: The model fails on the first batch, called without ``forward``.
         AttachError: The pruner is attached to a part of the model.
     """
-    call = forward or _call
-    tally = _Tally(model, call)
-    score = metric or _top1
-    place = torch.device(device) if device is not None else next(model.parameters(), torch.empty(0)).device
+    tally = _Tally(model, forward or call)
+    place = torch.device(device) if device is not None else device_of(model)
     with measuring(model):
-        for images, labels in loader:
-            images = images.to(place, non_blocking=True)
-            with decisions(model) as decided:
-                outputs, seconds = timed(lambda batch=images: call(model, batch), place)  # type: ignore[misc]
-            tally.add(images, labels.cpu(), score(outputs, labels.to(place)).double().cpu(), decided, seconds)
+        for given in batches_in(loader):
+            batch = Batch.of(given)
+            inputs = on_device(batch.inputs if forward else fitting(batch.inputs, bare(model)), place)
+            first = forward is None and not tally.seconds
+            with decisions(model) as decided, _explained(model, inputs) if first else nullcontext():
+                outputs, seconds = timed(lambda given=inputs: tally.forward(model, given), place)  # type: ignore[misc]
+            scores = scored(metric or top1, outputs, on_device(batch.labels, place), batch.instances)
+            tally.add(replace(batch, inputs=inputs), scores, decided, seconds)
     return tally.report(place, records, across_ranks)
 
 
-def _call(model: nn.Module, images: Tensor) -> Tensor:
-    outputs: Tensor = model(images)
-    return outputs
+@contextmanager
+def _explained(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """What fails in a model's first call is said with how it was called."""
+    try:
+        yield
+    except (ISWError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        args, kwargs = arguments(inputs)
+        given = ", ".join([*(_shape(arg) for arg in args), *(f"{name}={_shape(arg)}" for name, arg in kwargs.items())])
+        raise ProbeError(
+            f"{type(model).__name__} could not be called as model({given}), as the loader's first batch was "
+            f"understood: {error!r}. If it is meant otherwise, pass forward=lambda model, inputs: ..."
+        ) from error
 
 
-def _top1(outputs: Tensor, labels: Tensor) -> Tensor:
-    return outputs.argmax(1) == labels
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    return f"[{', '.join(map(_shape, value))}]" if isinstance(value, list | tuple) else type(value).__name__
 
 
 class _Tally:
@@ -166,52 +199,51 @@ class _Tally:
         self.model = model
         self.forward = forward
         self.pruner = gated_pruner(model)
-        self.dense: dict[tuple[int, ...], DenseMacs] = {}  # by image shape
+        self.dense: dict[Any, DenseMacs] = {}  # by the inputs' shapes
         self.rows: dict[str, list[Tensor]] = {}
         self.keep: dict[str, list[Tensor]] = {}
         self.cv: dict[str, list[Tensor]] = {}
         self.saved: dict[str, list[Tensor]] = {}
         self.seconds: list[float] = []
 
-    def add(self, images: Tensor, labels: Tensor, scores: Tensor, decided: Record, seconds: float) -> None:
+    def add(self, batch: Batch, scores: Tensor, decided: Record, seconds: float) -> None:
         """Take in a batch that has just run, and what its gates decided."""
         self.seconds.append(seconds)
-        count = len(labels)
         keep, norms = decided.keep, decided.norms
         _require_finite(norms)
-        self._require_whole(keep, count)
-        dense = self._dense(images)
-        saved = saved_by_site(self.pruner.sites, keep, dense) if self.pruner else {}
+        sites = self.pruner.sites if self.pruner else ()
+        require_decided(sites, keep, batch.instances)
+        dense = self._dense(batch)
+        saved = saved_by_site(sites, keep, dense)
         for name in keep:
             self.keep.setdefault(name, []).append(keep[name].cpu())
             self.cv.setdefault(name, []).append(coefficient_of_variation(norms[name]).cpu())
             self.saved.setdefault(name, []).append(saved[name])
-        total = torch.full((count,), float(dense.total), dtype=torch.float64)
+        total = torch.full((batch.instances,), float(dense.total), dtype=torch.float64)
+        classes = class_labels(batch.labels)
+        labels = torch.full((batch.instances,), _NO_CLASS) if classes is None else classes.cpu()
         row = {"labels": labels, "scores": scores, "dense": total, "macs": total - sum(saved.values())}
         for name, values in row.items():
             self.rows.setdefault(name, []).append(values)
 
-    def _require_whole(self, keep: dict[str, Tensor], instances: int) -> None:
-        """One decision for every image at every site, or the means would be of something else."""
-        for site in self.pruner.sites if self.pruner else ():
-            decided = len(keep[site.name]) if site.name in keep else 0
-            if decided != instances:
-                raise SettingError(
-                    f"{site.name} decided for {decided} instances of a batch of {instances}: forward must run the "
-                    "model once, on the whole batch, through every site"
-                )
-
-    def _dense(self, images: Tensor) -> DenseMacs:
-        shape = tuple(images.shape[1:])
-        if shape not in self.dense:
-            self.dense[shape] = count_dense(self.model, images[:1], self.forward)
-        return self.dense[shape]
+    def _dense(self, batch: Batch) -> DenseMacs:
+        """Of one instance: of the first, or where images of several sizes make one list, of the mean."""
+        if not is_list_of_images(batch.inputs):
+            batch = batch.first(1)
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch.inputs) if isinstance(leaf, Tensor)]
+        key = (batch.instances, *shapes)
+        if key not in self.dense:
+            self.dense[key] = count_dense(self.model, batch.inputs, self.forward, batch.instances)
+        return self.dense[key]
 
     def report(self, device: torch.device, with_records: bool, across_ranks: bool) -> GateReport:
         """The means over all that was taken in."""
         rows, keep, cv, saved = self._joined(across_ranks)
         if not self.rows:
-            raise SettingError("the loader gave no batch: there is nothing to evaluate")
+            raise SettingError(
+                "the loader gave no batch: there is nothing to evaluate. A generator gives its batches once: pass a "
+                "DataLoader or a list"
+            )
         dropped = _dropped_share(keep, len(rows["labels"]))
         records = Records(rows["labels"], rows["scores"], dropped, rows["macs"], keep, cv)
         dense, macs = rows["dense"].mean().item(), rows["macs"].mean().item()
@@ -275,7 +307,7 @@ def _dropped_share(keep: dict[str, Tensor], instances: int) -> Tensor:
 def _by_class(records: Records, dense: Tensor) -> dict[int, ClassReport]:
     saved = 1 - records.macs / dense
     reports = {}
-    for label in torch.unique(records.labels).tolist():
+    for label in torch.unique(records.labels[records.labels != _NO_CLASS]).tolist():
         of_class = records.labels == label
         means = [values[of_class].mean().item() for values in (records.scores, records.prune_ratio, saved)]
         reports[int(label)] = ClassReport(int(of_class.sum()), *means)

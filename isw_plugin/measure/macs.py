@@ -7,7 +7,7 @@ so the saving is linear in the number of dropped channels. Projections that are 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,17 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._pytree import tree_leaves
 
 from isw_plugin.accelerate import Accelerated, Record
-from isw_plugin.errors import AttachError
+from isw_plugin.errors import AttachError, SettingError
 from isw_plugin.hooks import has_hooks, memory_of
-from isw_plugin.measure.modes import measuring
+from isw_plugin.inputs import call, instances_in, measuring
 from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.sites import LAYERS, Inputs, Site
 from isw_plugin.wrappers import unwrapped
 
-__all__ = ["DenseMacs", "MacReport", "count_dense", "count_macs", "decisions", "gated_pruner", "saved_by_site"]
+__all__ = [
+    "DenseMacs",
+    "MacReport",
+    "bare",
+    "count_dense",
+    "count_macs",
+    "decisions",
+    "gated_pruner",
+    "require_decided",
+    "saved_by_site",
+]
 
 
 @dataclass
@@ -51,7 +60,7 @@ class DenseMacs:
 
     def per_column(self, layer: str) -> float:
         """MACs that one input column takes in one call of a layer (the mean call, where sizes differ)."""
-        return self.per_layer[layer] / self.calls[layer] / self.columns[layer]
+        return self.per_layer[layer] / max(self.calls[layer], 1) / self.columns[layer]
 
 
 @dataclass(frozen=True)
@@ -83,27 +92,47 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
 
     Args:
         model: A bare or an attached model, or a wrapper of one.
-        inputs: What its forward takes, N images; with gates on it is run twice, the second time without.
+        inputs: What its forward takes, N images: a tensor, a tuple of arguments, a dict of them by name, or a list of
+            images (C, H, W). With gates on it is run twice, the second time without.
+
+    Raises:
+        SettingError: No model, inputs without a batch, or a site that did not decide for each of them.
     """
     pruner = gated_pruner(model)
     keep: dict[str, Tensor] = {}
+    instances = instances_in(inputs)
     if pruner:
         with measuring(model), decisions(model) as decided:
-            _call(model, inputs)
+            call(model, inputs)
         keep = decided.keep
-    dense = count_dense(model, inputs)  # with gates off
-    instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        require_decided(pruner.sites, keep, instances)
+    dense = count_dense(model, inputs, call, instances)  # with gates off
     saved = saved_by_site(pruner.sites, keep, dense) if pruner else {}
     total = torch.full((instances,), float(dense.total), dtype=torch.float64)
     return MacReport(dense.total, total - sum(saved.values()), saved, dict(dense.per_layer), dense.gate)
 
 
-def saved_by_site(sites: tuple[Site, ...], keep: Mapping[str, Tensor], dense: DenseMacs) -> dict[str, Tensor]:
+def require_decided(sites: Sequence[Site], keep: Mapping[str, Tensor], instances: int) -> None:
+    """One decision for every image at every site, or the means would be of something else."""
+    for site in sites:
+        decided = len(keep[site.name]) if site.name in keep else 0
+        if decided != instances:
+            raise SettingError(
+                f"{site.name} decided for {decided} instances of a batch of {instances}: the model must run once, on "
+                "the whole batch, through every site. After a module was replaced, pruner.update_regularizer() finds "
+                "the sites again"
+            )
+
+
+def saved_by_site(sites: Sequence[Site], keep: Mapping[str, Tensor], dense: DenseMacs) -> dict[str, Tensor]:
     """MACs that each image saves in the readers of each site, (N,) float64 on the CPU."""
     saved = {}
     for site in sites:
-        per_channel = sum(reader.repeat * dense.per_column(reader.layer) for reader in site.consumers)
-        saved[site.name] = (~keep[site.name]).sum(1).double().cpu() * per_channel
+        per_channel = torch.zeros(site.channels, dtype=torch.float64)
+        for reader in site.consumers:
+            held = torch.tensor([channel for _, channel in reader.columns(site.channels)])
+            per_channel += dense.per_column(reader.layer) * held.bincount(minlength=site.channels)
+        saved[site.name] = (~keep[site.name]).double().cpu() @ per_channel
     return saved
 
 
@@ -126,7 +155,11 @@ def gated_pruner(model: nn.Module) -> InstanceWisePruner | None:
 
     Raises:
         AttachError: The pruner is attached to a part of the model, or to a whole that this is part of.
+        SettingError: No model.
     """
+    if not isinstance(model, nn.Module):
+        hint = ": pass pruner.model" if hasattr(model, "model") else ""
+        raise SettingError(f"a model is measured, and this is a {type(model).__name__}{hint}")
     model = unwrapped(model)
     if isinstance(model, Accelerated):
         return InstanceWisePruner.of(model.masked) if model.execution != "dense" else None
@@ -136,30 +169,36 @@ def gated_pruner(model: nn.Module) -> InstanceWisePruner | None:
     return InstanceWisePruner.of(model) if memory is not None and memory.enabled else None
 
 
-def count_dense(model: nn.Module, inputs: Inputs, forward: Callable[[nn.Module, Any], Any] | None = None) -> DenseMacs:
+def bare(model: nn.Module) -> nn.Module:
+    """The module whose layers a model's are."""
+    model = unwrapped(model)  # a compiled wrapper would not call the counters
+    return model.masked if isinstance(model, Accelerated) else model
+
+
+def count_dense(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any], Any], instances: int) -> DenseMacs:
     """Run the model once, with gates off, and count one image's MACs by layer.
 
     Args:
-        forward: ``forward(model, inputs)``, where the model is not called on the inputs themselves.
+        forward: ``forward(model, inputs)``; ``call`` where the model is called on the inputs themselves.
+        instances: In the inputs.
     """
-    model = unwrapped(model)  # a compiled wrapper would not call the counters
-    pruner = gated_pruner(model)
-    model = model.masked if isinstance(model, Accelerated) else model
+    pruner, model = gated_pruner(model), bare(model)
     counted = DenseMacs()
-    instances = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    sites = pruner.sites if pruner else ()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    _require_readers(sites, layers)
     handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            counted.columns[name] = module.in_channels if isinstance(module, _ConvNd) else module.in_features
-            handles.append(module.register_forward_hook(_LayerCounter(counted, name, instances)))
-    for site in pruner.sites if pruner else ():
+    for name, module in layers.items():
+        counted.columns[name] = module.in_channels if isinstance(module, _ConvNd) else module.in_features
+        handles.append(module.register_forward_hook(_LayerCounter(counted, name, instances), with_kwargs=True))
+    for site in sites:
         counted.gate += 4 * site.channels
         handles.append(_count_gate(model, site, counted, instances))
     try:
         if pruner:
             pruner.disable()  # the last decisions stay readable
         with measuring(model):
-            (forward or _call)(model, inputs)
+            forward(model, inputs)
     finally:
         if pruner:
             pruner.step()
@@ -168,20 +207,27 @@ def count_dense(model: nn.Module, inputs: Inputs, forward: Callable[[nn.Module, 
     return counted
 
 
-def _call(model: nn.Module, inputs: Inputs) -> Any:
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+def _require_readers(sites: Sequence[Site], layers: Mapping[str, nn.Module]) -> None:
+    for site in sites:
+        for reader in site.consumers:
+            if reader.layer not in layers:
+                raise SettingError(
+                    f"{reader.layer}, which reads the map of {site.name}, is gone: pruner.update_regularizer() finds "
+                    "the sites again"
+                )
 
 
 class _LayerCounter:
     def __init__(self, counted: DenseMacs, name: str, instances: int) -> None:
         self.counted, self.name, self.instances = counted, name, instances
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         weight: Any = module.weight
+        if isinstance(module, _ConvNd) and output.dim() < weight.dim():
+            raise SettingError(f"{self.name} ran on a map without a batch axis: pass inputs (N, ...), such as x[None]")
         # A transposed convolution spreads every input element, any other layer gathers every output element.
-        elements = args[0].numel() if isinstance(module, _ConvTransposeNd) else output.numel()
+        spread: Tensor = (*args, *kwargs.values())[0] if isinstance(module, _ConvTransposeNd) else output
+        elements = spread.numel()
         self.counted.per_layer[self.name] += elements // self.instances * (weight.numel() // len(weight))
         self.counted.calls[self.name] += 1
 

@@ -1,115 +1,24 @@
 """How the channels of a map lie in what later operations hand on.
 
-Each rule says where channel c of a map is found in an operation's output, for operations that keep
+Each rule says where channel c of a map is found in an operation's outputs, for operations that keep
 channels apart and zeros zero. Anything else ends a path.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from math import prod
 
-from isw_plugin.sites.probe import Graph, Node
+from isw_plugin.sites.graph import Graph, Node
+from isw_plugin.sites.operations import BLANKS, CLAMPS, PASSES, POOLS, REDUCTIONS, VIEWS
+from isw_plugin.sites.places import MOVES, OTHER, Path, Rule, without
 
-__all__ = ["ACTIVATIONS", "JOINS", "PASSES", "SPLITS", "VIEWS", "Path", "follow", "is_scale"]
-
-ACTIVATIONS = frozenset(
-    (
-        "relu",
-        "gelu",
-        "silu",
-        "hardswish",
-        "hardtanh",
-        "hardsigmoid",
-        "leaky_relu",
-        "mish",
-        "elu",
-        "celu",
-        "selu",
-        "softplus",
-        "sigmoid",
-        "tanh",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "prelu",
-        "_prelu_kernel",
-        "rrelu",
-        "rrelu_with_noise",
-        "threshold",
-        "hardshrink",
-        "softshrink",
-        "relu6",
-        "pow",
-        "abs",
-        "exp",
-        "neg",
-    )
-)
-PASSES = frozenset(
-    (
-        "alias",
-        "detach",
-        "clone",
-        "contiguous",
-        "_to_copy",
-        "dropout",
-        "native_dropout",
-        "lift_fresh",
-    )
-)
-JOINS = frozenset(["add", "sub"])
-SPLITS = frozenset(["split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk"])
-_POOLS = frozenset(
-    (
-        "max_pool2d_with_indices",
-        "max_pool2d",
-        "avg_pool2d",
-        "adaptive_avg_pool2d",
-        "_adaptive_avg_pool2d",
-        "adaptive_max_pool2d",
-        "max_pool1d",
-        "avg_pool1d",
-        "adaptive_avg_pool1d",
-        "max_pool3d_with_indices",
-        "avg_pool3d",
-        "_adaptive_avg_pool3d",
-        "upsample_nearest2d",
-        "upsample_bilinear2d",
-        "constant_pad_nd",
-        "reflection_pad2d",
-        "replication_pad2d",
-    )
-)
-_REDUCTIONS = frozenset(["mean", "amax", "sum"])
-_CLAMPS = ("clamp", "clamp_min")
-VIEWS = frozenset(
-    (
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "flatten",
-        "squeeze",
-        "unsqueeze",
-    )
-)
-
-
-@dataclass(frozen=True)
-class Path:
-    """Channel c lies at ``start + c * repeat`` and the ``repeat - 1`` after it, on ``axis``."""
-
-    value: int
-    axis: int
-    start: int = 0
-    repeat: int = 1
+__all__ = ["Path", "by_channel", "follow", "is_scale", "keeps_zeros"]
 
 
 def follow(graph: Graph, node: Node, path: Path) -> list[Path]:
-    """Where the channels lie in the node's first output; empty where they cannot be told apart there."""
-    rule = _rule(graph, node)
-    if rule is None:
-        return []
-    return [found for found in rule(graph, node, replace(path, value=node.outputs[0]), path.value) if found]
+    """Where the channels lie in the node's outputs; empty where they cannot be told apart there."""
+    rule = _RULES.get(node.kind)
+    folded = graph.shapes[path.value][0] != path.instances
+    found = rule(graph, node, path) if rule and (not folded or node.kind in VIEWS | PASSES) else []
+    return [behind for behind in found if any(channel != OTHER for channel in behind.channels)]
 
 
 def is_scale(graph: Graph, node: Node, value: int, axis: int | None = None) -> bool:
@@ -117,20 +26,33 @@ def is_scale(graph: Graph, node: Node, value: int, axis: int | None = None) -> b
 
     ``axis``: where the channels lie; None: 1 or the last.
     """
-    if node.kind not in ("mul", "div") or (node.kind == "div" and node.inputs[:1] != (value,)):
+    if not _multiplies(graph, node, value):
         return False
     shape = graph.shapes[value]
-    if graph.shapes[node.outputs[0]] != shape:
-        return False
     others = [_unexpanded(graph, other) for other in node.inputs if other != value]
     axes = (1, len(shape) - 1) if axis is None else (axis,)
-    return any(all(_by_channel(other, shape, axis) for other in others) for axis in axes)
+    return any(all(by_channel(other, shape, axis) for other in others) for axis in axes)
 
 
-def _by_channel(scale: tuple[int, ...], shape: tuple[int, ...], axis: int) -> bool:
+def keeps_zeros(graph: Graph, node: Node, value: int, axis: int) -> bool:
+    """Whether the node multiplies ``value`` by what is no map of its size: a scale, or attention over places."""
+    others = (_unexpanded(graph, other) for other in node.inputs if other != value)
+    return is_scale(graph, node, value, axis) or (
+        _multiplies(graph, node, value) and all(prod(other) < prod(graph.shapes[value]) for other in others)
+    )
+
+
+def by_channel(scale: tuple[int, ...], shape: tuple[int, ...], axis: int) -> bool:
+    """Whether a tensor has one number a channel, or a channel and instance."""
     if len(scale) != len(shape):
         return False
     return all(size == 1 or at == 0 or (at == axis and size == shape[at]) for at, size in enumerate(scale))
+
+
+def _multiplies(graph: Graph, node: Node, value: int) -> bool:
+    if node.kind not in ("mul", "div") or (node.kind == "div" and node.inputs[:1] != (value,)):
+        return False
+    return graph.shapes[node.outputs[0]] == graph.shapes[value]
 
 
 def _unexpanded(graph: Graph, value: int) -> tuple[int, ...]:
@@ -139,118 +61,74 @@ def _unexpanded(graph: Graph, value: int) -> tuple[int, ...]:
     return graph.shapes[producer.inputs[0] if producer and producer.kind == "expand" else value]
 
 
-_Rule = Callable[[Graph, Node, Path, int], list[Path | None]]
+def _same(graph: Graph, node: Node, path: Path) -> list[Path]:
+    return [path.to(node.outputs[0])]
 
 
-def _rule(graph: Graph, node: Node) -> _Rule | None:
-    if node.kind in _POOLS:
-        return _pool
-    if node.kind in _REDUCTIONS:
-        return _reduction
-    if node.kind in VIEWS:
-        return _view
-    return _RULES.get(node.kind, _same if node.kind in PASSES else None)
+def _pool(graph: Graph, node: Node, path: Path) -> list[Path]:
+    before, after = graph.shapes[path.value], graph.shapes[node.outputs[0]]
+    return _same(graph, node, path) if len(before) == len(after) and before[:2] == after[:2] and path.axis == 1 else []
 
 
-def _same(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    return [path]
-
-
-def _pool(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    before, after = graph.shapes[source], graph.shapes[path.value]
-    return [path if len(before) == len(after) and before[:2] == after[:2] and path.axis == 1 else None]
-
-
-def _reduction(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    rank = len(graph.shapes[source])
+def _reduction(graph: Graph, node: Node, path: Path) -> list[Path]:
     dims = node.args[1] if len(node.args) > 1 else None
-    if not isinstance(dims, list | tuple):
-        return [None]
-    reduced = {dim % rank for dim in dims}
-    if not reduced or {0, path.axis} & reduced:
-        return [None]
-    kept = len(graph.shapes[path.value]) == rank
-    return [path if kept else replace(path, axis=path.axis - sum(dim < path.axis for dim in reduced))]
+    return without(graph, node, path, dims if isinstance(dims, list | tuple) else [dims])
 
 
-def _view(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    before, after = graph.shapes[source], graph.shapes[path.value]
-    if path.axis == len(before) - 1 and after[-1:] == before[-1:] and after[0] == before[0]:
-        return [replace(path, axis=len(after) - 1)]
-    if path.axis != 1 or len(after) < 2 or after[0] != before[0]:
-        return [None]
-    if after[1] == before[1]:
-        return [path]
-    wide = prod(before[2:])
-    if after[1:] != (before[1] * wide,):
-        return [None]
-    return [replace(path, start=path.start * wide, repeat=path.repeat * wide)]
+def _scale(graph: Graph, node: Node, path: Path) -> list[Path]:
+    return _same(graph, node, path) if keeps_zeros(graph, node, path.value, path.axis) else []
 
 
-def _permute(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    rank = len(graph.shapes[source])
-    order = [dim % rank for dim in node.args[1]]
-    return [replace(path, axis=order.index(path.axis)) if order[0] == 0 else None]
-
-
-def _transpose(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    rank = len(graph.shapes[source])
-    first, second = (dim % rank for dim in node.args[1:3])
-    swapped = {first: second, second: first}
-    return [replace(path, axis=swapped.get(path.axis, path.axis)) if 0 not in swapped else None]
-
-
-def _cat(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    dim = node.args[1] if len(node.args) > 1 else 0
-    rank = len(graph.shapes[source])
-    if dim % rank != path.axis or path.repeat != 1:
-        return [None]
-    offset, paths = 0, []
-    for part in node.inputs:
-        if part == source:
-            paths.append(replace(path, start=path.start + offset))
-        offset += graph.shapes[part][path.axis]
-    return list(paths)
-
-
-def _scale(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
-    return [path if is_scale(graph, node, source, path.axis) else None]
-
-
-def _blur(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+def _blur(graph: Graph, node: Node, path: Path) -> list[Path]:
     """A convolution that is no module's (BlurPool): one kernel a channel, and nothing added."""
-    channels, bias, groups = graph.shapes[source][1], node.args[2], node.args[-1]
-    alone = node.inputs[0] == source and groups == channels == graph.shapes[path.value][1] and bias is None
-    return [path if alone and path.axis == 1 else None]
+    channels, bias, groups = graph.shapes[path.value][1], node.args[2], node.args[-1]
+    alone = node.inputs[0] == path.value and groups == channels == graph.shapes[node.outputs[0]][1] and bias is None
+    return _same(graph, node, path) if alone and path.axis == 1 else []
 
 
-def _generalised_mean(graph: Graph, node: Node, path: Path, source: int) -> list[Path | None]:
+def _write(graph: Graph, node: Node, path: Path) -> list[Path]:
+    """A map written into a blank tensor, or parts of it copied within (circular padding)."""
+    if len(node.inputs) < 3 or len(node.outputs) < 2:
+        return []  # not a part of a tensor
+    view, source, base = node.inputs[:3]
+    shapes = [graph.shapes[value] for value in (view, source, base)]
+    if any(len(shape) != len(shapes[0]) or shape[at] != shapes[0][at] for shape in shapes for at in (0, path.axis)):
+        return []
+    maker, part = graph.producers.get(base), graph.producers.get(source)
+    blank = path.value == source and maker is not None and maker.kind in BLANKS
+    within = path.value == base and part is not None and part.kind == "slice" and part.inputs[0] == base
+    return [path.to(node.outputs[1])] if blank or within else []
+
+
+def _generalised_mean(graph: Graph, node: Node, path: Path) -> list[Path]:
     """GeM does not keep zeros, so that it is looked through as a whole: the map is what it reads."""
-    found: list[Path | None] = []
+    found = []
     for root in graph.nodes:
         pool = graph.producers.get(root.inputs[0]) if root.kind == "pow" else None
-        if pool and _base(graph, pool) == source:
-            pooled = follow(graph, pool, replace(path, value=pool.inputs[0]))
-            found += [replace(behind, value=root.outputs[0]) for behind in pooled]
+        if pool and _base(graph, pool) == path.value:
+            pooled = follow(graph, pool, path.to(pool.inputs[0]))
+            found += [behind.to(root.outputs[0]) for behind in pooled]
     return found
 
 
 def _base(graph: Graph, pool: Node) -> int | None:
     """What powers are pooled of, behind a clamp or not."""
-    power = graph.producers.get(pool.inputs[0]) if pool.kind in _POOLS | _REDUCTIONS else None
+    power = graph.producers.get(pool.inputs[0]) if pool.kind in POOLS | REDUCTIONS else None
     if power is None or power.kind != "pow":
         return None
     clamp = graph.producers.get(power.inputs[0])
-    return clamp.inputs[0] if clamp and clamp.kind in _CLAMPS else power.inputs[0]
+    return clamp.inputs[0] if clamp and clamp.kind in CLAMPS else power.inputs[0]
 
 
-_RULES: dict[str, _Rule] = {
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(PASSES, _same),
+    **dict.fromkeys(POOLS, _pool),
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    **MOVES,
     "pow": _generalised_mean,
-    **dict.fromkeys(_CLAMPS, _generalised_mean),
-    "permute": _permute,
-    "transpose": _transpose,
-    "cat": _cat,
+    **dict.fromkeys(CLAMPS, _generalised_mean),
     "mul": _scale,
     "div": _scale,
     "convolution": _blur,
+    "copy": _write,
 }

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from isw_plugin.sites.graph import Graph, Node
+from isw_plugin.sites.operations import BLANKS, CUTS
 from isw_plugin.sites.paths import Path, follow, is_scale
-from isw_plugin.sites.probe import Graph, Node
 from isw_plugin.sites.site import Consumer
 
 __all__ = ["Readers"]
@@ -16,22 +17,31 @@ class Readers:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.users = graph.users()
+        # What only takes a shape does not read a map.
+        self.users = [[node for node in users if node.kind not in BLANKS] for users in graph.users()]
         self.counts = graph.call_counts()
         self._scales = dict(self._squeezes())
 
-    def of(self, value: int, axis: int) -> list[Consumer]:
-        """Layers that read a map by channels, directly or through operations that keep channels apart."""
+    def of(self, value: int, axis: int, cut: bool = True) -> list[Consumer]:
+        """Layers that read a map by channels, directly or through operations that keep channels apart.
+
+        Args:
+            cut: Also those that read a part of it.
+        """
         found: dict[Consumer, None] = {}
-        paths = [Path(value, axis)]
+        paths = [Path.whole(self.graph, value, axis)]
+        channels = len(paths[0].channels)
         while paths:
             path = paths.pop(0)
             for user in self.users[path.value]:
                 if user.kind == "layer" and not self._squeezed(user, value) and self._reads(user, path):
-                    found[Consumer(user.name, path.start, path.repeat)] = None
-                if not self.is_gate(user, path.value) and not self.is_product(user, path.value):
+                    found[Consumer.at(user.name, path.channels, channels)] = None
+                if self._keeps(user, path.value) and (cut or user.kind not in CUTS):
                     paths += follow(self.graph, user, path)
         return list(found)
+
+    def _keeps(self, user: Node, value: int) -> bool:
+        return not self.is_gate(user, value) and not self.is_product(user, value)
 
     def scaled_by(self, value: int) -> Node | None:
         """What scales a map, if its other users only compute the scale (squeeze-excite)."""

@@ -1,6 +1,9 @@
 """What a site is: one feature map, where it can be touched, and who reads it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import gcd
 
 __all__ = ["Consumer", "Making", "Site", "Tap"]
 
@@ -20,13 +23,30 @@ class Tap:
 class Consumer:
     """A convolution or linear layer that reads the map.
 
-    Channel c of the map fills input columns ``start + c * repeat`` up to ``start + (c + 1) * repeat``:
-    ``start`` is not 0 after a concatenation, ``repeat`` not 1 after a flatten.
+    From input column ``start`` on, every ``repeat`` columns hold one channel of the map: all in their order, or
+    those that ``channels`` lists. ``start`` is not 0 after a concatenation, ``repeat`` not 1 after a flatten,
+    ``channels`` not None where a map was cut or its channels shuffled; -1 there is none of this map.
     """
 
     layer: str
     start: int = 0
     repeat: int = 1
+    channels: tuple[int, ...] | None = None
+
+    @classmethod
+    def at(cls, layer: str, columns: Sequence[int], channels: int) -> "Consumer":
+        """Of the channel that each input column holds, or -1, in a map of this many channels."""
+        filled = [column for column, channel in enumerate(columns) if channel >= 0]
+        start, held = filled[0], columns[filled[0] : filled[-1] + 1]
+        repeat = gcd(*(len(list(run)) for _, run in groupby(held)))
+        order = tuple(held[::repeat])
+        return cls(layer, start, repeat, None if order == tuple(range(channels)) else order)
+
+    def columns(self, channels: int) -> list[tuple[int, int]]:
+        """(input column, channel) of every column that a map of this many channels fills."""
+        order = range(channels) if self.channels is None else self.channels
+        runs = ((self.start + at * self.repeat, channel) for at, channel in enumerate(order) if channel >= 0)
+        return [(first + column, channel) for first, channel in runs for column in range(self.repeat)]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Where hooks can touch a map: a module's output, or the inputs of the modules that take it."""
 
-from isw_plugin.sites.probe import Node
+from isw_plugin.sites.graph import Node
 from isw_plugin.sites.readers import Readers
 from isw_plugin.sites.site import Tap
 

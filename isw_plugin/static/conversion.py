@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch.utils._pytree import tree_map_only
 from isw_plugin.errors import SettingError, UnsupportedError
 from isw_plugin.gates import Gate
 from isw_plugin.hooks import Memory
+from isw_plugin.inputs import device_of
 from isw_plugin.sites import Inputs, Site
+from isw_plugin.static.dependencies import remove_channels
 from isw_plugin.static.fewer import changed_decisions, is_known, parameters_on_rest
-from isw_plugin.static.groups import Group, Removal, bare_copy, harmless, prunable_groups, remove
+from isw_plugin.static.groups import Group, Removal, bare_copy, harmless, prunable_groups
 from isw_plugin.static.use import Batches, Observation, observe
 
 __all__ = ["Conversion", "convert"]
@@ -45,18 +48,18 @@ def convert(
     model: nn.Module, memory: Memory, sites: Sequence[Site], inputs: Inputs, batches: Batches, threshold: float
 ) -> Conversion:
     """See ``InstanceWisePruner.to_static``; gates are on, sites are to be found again afterwards."""
-    if not 0 <= threshold < 1:
-        raise SettingError(f"threshold={threshold}: a share of the images lies in [0, 1)")
+    if not isinstance(threshold, Real) or not 0 <= threshold < 1:
+        raise SettingError(f"threshold={threshold!r}: a share of the images lies in [0, 1)")
     if not threshold:
         _require_known(memory.gates)
     observation = observe(model, memory, batches)
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     inputs = tree_map_only(Tensor, lambda tensor: _two(tensor, device), inputs)
     bare = bare_copy(model)
     plan = _Plan(prunable_groups(bare, inputs), sites, observation, memory, threshold)
     plan.settle(bare, inputs)
     conversion = plan.conversion()
-    remove(model, plan.removals(), inputs)
+    remove_channels(model, plan.removals(), inputs)
     return conversion
 
 
@@ -139,8 +142,7 @@ class _Plan:
         for name, site in self.sites.items():
             channels: dict[int, set[Channel]] = defaultdict(set)
             for reader in site.consumers:
-                for channel in range(site.channels):
-                    column = reader.start + channel * reader.repeat
+                for column, channel in reader.columns(site.channels):
                     if column in filled[reader.layer]:
                         channels[channel].add(filled[reader.layer][column])
             tied[name] = channels

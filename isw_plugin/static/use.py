@@ -1,6 +1,6 @@
 """How often images use a channel: it is used where a layer reads anything but zeros from it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isw_plugin.batches import Batches, batches_in, fitting, taken_apart
 from isw_plugin.errors import SettingError
 from isw_plugin.functional import channel_norm
 from isw_plugin.hooks import Memory
+from isw_plugin.inputs import call, device_of, measuring, on_device
 from isw_plugin.sites import LAYERS
 
 __all__ = ["Batches", "ColumnUse", "Observation", "observe", "used_columns"]
-
-Batches = Iterable[Any]
 
 
 @dataclass
@@ -64,37 +64,30 @@ def observe(model: nn.Module, memory: Memory | None, batches: Batches) -> Observ
     Args:
         model: A bare or an attached model; training flags are restored.
         memory: Of its hooks; the norms that gates decide on are collected, if there is one and gates are on.
-        batches: Images, or (images, ...) as a loader gives them, or a dict of what forward takes.
+        batches: Inputs, (inputs, labels, ...) as a loader gives them, or a dict of what forward takes.
 
     Raises:
         SettingError: There are no images, or one batch is passed instead of a list of batches.
     """
-    if isinstance(batches, Tensor):
-        raise SettingError("these are images, not batches of them: pass a loader, or a list such as [images]")
     observation = Observation()
-    device = next(model.parameters(), torch.empty(0)).device
-    with _evaluating(model), _watched(model, observation.columns):
-        for batch in batches:
-            _run(model, batch, device)
+    device = device_of(model)
+    with measuring(model), _watched(model, observation.columns):
+        for batch in batches_in(batches):
+            inputs = dict(batch) if isinstance(batch, Mapping) else taken_apart(batch)[0]
+            call(model, on_device(fitting(inputs, model), device))
             if memory is not None and memory.enabled:
                 for name, norms in memory.norms.items():
                     observation.norms.setdefault(name, []).append(norms.cpu())
     if not observation.columns:
-        raise SettingError("there were no images: which channels they use is not known")
+        raise SettingError(
+            "there were no images: which channels they use is not known. A generator gives its batches once"
+        )
     return observation
 
 
 def used_columns(model: nn.Module, batches: Batches) -> dict[str, ColumnUse]:
     """By layer name, how images use its input columns; see ``observe``."""
     return observe(model, None, batches).columns
-
-
-def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
-    if isinstance(batch, dict):
-        model(**{name: value.to(device) for name, value in batch.items()})
-        return
-    images = batch[0] if isinstance(batch, tuple | list) else batch
-    model(images.to(device))
 
 
 def _moved(feature: Tensor, axis: int) -> Tensor:
@@ -126,15 +119,3 @@ def _watched(model: nn.Module, seen: dict[str, ColumnUse]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training

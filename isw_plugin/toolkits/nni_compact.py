@@ -5,28 +5,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from isw_plugin.copies import copy_of
 from isw_plugin.errors import SettingError, UnsupportedError
 from isw_plugin.hooks import memory_of
-from isw_plugin.measure import measuring
+from isw_plugin.inputs import device_of
 from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.sites import Inputs, Patterns
-from isw_plugin.toolkits.silent_channels import (
-    Masks,
-    Removal,
-    dependency_graph,
-    find_removals,
-    masked_channels,
-    run,
-    trials,
-)
+from isw_plugin.static.dependencies import close, dependency_graph, outputs_of, remove_channels
+from isw_plugin.toolkits.silent_channels import Masks, Removal, find_removals, masked_channels, trials
 from isw_plugin.wrappers import unwrapped
 
 __all__ = ["compact"]
-
-_TOLERANCE = 1e-5  # of an output, relative where the largest is above 1
 
 
 def compact(
@@ -57,21 +48,19 @@ def compact(
 
     Raises:
         SettingError: A mask of another model, or of another shape. Nothing is changed.
-        UnsupportedError: The model is still wrapped, by NNI, DistributedDataParallel or torch.compile, or a
-            mask is of inputs or outputs. Nothing is changed.
+        UnsupportedError: The model is still wrapped, by NNI, DistributedDataParallel or torch.compile, a mask is of
+            inputs or outputs, or torch-pruning cannot trace or prune the model. Nothing is changed.
     """
     present = _checked(model, masks)
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), example_inputs)
     draft = _draft(model)
     _mask(draft, present)
     if drop_shifts:
         _mask_shifts(draft, inputs, present)
     removals = _verified(draft, find_removals(draft, inputs, present, exclude), inputs)
-    with torch.no_grad():
-        for target, source in zip(model.parameters(), draft.parameters(), strict=True):
-            target.copy_(source)
-    _remove(model, removals, inputs)
+    _remove(draft, removals, inputs)
+    _take_shape(model, draft, removals, inputs)
     if memory_of(model) is not None:
         InstanceWisePruner.of(model).update_regularizer()
     return model
@@ -141,7 +130,7 @@ def _mask_shifts(model: nn.Module, inputs: Inputs, masks: Masks) -> None:
 
 def _verified(draft: nn.Module, removals: list[Removal], inputs: Inputs) -> list[Removal]:
     """Those removals that leave the outputs of a masked model as they are."""
-    expected = [_outputs(draft, trial) for trial in trials(inputs)]
+    expected = [outputs_of(draft, trial) for trial in trials(inputs)]
     if _harmless(draft, removals, inputs, expected):
         return removals
     # Rare: something that the graph does not show ties channels together, such as a fixed reshape.
@@ -156,48 +145,41 @@ def _harmless(draft: nn.Module, removals: Sequence[Removal], inputs: Inputs, exp
     smaller = copy_of(draft)
     try:
         _remove(smaller, removals, inputs)
-        found = [_outputs(smaller, trial) for trial in trials(inputs)]
-    except (RuntimeError, ValueError, AssertionError, IndexError):  # all that a model with broken shapes raises
+        return all(close(outputs_of(smaller, trial), own) for trial, own in zip(trials(inputs), expected, strict=True))
+    except UnsupportedError:  # torch-pruning fails, or the model with the shapes that it left
         return False
-    return all(
-        _close(mine, yours) for a, b in zip(found, expected, strict=True) for mine, yours in zip(a, b, strict=True)
-    )
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-    return found.shape == expected.shape and bool((found - expected).abs().le(_TOLERANCE * scale).all())
+def _remove(draft: nn.Module, removals: Sequence[Removal], inputs: Inputs) -> None:
+    for removal in removals:
+        for name, bias in removal.biases.items():
+            _add_bias(draft.get_submodule(name), bias)
+    remove_channels(draft, removals, inputs)
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with measuring(model):
-        return [leaf for leaf in tree_leaves(run(model, inputs)) if isinstance(leaf, Tensor)]
-
-
-def _remove(model: nn.Module, removals: Sequence[Removal], inputs: Inputs) -> None:
-    training = {module: module.training for module in model.modules()}
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+def _take_shape(model: nn.Module, draft: nn.Module, removals: Sequence[Removal], inputs: Inputs) -> None:
+    """Remove from the model what was removed from its draft, and then take over the draft's parameters."""
     pruner = InstanceWisePruner.of(model) if memory_of(model) is not None else None
     enabled = pruner is not None and pruner.enabled
     if pruner:
         pruner.disable()
-    for removal in removals:
-        for name, bias in removal.biases.items():
-            _add_bias(model.get_submodule(name), bias)
-    model.eval().requires_grad_(True)
     try:
-        graph = dependency_graph(model, inputs)
-        for removal in removals:
-            layer = model.get_submodule(removal.layer)
-            prune = graph.get_pruner_of_module(layer).prune_out_channels
-            graph.get_pruning_group(layer, prune, list(removal.channels)).prune()
+        remove_channels(model, removals, inputs)
     finally:
-        for module, was in training.items():
-            module.training = was
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable.get(name, True))
         if pruner and enabled:
             pruner.enable()
+    for module, source in zip(model.modules(), draft.modules(), strict=True):
+        _take_parameters(module, source)
+
+
+@torch.no_grad()
+def _take_parameters(module: nn.Module, source: nn.Module) -> None:
+    for key, parameter in source._parameters.items():
+        own = module._parameters[key]
+        if own is not None and parameter is not None:
+            own.copy_(parameter)
+        elif parameter is not None:  # a bias that the draft was given
+            setattr(module, key, nn.Parameter(parameter.detach().clone()))
 
 
 def _add_bias(layer: nn.Module, bias: Tensor) -> None:

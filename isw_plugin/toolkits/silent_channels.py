@@ -10,22 +10,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_map_only
 
 from isw_plugin.sites import LAYERS, Inputs, Patterns
 from isw_plugin.sites.patterns import matches
+from isw_plugin.static.dependencies import (
+    MIXING,
+    Columns,
+    columns_of,
+    dependency_graph,
+    fits,
+    groups_of,
+    is_depthwise,
+    is_output,
+    outputs_of,
+)
 
-__all__ = ["Masks", "Removal", "dependency_graph", "find_removals", "masked_channels", "run", "trials"]
+__all__ = ["Masks", "Removal", "find_removals", "masked_channels", "trials"]
 
 Masks = Mapping[str, Mapping[str, Tensor]]
 
 _EQUAL = 1e-6  # a mean over equal numbers is off by a rounding
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # they use weight, bias and padding as these are
-_MIXING = (nn.LayerNorm, nn.GroupNorm, _InstanceNorm, nn.MultiheadAttention, nn.Embedding, nn.RNNBase)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class _Member:
 
     node: Any
     reads: bool
-    columns: dict[int, list[int]]
+    columns: Columns
 
     @property
     def module(self) -> Any:
@@ -82,20 +90,6 @@ def masked_channels(model: nn.Module, masks: Masks) -> dict[nn.Module, set[int]]
     return masked
 
 
-def dependency_graph(model: nn.Module, inputs: Inputs) -> Any:
-    """torch-pruning's graph of a model in eval mode, all of whose parameters require a gradient."""
-    # Given a tensor, torch-pruning first tries the model on its rows, which some models take.
-    with torch.enable_grad():
-        return tp.DependencyGraph().build_dependency(model, inputs, forward_fn=run, verbose=False)
-
-
-def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model on a tensor, tuple or dict."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
 def trials(inputs: Inputs) -> list[Inputs]:
     """The inputs, and noise of their shapes, small and large."""
     generator = torch.Generator().manual_seed(0)
@@ -117,10 +111,11 @@ class _Search:
         self.masked = masked_channels(model, masks)
         self.constants = _constants(model, inputs)
         self.graph = dependency_graph(model, inputs)
+        self.groups = groups_of(self.graph, model)
         self.kept = {module for module, name in self.names.items() if matches(exclude, name, module)}
 
     def removals(self) -> Iterator[Removal]:
-        for group in self.graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear)):
+        for group in self.groups:
             root, members = group[0].dep.target.module, self._members(group)
             channels = self._channels(members) if self._separable(members) else []
             if len(channels) == self.graph.get_out_channels(root):
@@ -131,23 +126,20 @@ class _Search:
     def _members(self, group: Any) -> list[_Member]:
         members = []
         for item in group:
-            columns: dict[int, list[int]] = {}
-            for root, own in zip(item.root_idxs, item.idxs, strict=True):
-                columns.setdefault(root, []).append(own)
             node, reads = item.dep.target, self.graph.is_in_channel_pruning_fn(item.dep.handler)
-            members.append(_Member(node, reads and _is_layer(node.module), columns))
+            members.append(_Member(node, reads and _is_layer(node.module), columns_of(item)))
         return members
 
     def _separable(self, members: Sequence[_Member]) -> bool:
         """Whether channels meet only in readers, and none is the model's output."""
         for member in members:
-            grouped = (
-                isinstance(member.module, _ConvNd) and not _is_layer(member.module) and not _is_depthwise(member.module)
-            )
-            if isinstance(member.module, _MIXING) or grouped:
+            module = member.module
+            grouped = isinstance(module, _ConvNd) and not _is_layer(module) and not is_depthwise(module)
+            if isinstance(module, MIXING) or grouped:
                 return False
-            ends = not member.node.outputs or any(node.type == tp.ops.OPTYPE.OUTPUT for node in member.node.outputs)
-            if not member.reads and (ends or member.module in self.kept):
+            if member.reads and not fits(member.columns, module):
+                return False
+            if not member.reads and (is_output(member.node) or module in self.kept):
                 return False
         return True
 
@@ -190,10 +182,6 @@ class _Search:
         return biases
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
-
-
 def _is_layer(module: nn.Module) -> bool:
     """Whether every output of the module reads all its inputs."""
     return isinstance(module, LAYERS) and not (isinstance(module, _ConvNd) and module.groups > 1)
@@ -233,7 +221,7 @@ def _constants(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     ]
     try:
         for trial in trials(inputs):
-            run(model, trial)
+            outputs_of(model, trial)
     finally:
         for handle in handles:
             handle.remove()

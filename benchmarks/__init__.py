@@ -1,0 +1,1 @@
+"""Studies: a folder for every question, what they share in ``lab``."""

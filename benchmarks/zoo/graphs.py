@@ -1,0 +1,151 @@
+"""Part (b), continued: the accelerated model, and where the bare model exports and compiles, the gated one."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, TypeAlias
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+
+from benchmarks.zoo.subject import Skipped, Subject, distance, flat, gated, outcome, output, require
+from isw_plugin.accelerate import Accelerated
+from isw_plugin.accelerate.trace import trace
+from isw_plugin.copies import copy_of
+from isw_plugin.hooks import memory_of
+
+__all__ = ["MAKERS", "check_engine", "check_graphs"]
+
+Maker: TypeAlias = Callable[[nn.Module, Tensor], Callable[[Tensor], object]]
+
+_TOLERANCE = 1e-3
+# Their package has functions of these names.
+accelerate_module = import_module("isw_plugin.accelerate.accelerated")
+fit_module = import_module("isw_plugin.accelerate.fit")
+
+
+def check_engine(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Whether accelerate() computes what masking does, on the images that it was fitted on and on one alone."""
+    results: dict[str, str] = {}
+    with _traced_once(), _untimed():
+        results["accelerate"] = outcome(_check_engine, model, images, results)
+    return results
+
+
+def _check_engine(model: nn.Module, images: Tensor, results: dict[str, str]) -> None:
+    subject = Subject.of(model, images)
+    pruner = subject.attach()
+    masked, keep = gated(pruner, images)
+    fast = pruner.accelerate(images, backend="gated")
+    results["execution"] = f"{fast.execution} {fast.reason}".strip()
+    if _flips(fast, images, keep) and _rounding_decides(model, images, keep):
+        raise Skipped("the masked model in float64 decides otherwise too")
+    _compare_decisions(fast, images, masked, keep)
+    apart = distance(output(fast, images[:1]), masked[:1])
+    require(apart < _TOLERANCE, f"one image alone differs from masking by {apart:.1e}")
+    if fast.execution != "accelerated":
+        return
+    fast.plans.clear()
+    fast.choices = {name: index % 2 == 0 for index, name in enumerate(fast.choices)}
+    _compare_decisions(fast, images, masked, keep)
+    apart = distance(output(pruner.accelerate(images, backend="dense"), images), subject.bare)
+    require(apart < _TOLERANCE, f"the best dense form differs from the bare model by {apart:.1e}")
+
+
+@contextmanager
+def _untimed() -> Iterator[None]:
+    """Run once what would be timed, so that no choice is the clock's: every layer skips that can."""
+
+    def once(runs: Sequence[Callable[[], object]], *_: float) -> list[float]:
+        for run in runs:
+            run()
+        return [0.0] * len(runs)
+
+    def layers(graphs: Sequence[fx.GraphModule], inputs: Sequence[Tensor]) -> list[dict[str, float]]:
+        for graph in graphs:
+            graph(*inputs)
+        return [dict.fromkeys((name for name, _ in graph.named_children()), 0.0) for graph in graphs]
+
+    with patch.object(fit_module, "seconds_in_place", layers), patch.object(accelerate_module, "medians", once):
+        yield
+
+
+@contextmanager
+def _traced_once() -> Iterator[None]:
+    """Take all graphs of one model from one export, in which nearly all of the time goes."""
+    held: list[fx.GraphModule] = []
+
+    def once(*args: Any) -> fx.GraphModule:
+        if not held:
+            held.append(trace(*args))
+        return copy.deepcopy(held[0])
+
+    with patch.object(accelerate_module, "trace", once):
+        yield
+
+
+def _compare_decisions(fast: Accelerated, images: Tensor, masked: Tensor, keep: dict[str, Tensor]) -> None:
+    flips = _flips(fast, images, keep)
+    require(not flips, f"decisions differ at {flips[:3]}")
+    apart = distance(output(fast, images), masked)
+    require(apart < _TOLERANCE, f"differs from masking by {apart:.1e}")
+
+
+def _flips(fast: Accelerated, images: Tensor, keep: dict[str, Tensor]) -> list[str]:
+    with fast.recording() as record:
+        output(fast, images)
+    return [name for name, kept in keep.items() if not torch.equal(record.keep[name], kept)]
+
+
+def _rounding_decides(model: nn.Module, images: Tensor, keep: dict[str, Tensor]) -> bool:
+    """Whether the masked model itself, attached, decides otherwise without the rounding of float32."""
+    exact = copy_of(model).double()
+    memory = memory_of(exact)
+    assert memory is not None
+    memory.enabled = True
+    output(exact, images.double())
+    return any(not torch.equal(memory.keep[name], kept) for name, kept in keep.items())
+
+
+def exported(model: nn.Module, images: Tensor) -> Callable[[Tensor], object]:
+    return torch.export.export(model, (images,)).module()
+
+
+def compiled(model: nn.Module, images: Tensor) -> Callable[[Tensor], object]:
+    torch._dynamo.reset()
+    run: Callable[[Tensor], object] = torch.compile(model, backend="aot_eager")
+    return run
+
+
+MAKERS: dict[str, Maker] = {"export": exported, "compile": compiled}
+
+
+def check_graphs(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Export and compile (aot_eager) the gated model; where that does not go well, the bare one for comparison."""
+    results = {name: outcome(_check_graph, make, model, images) for name, make in MAKERS.items()}
+    torch._dynamo.reset()
+    return results
+
+
+def _check_graph(make: Maker, model: nn.Module, images: Tensor) -> None:
+    pruner = Subject.of(model, images).attach()
+    masked, _ = gated(pruner, images)
+    try:
+        with pruner.gating():
+            apart = distance(_run(make, model, images), masked)
+    except Exception:
+        pruner.remove()
+        bare = outcome(_run, make, model, images)
+        if bare == "ok":
+            raise
+        raise Skipped(f"nor does the bare model: {bare}") from None
+    finally:
+        pruner.remove()
+    require(apart < _TOLERANCE, f"differs from masking by {apart:.1e}")
+
+
+def _run(make: Maker, model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return flat(make(model, images)(images), len(images))

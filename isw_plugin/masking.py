@@ -1,0 +1,88 @@
+"""Masks: from decisions on sites to the columns that a reader of several of them sees as zeros."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isw_plugin.functional import is_tracing
+from isw_plugin.sites import Consumer, Site
+
+__all__ = ["Part", "column_keep", "masked", "reader_parts", "size"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a reader's input that a site's channels fill (see ``Consumer``)."""
+
+    site: str
+    start: int
+    repeat: int
+    channels: tuple[int, ...] | None = None
+
+
+def reader_parts(sites: Sequence[Site]) -> dict[str, tuple[Part, ...]]:
+    """For every layer that reads sites, which site fills which of its input columns."""
+    parts: dict[str, tuple[Part, ...]] = {}
+    for site in sites:
+        for consumer in site.consumers:
+            part = Part(site.name, consumer.start, consumer.repeat, consumer.channels)
+            parts[consumer.layer] = (*parts.get(consumer.layer, ()), part)
+    return parts
+
+
+def column_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) -> Tensor:
+    """Which input columns of a reader survive, (N, columns): its sites' decisions, True between them."""
+    if any(part.channels for part in parts):
+        return _cut_keep(parts, keep, columns)
+    pieces: list[Tensor] = []
+    filled = 0
+    for part in sorted(parts, key=lambda part: part.start):
+        kept = keep[part.site] if part.repeat == 1 else keep[part.site].repeat_interleave(part.repeat, dim=1)
+        pieces += [*_ungated(kept, part.start - filled), kept]
+        filled = part.start + size(kept, 1)
+    pieces += _ungated(pieces[0], columns - filled)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _cut_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) -> Tensor:
+    """Where maps were cut or their channels shuffled: in runs that are slices, since an index would be copied anew."""
+    held: list[tuple[str, int]] = [("", at) for at in range(columns)]
+    for part in parts:
+        reader = Consumer("", part.start, part.repeat, part.channels)
+        for column, channel in reader.columns(size(keep[part.site], 1)):
+            held[column] = (part.site, channel)
+    first = keep[parts[0].site]
+    known = keep | {"": first.new_ones(first.shape[0], columns)}
+    return torch.cat([known[name][:, start:stop:step] for name, start, stop, step in _runs(held)], dim=1)
+
+
+def _runs(held: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, int, int]]:
+    """Columns as slices of their sites' channels: site, start, stop, step."""
+    at = 0
+    while at < len(held):
+        (name, start), end = held[at], at + 1
+        step = held[end][1] - start if end < len(held) and held[end][0] == name else 0
+        while step > 0 and end < len(held) and held[end] == (name, start + step * (end - at)):
+            end += 1
+        yield name, start, start + max(step, 1) * (end - at - 1) + 1, max(step, 1)
+        at = end
+
+
+def _ungated(keep: Tensor, columns: int) -> list[Tensor]:
+    return [keep.new_ones(keep.shape[0], columns)] if columns else []
+
+
+def size(tensor: Tensor, axis: int) -> int:
+    if not is_tracing():
+        return tensor.shape[axis]
+    with warnings.catch_warnings(action="ignore"):  # the number of channels is a constant of the model
+        return int(tensor.shape[axis])
+
+
+def masked(feature: Tensor, keep: Tensor, axis: int) -> Tensor:
+    shape = [keep.shape[0]] + [1] * (feature.dim() - 1)  # len() would make it a constant for torch.export
+    shape[axis] = keep.shape[1]
+    return torch.where(keep.view(shape), feature, 0)  # masked_fill would make channels_last maps contiguous

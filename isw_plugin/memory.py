@@ -1,0 +1,244 @@
+"""What the hooks of one model share: what holds for every call, and what belongs to a single call.
+
+A call's decisions lie in an object of its own, which is found by thread, so that calls in several threads, and a call
+inside another, do not see each other's.
+"""
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.hooks import RemovableHandle
+
+from isw_plugin.errors import AttachError, UnsupportedError
+from isw_plugin.functional import channel_norm
+from isw_plugin.gates import Gate
+
+__all__ = ["Call", "Memory"]
+
+_FORGOTTEN = 100  # training forwards without a penalty taken, after which something is surely wrong
+
+
+class Call:
+    """One forward of the attached model; or what its parts do outside of one (``whole`` False).
+
+    Attributes:
+        gates: By site name, as they were when the call began; None: gates are off.
+        records: Whether norms enter the penalty.
+        before: In a checkpoint's recompute, what the forward that it repeats decided, where that is known.
+        alone: No earlier forward with gradients waits for its backward, as far as is known.
+        recorded: Site name -> norms (N, C) of every time that the site ran, in the graph.
+        norms, keep: Site name -> what was decided, every time, detached.
+    """
+
+    def __init__(
+        self,
+        gates: Mapping[str, Gate] | None,
+        records: bool,
+        *,
+        outer: "Call | None" = None,
+        before: Mapping[str, list[Tensor]] | None = None,
+        whole: bool = False,
+    ) -> None:
+        self.gates = gates
+        self.records = records
+        self.outer = outer
+        self.before = before
+        self.whole = whole
+        self.alone = True
+        self.running = True
+        self.again: Call | None = None  # its recompute
+        compiling = torch.compiler.is_compiling()
+        self.thread = 0 if compiling else threading.get_ident()
+        self.handled = 0 if compiling else id(sys.exception())  # what was being handled when it began
+        self.recorded: dict[str, list[Tensor]] = {}
+        self.norms: dict[str, list[Tensor]] = {}
+        self.keep: dict[str, list[Tensor]] = {}
+        self._made: dict[str, int] = {}  # decisions, by site
+        self._read: dict[tuple[str, str], int] = {}  # and how many of them a reader has seen the last of
+
+    def decide(self, site: str, norms: Tensor, keep: Tensor) -> None:
+        """Note a decision; outside of a forward only the last one of a site is held."""
+        self._made[site] = self._made.get(site, 0) + 1
+        self.norms[site] = [*self.norms.get(site, ()), norms] if self.whole else [norms]
+        self.keep[site] = [*self.keep.get(site, ()), keep] if self.whole else [keep]
+
+    def decision(self, site: str, reader: str) -> Tensor:
+        """The decision (N, C) on the map that a reader gets now.
+
+        Raises:
+            UnsupportedError: It cannot be told which that is.
+        """
+        made, seen = self._made.get(site, 0), self._read.get((reader, site), 0)
+        self._read[reader, site] = made
+        if made - seen == 1 or (made and made == seen and self.whole):
+            return self.keep[site][-1]
+        if self.before is not None:
+            if made == seen and len(self.before.get(site, ())) == 1:
+                return self.before[site][0]
+            raise UnsupportedError(
+                f"a checkpoint recomputes {reader}, which reads {site}, and several forwards wait for their backward: "
+                'with gates on call backward after each forward, or attach with scope="all"'
+            )
+        raise UnsupportedError(
+            f"{reader} reads {site}, which decided {made - seen} times since {reader} last ran, so it is not known "
+            f"which channels to drop there: call the whole model, {site} once before each {reader}, or exclude {site}"
+        )
+
+
+class Memory:
+    """What the hooks of one model share.
+
+    Attributes:
+        gates: By site name; which channels to keep.
+        recording: By site name; whether its norms enter the penalty.
+        enabled: Whether gates act.
+        min_keep: Channels that every instance keeps at every site, the largest.
+        channel_norm: What takes a map's norms (Eq. 3).
+        tape: The training forwards whose penalty has not been taken.
+        owner: What the pruner of a copied model is rebuilt from; holds no module either.
+    """
+
+    def __init__(self, owner: Any = None) -> None:
+        self.owner = owner
+        self.gates: dict[str, Gate] = {}
+        self.recording: dict[str, bool] = {}
+        self.enabled = False
+        self.min_keep = 0
+        self.channel_norm: Callable[[Tensor, int], Tensor] = channel_norm
+        self._forget()
+
+    def _forget(self) -> None:
+        self.tape: list[Call] = []
+        self._last: Call | None = None  # the last with gates, of any thread
+        self._graded: Call | None = None  # the last with gradients, which is what a checkpoint recomputes
+        self._mine = threading.local()  # running, last, graded and loose: this thread's
+
+    def __getstate__(self) -> dict[str, Any]:
+        held = {name: value for name, value in self.__dict__.items() if name not in _OF_CALLS}
+        return held | {"next_hook": RemovableHandle.next_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In another process, hooks registered later must not get the numbers of those that come with the model.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state.pop("next_hook"))
+        self.__dict__.update(state)
+        self._forget()
+
+    def clear(self) -> None:
+        """Forget all that was recorded and decided."""
+        self._forget()
+
+    @property
+    def running(self) -> Call | None:
+        """The forward that this thread is in."""
+        running: Call | None = getattr(self._mine, "running", None)
+        return running
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """Of the last gated forward, this thread's if there was one, by site name, (N, C)."""
+        last = getattr(self._mine, "last", None) or self._last
+        return {name: _joined(norms) for name, norms in last.norms.items()} if last else {}
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """The decisions on these norms."""
+        last = getattr(self._mine, "last", None) or self._last
+        return {name: _joined(keep) for name, keep in last.keep.items()} if last else {}
+
+    def take(self) -> list[dict[str, list[Tensor]]]:
+        """Take off the tape what this thread's forwards have recorded, or if there were none, any thread's."""
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        done = [call for call in self.tape if not call.running]
+        taken = [call for call in done if call.recorded and call.thread in (0, thread)] or done
+        self.tape = [call for call in self.tape if not any(call is other for other in taken)]
+        recorded = [call.recorded for call in taken if call.recorded]
+        for call in taken:
+            call.recorded = {}
+        return recorded
+
+    def begin(self, training: bool) -> Call:
+        """A forward of the whole model starts, in training mode or not."""
+        grad = torch.is_grad_enabled()
+        records = training and grad and any(self.recording.values())
+        call = Call(self.gates if self.enabled else None, records, outer=self.running, whole=True)
+        self._mine.running, self._mine.loose = call, None
+        if self.enabled:
+            self._mine.last = self._last = call
+        if grad:
+            before = self._graded
+            call.alone = before is None or before.again is not None or before.gates is None
+            self._mine.graded = self._graded = call
+        if records:
+            self.tape.append(call)
+            if len(self.tape) == _FORGOTTEN:
+                warnings.warn(
+                    f"{_FORGOTTEN} training forwards were recorded and no penalty taken: their graphs stay in memory. "
+                    "Call pruner.regularize(model, loss) before backward, or set pruner.lambda_ = 0",
+                    stacklevel=2,
+                )
+        return call
+
+    def end(self) -> None:
+        """The forward has ended; what one that raised has recorded goes."""
+        call = self.running
+        if call is None:
+            return
+        call.running = False
+        self._mine.running = call.outer
+        # Nothing more: torch.compile runs this hook as a graph of its own, and would look into the tape's tensors.
+        if not torch.compiler.is_compiling() and id(sys.exception()) != call.handled:
+            self._drop(call)
+
+    def abandon(self) -> None:
+        """Forwards of this thread that an interrupt broke off are not running any more."""
+        while (call := self.running) is not None:
+            self._mine.running = call.outer
+            self._drop(call)
+
+    def _drop(self, call: Call) -> None:
+        self.tape = [other for other in self.tape if other is not call]
+
+    def outside(self) -> Call:
+        """What a hook belongs to that runs outside of any forward: a checkpoint's recompute, or a part called alone."""
+        compiling = torch.compiler.is_compiling()
+        gates = self.gates if self.enabled else None
+        if compiling or torch._C._current_graph_task_id() != -1:  # inside a backward
+            graded: Call | None = getattr(self._mine, "graded", None) or self._graded
+            if graded is not None and (graded.gates is gates or not compiling):
+                if graded.again is None:
+                    before = graded.keep if graded.alone else {}
+                    graded.again = Call(graded.gates, graded.records, before=before)
+                return graded.again
+        loose: Call | None = getattr(self._mine, "loose", None)
+        if loose is None or loose.gates is not gates:
+            loose = self._mine.loose = Call(gates, False)
+        if gates is not None:
+            if not compiling:
+                _require_no_trace()
+            self._mine.last = self._last = loose
+        return loose
+
+
+_OF_CALLS = frozenset(["tape", "_last", "_graded", "_mine"])
+
+
+def _joined(times: list[Tensor]) -> Tensor:
+    return times[0] if len(times) == 1 else torch.cat(times)
+
+
+def _require_no_trace() -> None:
+    """A graph made of a model's parts calls those that are leaves, and so has half of the hooks."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), fx.GraphModule | fx.Interpreter | fx.Tracer):
+            raise AttachError(
+                "this graph (a feature extractor, a trace or a copy of one) was made from an attached model and has "
+                "lost some of the pruner's hooks. Make it from the bare model (remove() first) and attach to it; for a "
+                "copy of an attached graph, InstanceWisePruner.of(copy) puts them back"
+            )
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop

@@ -1,0 +1,104 @@
+"""Fine-tuning with gates on."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks.budget import gated
+from benchmarks.lab.images import ImageSplits
+from benchmarks.lab.images import load as load_images
+from benchmarks.lab.networks import build
+from benchmarks.lab.run_folder import OtherRunError, RunFolder
+from isw_plugin import InstanceWisePruner, calibrate
+
+
+def few(data: str, side: int, seed: int) -> ImageSplits:
+    splits = load_images(data, side, seed)
+    return dataclasses.replace(splits, train=splits.train.at(torch.arange(64)))
+
+
+def store(folder: Path, network: str) -> Path:
+    recipe = {"network": network, "width": 0.125, "seed": 0}
+    RunFolder(folder, recipe).save("trained", dict(build(network, 10, 0.125, 0).state_dict()), origin="random")
+    return folder / "trained.safetensors"
+
+
+def run(model: Path, out: Path, *aim: str) -> dict[str, Any]:
+    options = ["--data", "digits", "--epochs", "1", "--batch", "16", "--images", "20", "--thin", "18"]
+    more = ["--precision", "float32", "--out", str(out)]
+    return gated.main(gated.arguments([str(model), *options, *aim, *more]))
+
+
+@pytest.fixture(autouse=True)
+def _few_images_and_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated, "load", few)
+    grid = {"beta": [0.0, 0.5, 1.0]}
+    monkeypatch.setattr(gated, "calibrate", lambda *args, **kwargs: calibrate(*args, grid=grid, **kwargs))
+
+
+@pytest.mark.parametrize("network", ["vgg16", "resnet18-pooled"])
+def test_a_stored_network_is_trained_with_the_gates_that_were_chosen(network: str, tmp_path: Path) -> None:
+    results = run(store(tmp_path / network, network), tmp_path / "out", "--max-drop", "1")
+    assert json.loads((tmp_path / "out" / "gated.json").read_text()) == results
+    assert results["off"]["prune_ratio"] == 0 < results["before"]["prune_ratio"]
+    assert results["test_images"] == 20
+    trained = build(network, 10, 0.125, 0)
+    trained.load_state_dict(load_file(tmp_path / "out" / "trained.safetensors"))
+    assert gated_accuracy(trained.eval(), results) == results["after"]["accuracy"]
+
+
+def gated_accuracy(model: nn.Module, results: dict[str, Any]) -> float:
+    """Of the same 20 test images, with the thresholds that the file states."""
+    splits = few("digits", 32, 0)
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 32, 32))
+    pruner.enable(per_site=results["per_site"], **results["parameters"])
+    test = gated.Batches(splits.test.at(torch.arange(0, len(splits.test), 18)), splits, 250, gated.CPU)
+    return gated.measured(model, test)["accuracy"]
+
+
+def test_the_aim_may_be_macs(tmp_path: Path) -> None:
+    results = run(store(tmp_path / "vgg16", "vgg16"), tmp_path / "out", "--saved", "0.2")
+    assert results["before"]["macs_saved"] > 0.1  # of test images; 0.2 of the held-out ones
+
+
+def test_a_second_run_goes_on_with_the_same_thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = store(tmp_path / "vgg16", "vgg16")
+    first = run(model, tmp_path / "out", "--max-drop", "1")
+    monkeypatch.setattr(gated, "calibrate", None)
+    again = run(model, tmp_path / "out", "--max-drop", "1")
+    assert again["per_site"] == first["per_site"]
+    assert again["before"] == first["before"]
+
+
+def test_thresholds_may_be_chosen_anew_after_training(tmp_path: Path) -> None:
+    model = store(tmp_path / "vgg16", "vgg16")
+    first = run(model, tmp_path / "out", "--saved", "0.2")
+    weights = (tmp_path / "out" / "trained.safetensors").stat().st_mtime_ns
+    more = run(model, tmp_path / "out", "--saved", "0.2", "--again", "0.4")
+    assert (tmp_path / "out" / "trained.safetensors").stat().st_mtime_ns == weights  # not trained again
+    assert "again" not in first
+    assert more["after"] == first["after"]
+    assert more["again"]["per_site"] != more["per_site"]
+    assert more["again"]["macs_saved"] > 0.3  # of test images; 0.4 of the held-out ones
+    trained = build("vgg16", 10, 0.125, 0)
+    trained.load_state_dict(load_file(tmp_path / "out" / "trained.safetensors"))
+    assert gated_accuracy(trained.eval(), more["again"]) == more["again"]["accuracy"]
+
+
+def test_another_aim_needs_another_folder(tmp_path: Path) -> None:
+    model = store(tmp_path / "vgg16", "vgg16")
+    run(model, tmp_path / "out", "--max-drop", "1")
+    with pytest.raises(OtherRunError, match="max_drop"):
+        run(model, tmp_path / "out", "--max-drop", "0.5")
+
+
+def test_an_aim_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gated.arguments(["model", "--data", "digits", "--out", "out"])
+    assert "--saved --max-drop is required" in capsys.readouterr().err
