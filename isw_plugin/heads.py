@@ -31,10 +31,14 @@ UNSEEN = _Unseen()
 
 
 class Statistics(NamedTuple):
-    """What a head knows of a map after its own mask: root mean square and mean of every channel, (N, C) each."""
+    """What a head knows of a map after its own mask: root mean square and mean of every channel, (N, C) each.
+
+    ``positions``: elements of a channel of one instance.
+    """
 
     rms: Tensor
     mean: Tensor
+    positions: int
 
 
 def positions(feature: Tensor, axis: int) -> int:
@@ -48,12 +52,13 @@ def statistics(feature: Tensor, axis: int) -> Statistics:
     others = [dim for dim in range(1, feature.dim()) if dim != axis % feature.dim()]
     wide = torch.promote_types(feature.dtype, torch.float32)
     mean = feature.mean(others, dtype=wide) if others else feature.to(wide)
-    return Statistics(channel_norm(feature, axis) / positions(feature, axis) ** 0.5, mean)
+    size = positions(feature, axis)
+    return Statistics(channel_norm(feature, axis) / size**0.5, mean, size)
 
 
 def features(read: Mapping[str, Statistics], sources: tuple[str, ...]) -> Tensor:
     """phi: the inputs of a head that reads these sites, in this order, (N, 2 * sum of their channels)."""
-    return torch.cat([part for source in sources for part in read[source]], 1)
+    return torch.cat([part for source in sources for part in (read[source].rms, read[source].mean)], 1)
 
 
 @dataclass(frozen=True)

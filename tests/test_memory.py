@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.test_training import Checkpointed, assert_same_gradients, frozen_statistics, gradients, task_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +14,7 @@ from isw_plugin import InstanceWisePruner, MinNorm, count_macs, evaluate
 from isw_plugin.errors import ISWError, NothingRecordedError, SettingError, UnsupportedError
 from isw_plugin.functional import keep_mask
 from tests.conftest import Concat, Net, Plain, Residual, made
+from tests.test_training import Checkpointed, assert_same_gradients, frozen_statistics, gradients, task_loss
 
 SCOPES = ["all", "consumers"]
 

@@ -64,7 +64,9 @@ def fit(
     seen = _observed(model, memory, candidates, batches, max_instances)
     held_out = torch.arange(seen.images) % _HELD_OUT == _HELD_OUT - 1
     _require_enough(candidates, seen, int((~held_out).sum()))
-    read = {name: Statistics(*(torch.cat(part) for part in zip(*parts, strict=True))) for name, parts in seen.read.items()}
+    read = {
+        name: Statistics(*(torch.cat(part) for part in zip(*parts, strict=True))) for name, parts in seen.read.items()
+    }
     heads, reports = {}, {}
     for site in tqdm(candidates, desc="heads", disable=None, leave=False):
         norms = torch.cat(seen.norms[site.name])
@@ -86,7 +88,11 @@ def _observed(model: nn.Module, memory: Memory, sites: Sequence[Site], batches: 
     seen, device = _Seen(), device_of(model)
     memory.watched = frozenset(name for site in sites for name in (site.name, *site.making.sources))
     try:
-        with measuring(model), _layers_counted(model, sites, seen.macs), tqdm(total=most, unit="image", disable=None, leave=False) as bar:
+        with (
+            measuring(model),
+            _layers_counted(model, sites, seen.macs),
+            tqdm(total=most, unit="image", disable=None, leave=False) as bar,
+        ):
             for batch in batches_in(batches):
                 inputs, _ = taken_apart(batch)
                 call(model, on_device(inputs, device))

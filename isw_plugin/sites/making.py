@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from isw_plugin.sites.probe import Graph, Node
+from isw_plugin.sites.graph import Graph, Node
 from isw_plugin.sites.readers import Readers
 from isw_plugin.sites.site import Making
 
