@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, SettingError, UnsupportedError
 from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate, keeps_all
+from isw_plugin.heads import UNSEEN, positions, statistics
 from isw_plugin.masking import Part, column_keep, masked, reader_parts, size
 from isw_plugin.memory import Call, Memory
 from isw_plugin.places import Hook, Step, hooks_in, steps_to
@@ -162,11 +163,21 @@ class _Observe(Hook):
         if not recording and call.gates is None:
             return feature
         _require_map(feature, site)
-        # What the gradient of the norms needs must outlive the forward.
-        norms = memory.channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
-        if recording and call.whole:  # a checkpoint's recompute repeats the arithmetic, not the record
-            self._record(call, norms)
-        return feature if call.gates is None else self._gate(call, call.gates[site.name], feature, norms.detach())
+        head = call.heads.get(site.name) if call.gates is not None else None
+        if recording or head is None:
+            # What the gradient of the norms needs must outlive the forward.
+            norms = memory.channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
+            if recording and call.whole:  # a checkpoint's recompute repeats the arithmetic, not the record
+                self._record(call, norms)
+        if call.gates is None:
+            return feature
+        if head is not None:
+            norms = head.norms({s: call.known(s, site.name) for s in head.sources}, positions(feature, site.axis))
+        seen = feature.detach() if head is None else UNSEEN
+        gated = self._gate(call, call.gates[site.name], feature, norms.detach(), seen)
+        if site.name in call.watched:
+            call.statistics[site.name] = statistics(gated.detach(), site.axis)
+        return gated
 
     def _record(self, call: Call, norms: Tensor) -> None:
         if not torch.is_grad_enabled():
@@ -177,12 +188,12 @@ class _Observe(Hook):
             )
         call.recorded[self.site.name] = [*call.recorded.get(self.site.name, ()), norms]
 
-    def _gate(self, call: Call, gate: Gate, feature: Tensor, norms: Tensor) -> Tensor:
+    def _gate(self, call: Call, gate: Gate, feature: Tensor, norms: Tensor, seen: Any) -> Tensor:
         name = self.site.name
         if keeps_all(gate):
             call.decide(name, norms, torch.ones_like(norms, dtype=torch.bool))
             return feature
-        keep = gate(feature.detach(), norms)
+        keep = gate(seen, norms)
         _require_mask(keep, gate, norms, name)
         if self.memory.min_keep:
             largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices

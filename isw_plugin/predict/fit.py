@@ -3,20 +3,22 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from tqdm import tqdm
 
-from isw_plugin.batches import Batches, batches_in, taken_apart
-from isw_plugin.errors import NonFiniteFeatureError, PredictionError
+from isw_plugin.batches import Batches, batches_in, fitting, taken_apart
+from isw_plugin.errors import ISWError, NonFiniteFeatureError, PredictionError
 from isw_plugin.gates import Gate, keeps_all
-from isw_plugin.heads import UNSEEN, Head, Statistics, features
+from isw_plugin.heads import UNSEEN, Head, Statistics, features, require_norms_only
 from isw_plugin.hooks import Memory
-from isw_plugin.inputs import call, device_of, measuring, on_device
+from isw_plugin.inputs import call, device_of, instances_in, measuring, on_device
 from isw_plugin.predict.report import HeadReport, Predictors
 from isw_plugin.predict.ridge import ridge
+from isw_plugin.ranks import of_all_ranks
 from isw_plugin.sites import Site
 
 __all__ = ["fit"]
@@ -26,26 +28,51 @@ _LEAST_RECALL = 0.9
 _SUPPOSED = 0.5  # share of channels kept, where the gate keeps all at present
 
 
+class _Rows(NamedTuple):
+    """What was measured at one site, a row for every image, on the CPU.
+
+    ``norms`` are those that its gate decided on, ``scale`` is the root of the positions of the image's map; the others
+    are statistics after the mask.
+    """
+
+    norms: Tensor
+    scale: Tensor
+    rms: Tensor
+    mean: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Rows"]) -> "_Rows":
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
 @dataclass
 class _Seen:
-    """What was measured, on the CPU, by site; and by layer the MACs of one output channel."""
+    """What was measured, by site, and the MACs of one output channel, by layer."""
 
-    norms: dict[str, list[Tensor]] = field(default_factory=dict)
-    read: dict[str, list[Statistics]] = field(default_factory=dict)
-    positions: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, list[_Rows]] = field(default_factory=dict)
     macs: dict[str, float] = field(default_factory=dict)
     images: int = 0
 
-    def add(self, memory: Memory) -> None:
-        """Take in the last call."""
-        for name, norms in memory.norms.items():
-            if not norms.isfinite().all():
+    def add(self, memory: Memory, instances: int, most: int) -> None:
+        """Take in the last call, but no more than ``most`` images."""
+        norms, kept = memory.norms, min(instances, most)
+        for name, of_site in norms.items():
+            if len(of_site) != instances:
+                raise PredictionError(
+                    f"{name} decided for {len(of_site)} instances of a batch of {instances}: the model must run once, "
+                    "on the whole batch, through every site"
+                )
+            if not of_site.isfinite().all():
                 raise NonFiniteFeatureError(f"the feature map of {name} holds NaN or infinity: no head can be fitted")
-            self.norms.setdefault(name, []).append(norms.cpu())
-        for name, (statistics, positions) in memory.statistics.items():
-            self.read.setdefault(name, []).append(Statistics(*(part.cpu() for part in statistics)))
-            self.positions[name] = positions
-        self.images += len(next(iter(memory.norms.values())))
+        for name, found in memory.statistics.items():
+            scale = torch.full((instances, 1), found.positions**0.5)
+            rows = (part[:kept].cpu() for part in (norms[name], scale, found.rms, found.mean))
+            self.rows.setdefault(name, []).append(_Rows(*rows))
+        self.images += kept
+
+    def table(self) -> dict[str, _Rows]:
+        """All rows of every site."""
+        return {name: _Rows.joined(parts) for name, parts in self.rows.items()}
 
 
 def fit(
@@ -60,28 +87,31 @@ def fit(
     if not candidates:
         raise PredictionError(f"no site can be predicted; {sites[0].name}: {sites[0].making.reason}")
     for site in candidates:
-        _require_norms_only(memory.gates[site.name], site)
-    seen = _observed(model, memory, candidates, batches, max_instances)
+        require_norms_only(memory.gates[site.name], site)
+    ranks = of_all_ranks(_attempt(model, memory, candidates, batches, max_instances))
+    for found in ranks:
+        if isinstance(found, ISWError):  # of any rank, so that none waits for another
+            raise found
+    seen = _together([found for found in ranks if isinstance(found, _Seen)])
+    table = seen.table()
     held_out = torch.arange(seen.images) % _HELD_OUT == _HELD_OUT - 1
-    _require_enough(candidates, seen, int((~held_out).sum()))
-    read = {
-        name: Statistics(*(torch.cat(part) for part in zip(*parts, strict=True))) for name, parts in seen.read.items()
-    }
+    fitted = int((~held_out).sum())
+    _require_enough(sites, candidates, table, seen.images, fitted)
     heads, reports = {}, {}
     for site in tqdm(candidates, desc="heads", disable=None, leave=False):
-        norms = torch.cat(seen.norms[site.name])
         macs = sum(seen.macs[layer] for layer in site.making.layers)
-        head, reports[site.name] = _fitted(
-            site, memory.gates[site.name], norms, read, seen.positions[site.name], held_out, macs
-        )
+        head, reports[site.name] = _fitted(site, memory.gates[site.name], table, held_out, macs)
         if not reports[site.name].reason:
             heads[site.name] = head
     measured = {site.name: site.making.reason for site in sites if site.making.reason}
-    return heads, Predictors(reports, measured, int((~held_out).sum()), int(held_out.sum()))
+    return of_all_ranks((heads, Predictors(reports, measured, fitted, seen.images - fitted)))[0]
 
 
-def _require_norms_only(gate: Gate, site: Site) -> None:
-    gate(UNSEEN, torch.ones(1, site.channels))  # type: ignore[arg-type]  # raises where it is read
+def _attempt(model: nn.Module, memory: Memory, sites: Sequence[Site], batches: Batches, most: int) -> _Seen | ISWError:
+    try:
+        return _observed(model, memory, sites, batches, most)
+    except ISWError as error:
+        return error
 
 
 def _observed(model: nn.Module, memory: Memory, sites: Sequence[Site], batches: Batches, most: int) -> _Seen:
@@ -94,17 +124,15 @@ def _observed(model: nn.Module, memory: Memory, sites: Sequence[Site], batches: 
             tqdm(total=most, unit="image", disable=None, leave=False) as bar,
         ):
             for batch in batches_in(batches):
-                inputs, _ = taken_apart(batch)
+                inputs = fitting(taken_apart(batch)[0], model)
                 call(model, on_device(inputs, device))
                 before = seen.images
-                seen.add(memory)
+                seen.add(memory, instances_in(inputs), most - before)
                 bar.update(seen.images - before)
                 if seen.images >= most:
                     break
     finally:
         memory.watched = frozenset()
-    if not seen.images:
-        raise PredictionError("the loader gave no images: heads cannot be fitted")
     return seen
 
 
@@ -115,7 +143,8 @@ def _layers_counted(model: nn.Module, sites: Sequence[Site], macs: dict[str, flo
     def counter(name: str, site: Site) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             weight: Any = module.weight
-            macs[name] = output[0].numel() / site.channels * weight.numel() / len(weight)
+            spread: Tensor = args[0] if isinstance(module, _ConvTransposeNd) else output
+            macs[name] = spread[0].numel() / site.channels * weight.numel() / len(weight)
 
         return count
 
@@ -130,34 +159,45 @@ def _layers_counted(model: nn.Module, sites: Sequence[Site], macs: dict[str, flo
             handle.remove()
 
 
-def _require_enough(sites: Sequence[Site], seen: _Seen, fitted: int) -> None:
-    for site in sites:
-        inputs = 2 * sum(seen.read[source][0].rms.shape[1] for source in site.making.sources)
-        if fitted <= inputs:
-            needed = -(-(inputs + 1) * _HELD_OUT // (_HELD_OUT - 1))
+def _together(ranks: Sequence[_Seen]) -> _Seen:
+    """What all ranks have seen, in their order."""
+    seen = _Seen(macs=next((rank.macs for rank in ranks if rank.macs), {}), images=sum(rank.images for rank in ranks))
+    for rank in ranks:
+        for name, parts in rank.rows.items():
+            seen.rows.setdefault(name, []).extend(parts)
+    return seen
+
+
+def _require_enough(
+    sites: Sequence[Site], candidates: Sequence[Site], table: Mapping[str, _Rows], images: int, fitted: int
+) -> None:
+    """Images for every head, and something to predict."""
+    channels = {site.name: site.channels for site in sites}
+    inputs = {site.name: 2 * sum(channels[source] for source in site.making.sources) for site in candidates}
+    widest = max(inputs, key=inputs.__getitem__)
+    if fitted <= inputs[widest]:
+        needed = -(-(inputs[widest] + 1) * _HELD_OUT // (_HELD_OUT - 1))
+        raise PredictionError(
+            f"the head of {widest} has {inputs[widest]} inputs, and {fitted} of {images} images would fit it (every "
+            f"fifth judges): give {needed} images or more, and max_instances as many"
+        )
+    for site in candidates:
+        if site.name not in table or not table[site.name].norms.any():
             raise PredictionError(
-                f"the head of {site.name} has {inputs} inputs, and {fitted} images would fit it (every fifth of "
-                f"{seen.images} is held out): give {needed} images or more, and max_instances as many"
+                f"{site.name} is zero for all {images} images, so there is nothing to predict: exclude it, or lower "
+                "the thresholds before it"
             )
-        if not any(norms.any() for norms in seen.norms[site.name]):
-            raise PredictionError(f"{site.name} is zero for all {seen.images} images: there is nothing to predict")
 
 
 def _fitted(
-    site: Site,
-    gate: Gate,
-    norms: Tensor,
-    read: Mapping[str, Statistics],
-    positions: int,
-    held_out: Tensor,
-    macs: float,
+    site: Site, gate: Gate, table: Mapping[str, _Rows], held_out: Tensor, macs: float
 ) -> tuple[Head, HeadReport]:
-    phi, rms = features(read, site.making.sources), norms / positions**0.5
+    read = {name: Statistics(table[name].rms, table[name].mean, 1) for name in site.making.sources}
+    norms, scale = table[site.name].norms, table[site.name].scale
+    phi, rms = features(read, site.making.sources), norms / scale
     found = ridge(phi[~held_out], rms[~held_out], (phi[held_out], rms[held_out]))
     head = Head(site.making.sources, found.weight, found.bias)
-    shown = {name: Statistics(*(part[held_out] for part in read[name])) for name in site.making.sources}
-    measured = gate(UNSEEN, norms[held_out])  # type: ignore[arg-type]
-    keep = gate(UNSEEN, head.norms(shown, positions))  # type: ignore[arg-type]
+    measured, keep = gate(UNSEEN, norms[held_out]), gate(UNSEEN, (head.norms(read, 1) * scale)[held_out])
     recall = (keep & measured).sum().item() / max(1, measured.sum().item())
     density = _SUPPOSED if keeps_all(gate) else keep.float().mean().item()
     saved = (1 - density) * site.channels * macs
@@ -166,7 +206,5 @@ def _fitted(
         reason = f"its head finds {recall:.2f} of the channels that measuring keeps"
     elif saved <= head.macs:
         reason = f"its head takes {head.macs:,} MACs and saves {saved:,.0f}"
-    report = HeadReport(
-        found.r_squared, recall, keep.float().mean().item(), measured.float().mean().item(), head.macs, saved, reason
-    )
-    return head, report
+    kept = (keep.float().mean().item(), measured.float().mean().item())
+    return head, HeadReport(found.r_squared, recall, *kept, head.macs, saved, reason)

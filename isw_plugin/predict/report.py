@@ -16,7 +16,8 @@ class HeadReport:
         density: Share of all channels that it keeps.
         measured: Share of all channels that measuring keeps.
         macs: Its own, for one image.
-        saved: MACs that its dropped channels save in the layers that make them, mean over images.
+        saved: MACs that its dropped channels save in the layers that make them, where these read whole maps; mean
+            over images. Where the gate keeps all at present, half of the channels are supposed to be dropped.
         reason: Why the site goes on measuring; "" where it is predicted.
     """
 
@@ -54,7 +55,7 @@ class Predictors:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [("site", "R2", "recall", "kept", "measured keeps", "")]
+        rows: list[tuple[str, ...]] = [("site", "R2", "recall", "kept", "measured keeps", "")]
         for name, head in self.sites.items():
             figures = (head.r_squared, head.recall, head.density, head.measured)
             verdict = f"measured: {head.reason}" if head.reason else "predicted"

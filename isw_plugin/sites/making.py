@@ -2,11 +2,17 @@
 
 from collections.abc import Mapping
 
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
 from isw_plugin.sites.graph import Graph, Node
+from isw_plugin.sites.operations import ACTIVATIONS, JOINS, PASSES, POOLS, VIEWS
 from isw_plugin.sites.readers import Readers
 from isw_plugin.sites.site import Making
 
 __all__ = ["Makings"]
+
+_CHANNEL_BY_CHANNEL = ACTIVATIONS | JOINS | PASSES | POOLS | VIEWS | {"mul", "div"}
 
 
 class Makings:
@@ -32,7 +38,7 @@ class Makings:
             return Making(reason="a norm makes it" if not makers else "its layers run more than once")
         for maker in makers:
             made = self.graph.shapes[maker.outputs[0]]
-            if channels not in (made[1], made[-1]):
+            if channels != made[-1 if isinstance(self.graph.modules[maker.name], nn.Linear) else 1]:
                 return Making(reason=f"{maker.name} makes other channels than those of the map")
             read, reason = self._read(maker)
             if reason:
@@ -63,10 +69,19 @@ class Makings:
                 makers.append(producer)
             elif producer.kind in ("layer", "recurrent"):
                 return makers, between, shortcuts, f"{producer.name} has a part in it"
+            elif not self._keeps_apart(producer):
+                return makers, between, shortcuts, f"{producer.name or producer.kind} may mix its channels"
             elif producer not in between:
                 between.append(producer)
                 pending += producer.inputs
         return makers, between, shortcuts, ""
+
+    def _keeps_apart(self, node: Node) -> bool:
+        """Whether every channel of what a node gives is made of the same channel of what it gets."""
+        if node.kind == "norm":
+            module = self.graph.modules[node.name]
+            return isinstance(module, _NormBase) or "FrozenBatchNorm" in type(module).__name__
+        return node.kind in _CHANNEL_BY_CHANNEL
 
     def _read(self, layer: Node) -> tuple[dict[str, None], str]:
         """The sites that a layer reads."""
