@@ -3,9 +3,9 @@
 docs/predicting.md has the definition and what it was measured against.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -60,7 +60,7 @@ class Statistics(NamedTuple):
 
 def positions(feature: Tensor, axis: int) -> int:
     """Elements of a channel of one instance."""
-    return prod(feature.shape[1:]) // feature.shape[axis]
+    return math.prod(feature.shape[1:]) // feature.shape[axis]
 
 
 def statistics(feature: Tensor, axis: int) -> Statistics:
@@ -69,7 +69,7 @@ def statistics(feature: Tensor, axis: int) -> Statistics:
     wide = torch.promote_types(feature.dtype, torch.float32)
     mean = feature.mean(others, dtype=wide) if others else feature.to(wide)
     size = positions(feature, axis)
-    return Statistics(channel_norm(feature, axis) / size**0.5, mean, size)
+    return Statistics(channel_norm(feature, axis) / math.sqrt(size), mean, size)
 
 
 def features(read: Mapping[str, Statistics], sources: Sequence[str]) -> Tensor:
@@ -96,7 +96,7 @@ class Head:
         phi = features(read, self.sources)
         with torch.autocast(phi.device.type, enabled=False):
             rms: Tensor = torch.addmm(self.bias.to(phi), phi, self.weight.to(phi).T).relu()
-        return rms * float(size) ** 0.5
+        return rms * math.sqrt(size)
 
     @property
     def macs(self) -> int:

@@ -12,7 +12,7 @@ from isw_plugin.accelerate import BACKENDS, Accelerated, accelerate
 from isw_plugin.decay import decay
 from isw_plugin.errors import AttachError, NothingRecordedError, SettingError, UnsupportedError
 from isw_plugin.gates import Gate
-from isw_plugin.heads import stored
+from isw_plugin.heads import Head, stored
 from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of, orphaned_memory
 from isw_plugin.inputs import device_of
 from isw_plugin.places import without_hooks
@@ -310,6 +310,11 @@ class InstanceWisePruner:
             self._memory.enabled = enabled
 
     # -- norms known before the layer runs -----------------------------------------------------------
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """What predicts norms, by site name."""
+        return dict(self._settings.heads)
 
     @property
     def predicted(self) -> tuple[str, ...]:
