@@ -24,14 +24,13 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from images import Batches, DataError, ImageSplits, load
-from run_folder import OtherRunError, RunFolder, require_free_or_same
+from run_folder import OtherRunError, RunFolder, damaged, require_free_or_same
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 from training import Schedule, finish, train
 
 from isw_plugin import Calibration, InstanceWisePruner, ISWError, calibrate, evaluate
-from isw_plugin.accelerate.accelerated import Accelerated
-from isw_plugin.calibrate import Candidate
+from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import AttachError, BudgetError, SettingError
 from isw_plugin.measure import GateReport, Latency, compare, hardware
 from isw_plugin.report import channel_heatmap, frontier, write
@@ -84,7 +83,11 @@ class Job:
 
     def stored(self, name: str, widths: tuple[int, ...]) -> nn.Module:
         model = self.build(widths)
-        model.load_state_dict(self.run.load(name)[0])
+        tensors, _ = self.run.load(name)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise damaged(self.run.path / f"{name}.safetensors", error) from error
         return model.eval()
 
     def train(self, model: nn.Module, stage: str, epochs: int, peak: float, **penalties: Callable[..., Any]) -> None:
@@ -138,7 +141,10 @@ def slim_stage(job: Job) -> tuple[int, ...]:
                 f"keeps {MIN_CHANNELS}; prune less, or a wider network"
             )
         job.run.save("slimmed", model.state_dict(), widths=widths)
-    return tuple(job.run.load("slimmed")[1]["widths"])
+    widths = job.run.load("slimmed")[1].get("widths")
+    if not isinstance(widths, list) or len(widths) != len(WIDTHS) or not all(type(w) is int and w > 0 for w in widths):
+        raise damaged(job.run.path / "slimmed.safetensors", f"widths {widths}")
+    return tuple(widths)
 
 
 def finetune_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> str:
@@ -156,7 +162,7 @@ def calibrate_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> Calibr
     """Choose alpha and beta on held-out images; None where the budget cannot be met."""
     file = f"calibrated-{lambda_!r}-{job.args.max_drop!r}.json"
     if (job.run.path / file).exists():
-        return _calibration(json.loads((job.run.path / file).read_text()))
+        return _calibration(job.run.path / file)
     model = job.stored(f"finetuned-{lambda_!r}", widths)
     pruner = InstanceWisePruner(model, job.example)
     try:
@@ -168,9 +174,11 @@ def calibrate_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> Calibr
     return calibration
 
 
-def _calibration(stored: dict[str, Any]) -> Calibration:
-    candidates = tuple(Candidate(**candidate) for candidate in stored["candidates"])
-    return Calibration(Candidate(**stored["best"]), candidates, stored["accuracy"], stored["instances"])
+def _calibration(file: Path) -> Calibration:
+    try:
+        return Calibration.from_dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise damaged(file, error) from error
 
 
 def measure_stage(job: Job, widths: tuple[int, ...], calibrations: dict[float, Calibration | None]) -> dict[str, Any]:
@@ -344,10 +352,11 @@ def check(args: argparse.Namespace) -> None:
         "--bn-l1": (args.bn_l1, 0, 1),
         "--prune-ratio": (args.prune_ratio, 0.01, 0.99),
         "--max-drop": (args.max_drop, 0, 1),
+        "--seed": (args.seed, 0, 2**32 - 1),  # what scikit-learn takes
     }
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
-            raise SettingError(f"{name} {value:g}: from {low:g} to {high:g}")
+            raise SettingError(f"{name} {value:.10g}: from {low:g} to {high:.10g}")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from images import ImageSplits, shuffled
-from run_folder import RunFolder
+from run_folder import RunFolder, damaged
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -93,11 +93,15 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder,
     if not run.has(_partial(stage)):
         return 0
     tensors, facts = run.load(_partial(stage))
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    for name, parameter in model.named_parameters():
-        if f"momentum.{name}" in tensors:
-            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
-    return int(facts["epoch"])
+    try:
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for name, parameter in model.named_parameters():
+            if f"momentum.{name}" in tensors:
+                momentum = tensors[f"momentum.{name}"].to(parameter.device)
+                optimizer.state[parameter]["momentum_buffer"] = momentum.view_as(parameter)
+        return int(facts["epoch"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(run.path / f"{_partial(stage)}.safetensors", error) from error
 
 
 def finish(model: nn.Module, run: RunFolder, stage: str, **facts: object) -> None:

@@ -1,15 +1,19 @@
 """Bring back what ``save_pretrained`` wrote."""
 
 import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from isw_plugin.errors import ProbeError, StateMismatchError
-from isw_plugin.gates import Gate
+from isw_plugin.copies import copy_of
+from isw_plugin.errors import AttachError, ProbeError, StateMismatchError, UnsupportedError
+from isw_plugin.gates import Gate, with_parameters
 from isw_plugin.pruner import InstanceWisePruner
-from isw_plugin.saving import decoded_inputs, read, rebuilt, tensors_of
+from isw_plugin.saving import rebuilt
+from isw_plugin.stored import decoded_inputs, path_of, stored
 from isw_plugin.structure import differences, resize
 from isw_plugin.wrappers import attachable
 
@@ -34,29 +38,28 @@ def load_pretrained(
         The pruner; its ``model`` is in eval mode.
 
     Raises:
+        SettingError: The folder is no path.
         FileNotFoundError: Nothing was saved there.
-        StateMismatchError: Another version, a damaged file, another architecture, or no model where one is
-            needed: nothing is changed then. Or other sites, a gate that is not known, or weights with which
-            the model does not run: it has them then, and no pruner. Says what does not fit.
+        StateMismatchError: Another version, a damaged file, another architecture, no model where one is needed,
+            other sites, a gate that is not known, or weights with which the model does not run. Nothing is
+            changed then. Says what does not fit.
         AttachError, UnsupportedError: No pruner can be attached to the model.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise StateMismatchError(
             f"model={model!r} is no module: pass the architecture, or None for an unedited timm model"
         )
+    path = path_of(folder)
     try:
-        facts = read(folder)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(_what_is_there(Path(folder), Path(error.filename).name)) from error
-    stored = facts["model"]
+        facts, tensors = stored(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(_what_is_there(path, Path(error.filename).name)) from error
     if model is None:
-        model = _remade(stored)
+        model = _remade(facts["model"])
     model = attachable(model)
-    _require_same(stored, model)
-    tensors = tensors_of(folder, facts)
-    resize(model, stored["modules"], tensors)
-    model.load_state_dict(tensors)
-    return _attached(model.eval(), facts["pruner"], gate)
+    _require_same(facts["model"], model)
+    _rehearse(model, facts, tensors, gate)
+    return _attached(_filled(model, facts, tensors), facts["pruner"], gate)
 
 
 def _what_is_there(folder: Path, file: str) -> str:
@@ -72,7 +75,12 @@ def _remade(stored: dict[str, Any]) -> nn.Module:
             f"this {stored['name']} cannot be made again from its name, since {stored['edited']}. Pass the "
             "architecture as it was before static pruning: load_pretrained(folder, model)"
         )
-    return rebuilt(stored["architecture"], stored["options"])
+    try:
+        return rebuilt(stored["architecture"] or "", stored["options"])
+    except StateMismatchError:
+        raise
+    except Exception as error:  # whatever a model's constructor raises
+        raise StateMismatchError(f"timm cannot make {stored['architecture']!r} as it was saved: {error}") from error
 
 
 def _require_same(stored: dict[str, Any], model: nn.Module) -> None:
@@ -84,17 +92,64 @@ def _require_same(stored: dict[str, Any], model: nn.Module) -> None:
         )
 
 
-def _attached(model: nn.Module, stored: dict[str, Any], gate: Gate | None) -> InstanceWisePruner:
-    state = stored["state"]
-    inputs = decoded_inputs(stored["inputs"])
-    chosen = {"layers": stored["layers"], "exclude": stored["exclude"], "scope": state.get("scope", "all")}
+def _rehearse(model: nn.Module, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], gate: Gate | None) -> None:
+    """Do all of it on a copy: what fails there has changed nothing."""
     try:
-        pruner = InstanceWisePruner(model, inputs, gate=gate or "cv", **chosen)
+        try:
+            shapes = {key: tensor.to("meta") for key, tensor in tensors.items()}
+            pruner = _attached(_filled(_on_meta(model), facts, shapes), facts["pruner"], gate)
+        except ProbeError:  # models that read values do not run on meta
+            pruner = _attached(_filled(copy_of(model), facts, tensors), facts["pruner"], gate)
+        for override in ({}, *pruner.per_site.values()):
+            _require_types(with_parameters(pruner.gate, **{k: v for k, v in override.items() if k != "lambda_"}))
+    except (StateMismatchError, AttachError, UnsupportedError):
+        raise
     except ProbeError as error:
         raise StateMismatchError(f"the stored weights do not fit each other: {error}") from error
-    try:
-        pruner.load_state_dict(state)
-    except Exception:
-        pruner.remove()
-        raise
+    except Exception as error:  # whatever a pattern, a gate or a model makes of what is stored
+        raise StateMismatchError(f"what is stored does not fit the model: {error}") from error
+
+
+def _require_types(gate: Gate) -> None:
+    if not is_dataclass(gate) or isinstance(gate, type):
+        return
+    for field in fields(gate):
+        value = getattr(gate, field.name)
+        allowed = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(field.type)
+        if allowed and type(value) not in allowed:
+            raise StateMismatchError(f"{field.name}={value!r} of the stored {type(gate).__name__} is no {field.type}")
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy_of(model, memo)
+
+
+def _filled(model: nn.Module, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    resize(model, facts["model"]["modules"], tensors)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return model.eval()
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise UnsupportedError(f"the file does not hold the values of {', '.join(empty[:3])}: pass the model")
+    model.load_state_dict(dict(tensors))
+    return model.eval()
+
+
+def _attached(model: nn.Module, stored: Mapping[str, Any], gate: Gate | None) -> InstanceWisePruner:
+    state, layers, exclude = stored["state"], stored["layers"], stored["exclude"]
+    if any(pattern.startswith("re:") for patterns in (layers, exclude) for pattern in _listed(patterns)):
+        layers, exclude = list(state["sites"]), ()  # a regular expression of somebody else's can take for ever
+    inputs = decoded_inputs(stored["inputs"])
+    pruner = InstanceWisePruner(
+        model, inputs, gate=gate or "cv", layers=layers, exclude=exclude, scope=state.get("scope", "all")
+    )
+    pruner.load_state_dict(state)
     return pruner
+
+
+def _listed(patterns: str | list[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else patterns

@@ -468,15 +468,17 @@ class InstanceWisePruner:
         """Save model and pruner, to be restored by ``isw_plugin.load_pretrained`` in any process.
 
         safetensors and JSON, no pickle. A slimmed model is saved with its widths. Each file is replaced at
-        once, so the folder always holds a whole state, the old or the new.
+        once, so the folder always holds a whole state, the old or the new; any number of processes may save.
 
         Raises:
+            SettingError: The folder is no path.
             AttachError: Sites are not known yet.
-            UnsupportedError: Something in the model's state_dict or the example inputs is no plain value.
+            UnsupportedError: Something in the model's state_dict, the settings or the example inputs is no plain
+                value.
         """
         attach = self._settings.attach_arguments()
         inputs = encoded_inputs(self._settings.inputs)
-        write(folder, self.model, {**attach, "inputs": inputs, "state": self.state_dict()})
+        write(folder, self.model, {**attach, "inputs": inputs, "state": self.state_dict()}, self.per_site)
 
     # -- attaching ---------------------------------------------------------------------------------
 

@@ -1,96 +1,72 @@
 """A folder that holds a model, slimmed or not, and its pruner: safetensors and JSON, never pickle.
 
 ``pruner.json`` names the file of the weights by its content and is replaced last and at once, so a reader
-finds the old pair or the new one, whenever writing stops.
+finds the old pair or the new one, whenever writing stops. Whoever saves holds a lock; the files of a save that
+was stopped go with the next one.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
+import re
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from isw_plugin.errors import StateMismatchError, UnsupportedError
+from isw_plugin.stored import FILE, VERSION, WEIGHTS, path_of, weights_named_by
 from isw_plugin.structure import describe, differences
 
-__all__ = ["decoded_inputs", "encoded_inputs", "origin", "read", "rebuilt", "tensors_of", "write"]
+__all__ = ["encoded_inputs", "origin", "rebuilt", "write"]
 
-_VERSION = 1
-_PARTS = {
-    "model": ("name", "architecture", "options", "edited", "modules"),
-    "weights": ("file", "sha256"),
-    "pruner": ("layers", "exclude", "inputs", "state"),
-}
-_FILE = "pruner.json"
+_LOCK = ".pruner.lock"
+_DRAFT = re.compile(rf"\.(({re.escape(FILE)})|{WEIGHTS.pattern})\.\d+(\.old)?\.draft")
 _OPTIONS = ("in_chans", "drop_rate", "global_pool")  # what timm models remember of how they were made
+_LARGE = 1 << 20  # elements; buffers that a constructor computes have fewer
+_MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
 
-def write(folder: str | os.PathLike[str], model: nn.Module, pruner: Mapping[str, Any]) -> None:
-    """Save a model and JSON facts about its pruner; what was saved in the folder before goes.
+def write(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    pruner: Mapping[str, Any],
+    per_site: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Save a model and facts about its pruner; what was saved in the folder before goes, and nothing else.
+
+    Args:
+        folder: Made if missing.
+        pruner: ``layers``, ``exclude``, ``inputs`` and ``state``.
+        per_site: What the state's patterns mean, by site name.
 
     Raises:
-        UnsupportedError: The model's state_dict holds something else than tensors. Nothing is written.
+        SettingError: The folder is no path.
+        UnsupportedError: The model's state_dict holds something else than tensors, or the pruner's something
+            else than plain values. Nothing is written.
+        OSError: It cannot be written; what was saved before is still there.
     """
-    from safetensors.torch import save
-
-    weights = save(_plain_tensors(model))
+    path = path_of(folder)
+    weights = _safetensors(model)
     digest = hashlib.sha256(weights).hexdigest()
     name = f"model-{digest[:16]}.safetensors"
     facts = {
-        "version": _VERSION,
+        "version": VERSION,
         "model": {"name": type(model).__name__, **origin(model), "modules": describe(model)},
         "weights": {"file": name, "sha256": digest},
-        "pruner": dict(pruner),
+        "pruner": {**pruner, "state": _plain(_without_expressions(pruner["state"], per_site))},
     }
-    document = json.dumps(facts, indent=1, allow_nan=False)
-    path = Path(folder)
+    document = json.dumps(facts, indent=1, allow_nan=False).encode()
     path.mkdir(parents=True, exist_ok=True)
-    _replace(path / name, weights)
-    _replace(path / _FILE, document.encode())
-    for old in path.glob("model-*.safetensors"):
-        if old.name != name:
-            old.unlink()
-
-
-def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The facts of a folder.
-
-    Raises:
-        FileNotFoundError: Nothing was saved there.
-        StateMismatchError: The file is of another version, or damaged.
-    """
-    path = Path(folder) / _FILE
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text())
-        version = facts["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StateMismatchError(f"{path} was not written by save_pretrained, or is damaged: {error!r}") from error
-    if version != _VERSION:
-        raise StateMismatchError(f"{path} is of version {version}, and this isw_plugin reads version {_VERSION}")
-    lacking = [f"{part}.{key}" for part, keys in _PARTS.items() for key in keys if key not in facts.get(part, ())]
-    if lacking:
-        raise StateMismatchError(f"{path} is damaged: it has no {', '.join(lacking)}")
-    return facts
-
-
-def tensors_of(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights that belong to the facts.
-
-    Raises:
-        StateMismatchError: Their file is missing or has other content.
-    """
-    from safetensors.torch import load
-
-    path = Path(folder) / Path(facts["weights"]["file"]).name
-    content = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(content).hexdigest() != facts["weights"]["sha256"]:
-        raise StateMismatchError(f"{path} is missing or was changed: its checksum is not the one in {_FILE}")
-    return dict(load(content))
+    with _locked(path):
+        _replace(path, name, weights, document)
 
 
 def origin(model: nn.Module) -> dict[str, Any]:
@@ -106,16 +82,16 @@ def origin(model: nn.Module) -> dict[str, Any]:
         return unknown | {"edited": "it is no timm model"}
     options: dict[str, Any] = {"num_classes": getattr(model, "num_classes", None)}
     try:
-        options |= _options(model, _sketch(architecture, options))
-        other = differences(describe(model), _sketch(architecture, options))
+        options |= _options(model, rebuilt(architecture, options))
+        other = differences(describe(model), rebuilt(architecture, options))
     except Exception as error:  # whatever a model's constructor raises
         return unknown | {"edited": f"timm.create_model({architecture!r}) fails: {error}"}
     reason = f"it is not timm's {architecture}: {'; '.join(other[:3])}" if other else None
     return {"architecture": architecture, "options": {} if other else options, "edited": reason}
 
 
-def rebuilt(architecture: str, options: Mapping[str, Any], device: str = "cpu") -> nn.Module:
-    """A model of timm's, without pretrained weights.
+def rebuilt(architecture: str, options: Mapping[str, Any]) -> nn.Module:
+    """A model of timm's, without pretrained weights; its large tensors are on ``meta``, so any name costs little.
 
     Raises:
         StateMismatchError: timm has no such model.
@@ -124,9 +100,20 @@ def rebuilt(architecture: str, options: Mapping[str, Any], device: str = "cpu") 
 
     if not timm.is_model(architecture):
         raise StateMismatchError(f"timm {timm.__version__} has no model {architecture!r}: pass the model")
-    with warnings.catch_warnings(action="ignore"), torch.device(device):
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]), _Frugal():
         model: nn.Module = timm.create_model(architecture, pretrained=False, **options)
     return model
+
+
+class _Frugal(TorchFunctionMode):
+    """Makes large tensors without memory. On ``meta`` as a whole, constructors that compute with numbers fail."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in _MAKERS or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs | {"device": "meta"})
+        return made if made.numel() > _LARGE else func(*args, **kwargs | {"device": "cpu"})
 
 
 def encoded_inputs(inputs: Any) -> Any:
@@ -137,34 +124,15 @@ def encoded_inputs(inputs: Any) -> Any:
     """
     if isinstance(inputs, Tensor):
         return {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
-    if isinstance(inputs, tuple | list):
+    if type(inputs) in (tuple, list):
         return {type(inputs).__name__: [encoded_inputs(value) for value in inputs]}
-    if isinstance(inputs, dict):
+    if isinstance(inputs, dict) and all(isinstance(name, str) for name in inputs):
         return {"dict": {name: encoded_inputs(value) for name, value in inputs.items()}}
+    if isinstance(inputs, float) and not math.isfinite(inputs):
+        return {"number": str(inputs)}
     if inputs is None or isinstance(inputs, bool | int | float | str):
         return {"value": inputs}
     raise UnsupportedError(f"example_inputs hold a {type(inputs).__name__}, which JSON cannot")
-
-
-def decoded_inputs(encoded: Mapping[str, Any]) -> Any:
-    """What ``encoded_inputs`` was given, its tensors on ``meta``."""
-    if "shape" in encoded:
-        return torch.empty(encoded["shape"], dtype=getattr(torch, encoded["dtype"]), device="meta")
-    if "dict" in encoded:
-        return {name: decoded_inputs(value) for name, value in encoded["dict"].items()}
-    if "value" in encoded:
-        return encoded["value"]
-    kind, values = next(iter(encoded.items()))
-    return {"tuple": tuple, "list": list}[kind](decoded_inputs(value) for value in values)
-
-
-def _sketch(architecture: str, options: Mapping[str, Any]) -> nn.Module:
-    """A model of timm's to compare with, without weights if it can be."""
-    try:
-        return rebuilt(architecture, options, "meta")
-    except RuntimeError:  # constructors of older timm compute with weights
-        with torch.random.fork_rng(devices=[]):
-            return rebuilt(architecture, options)
 
 
 def _options(model: nn.Module, default: nn.Module) -> dict[str, Any]:
@@ -181,20 +149,104 @@ def _options(model: nn.Module, default: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _safetensors(model: nn.Module) -> bytes:
+    from safetensors.torch import save
+
     state = model.state_dict()
     other = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise UnsupportedError(f"only tensors can be saved without pickle, and the state_dict holds {', '.join(other)}")
     # Copies, since tied weights share memory and a file has none to share.
     form = torch.contiguous_format
-    return {key: value.detach().to("cpu", copy=True, memory_format=form) for key, value in state.items()}
+    try:
+        return save({key: value.detach().to("cpu", copy=True, memory_format=form) for key, value in state.items()})
+    except (ValueError, KeyError, RuntimeError) as error:  # on meta, sparse, or of a type that the format lacks
+        raise UnsupportedError(f"the weights cannot be saved as safetensors: {error}") from error
 
 
-def _replace(target: Path, content: bytes) -> None:
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    with draft.open("wb") as file:
+def _without_expressions(state: Mapping[str, Any], per_site: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The state with site names for regular expressions, which are not evaluated when they come from a file."""
+    regular = any(pattern.startswith("re:") for pattern in state["per_site"])
+    return {**state, "per_site": per_site if regular else state["per_site"]}
+
+
+def _plain(value: Any) -> Any:
+    """A state as JSON has it: numbers of numpy and tensors become Python's, infinities words (see ``structure``)."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    try:
+        number = value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):  # more than one
+        number = value
+    if isinstance(number, float) and not math.isfinite(number):
+        return str(number)
+    if not isinstance(number, bool | int | float | str | None) or number in ("inf", "-inf", "nan"):
+        raise UnsupportedError(f"a setting of the pruner or its gate is {number!r}, which JSON cannot hold")
+    return number
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def _replace(path: Path, name: str, weights: bytes, document: bytes) -> None:
+    """Replace the pair in a locked folder."""
+    _clear(path)
+    try:
+        # What is to go and what is to come is named by drafts: wherever this stops, the rest can be found.
+        if (path / FILE).is_file():
+            _write(_draft(path / FILE, ".old"), (path / FILE).read_bytes())
+        new, facts = _draft(path / name), _draft(path / FILE)
+        _write(facts, document)
+        _write(new, weights)
+        new.replace(path / name)
+        facts.replace(path / FILE)
+    finally:
+        _clear(path)
+
+
+def _clear(path: Path) -> None:
+    """Remove drafts of ours, and weights that drafts name and ``pruner.json`` does not."""
+    drafts = [file for file in path.iterdir() if _DRAFT.fullmatch(file.name)]
+    kept = weights_named_by(path / FILE)
+    for weights in {weights_named_by(draft) for draft in drafts} - {kept, None}:
+        (path / str(weights)).unlink(missing_ok=True)
+    for draft in drafts:
+        draft.unlink(missing_ok=True)
+
+
+def _draft(target: Path, kind: str = "") -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}{kind}.draft")
+
+
+def _write(draft: Path, content: bytes) -> None:
+    with draft.open("xb") as file:  # never through a link that somebody put there
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process or thread saves. The lock's file goes afterwards, which filelock's does not everywhere."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    lock = path / _LOCK
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # of a file system that knows no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock.exists() or not os.path.samestat(os.fstat(file), lock.stat()):
+                continue  # of one who was done meanwhile
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(file)

@@ -30,6 +30,7 @@ WIDTHS = frozenset(
         "num_parameters",
     )
 )
+_SHAPED = ("weight", "running_mean")  # what widths follow from
 _IGNORED = frozenset(["training", "grad_checkpointing", "fused_attn"])  # ways to run, not what is computed
 
 Description = dict[str, dict[str, Any]]
@@ -54,25 +55,30 @@ def resize(model: nn.Module, stored: Mapping[str, Mapping[str, Any]], tensors: M
     """Give a model the stored widths, and its parameters and buffers the shapes and types of these tensors.
 
     Args:
-        model: Changed in place; its new tensors are not filled.
+        model: Changed in place; its new tensors are not filled. What is on ``meta`` comes to the tensors' device.
         stored: Its description, widths aside.
         tensors: By state_dict key.
 
     Raises:
-        StateMismatchError: A tensor that the model has no place for, or with another number of axes. Nothing is
-            changed.
+        StateMismatchError: A tensor that the model has no place for, of another kind or with another number of
+            axes, or widths that are not those of the tensors. Nothing is changed.
     """
     places = dict(_places(model))
-    state = model.state_dict()
-    _require_fit(state, tensors)
+    _require_fit(model.state_dict(), tensors)
+    changes = [change for name, module in model.named_modules() for change in _changes(module, stored[name]["widths"])]
+    _require_widths(stored, tensors)
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the old one, which lives here as well: tied ones stay tied
     for key, tensor in tensors.items():
         module, name = places[key]
         old = getattr(module, name)
-        if old.shape != tensor.shape or old.dtype != tensor.dtype:
-            setattr(module, name, _like(old, tensor))
-    for name, module in model.named_modules():
-        for attribute, value in stored[name]["widths"].items():
-            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+        if old.shape != tensor.shape or old.dtype != tensor.dtype or old.is_meta != tensor.is_meta:
+            _, new = made.get(id(old), (old, old))
+            if new.shape != tensor.shape or new.dtype != tensor.dtype or new is old:
+                new = _like(old, tensor)
+                made[id(old)] = old, new
+            setattr(module, name, new)
+    for module, name, value in changes:
+        setattr(module, name, value)
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
@@ -118,6 +124,11 @@ def _require_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
     wrong = [f"no {key} there" for key in state if key not in tensors]
     wrong += [f"no {key} here" for key in tensors if key not in state]
     wrong += [
+        f"{key} is {state[key].dtype} here and {tensor.dtype} there"
+        for key, tensor in tensors.items()
+        if key in state and _kind(state[key].dtype) != _kind(tensor.dtype)
+    ]
+    wrong += [
         f"{key} is {tuple(state[key].shape)} here and {tuple(tensor.shape)} there"
         for key, tensor in tensors.items()
         if key in state and state[key].dim() != tensor.dim()
@@ -126,8 +137,55 @@ def _require_fit(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
         raise StateMismatchError(f"the stored weights do not fit the model: {'; '.join(wrong[:5])}")
 
 
+def _changes(module: nn.Module, widths: Mapping[str, Any]) -> Iterator[tuple[nn.Module, str, Any]]:
+    for name, value in widths.items():
+        here = vars(module).get(name)
+        if _plain(here) == (value,):
+            continue
+        several = value if isinstance(value, list) else [value]
+        counts = all(type(width) is int and 0 <= width < 1 << 31 for width in several)
+        alike = here is None or (isinstance(value, list) == isinstance(here, list | tuple))
+        if not counts or not alike or isinstance(here, bool | str) or hasattr(type(module), name):
+            raise StateMismatchError(f"{name} of a {type(module).__name__} cannot become {str(value)[:100]}")
+        yield module, name, tuple(value) if isinstance(value, list) and not isinstance(here, list) else value
+
+
+def _require_widths(stored: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    for module, there in stored.items():
+        prefix, kind = f"{module}." if module else "", there["type"].rpartition(".")[2]
+        shapes = {name: tensors[prefix + name].shape for name in _SHAPED if prefix + name in tensors}
+        for name, width in _widths_of(kind, there["widths"], shapes).items():
+            if there["widths"].get(name, width) != width:
+                raise StateMismatchError(
+                    f"the stored weights do not fit each other: {prefix}{name} is {str(there['widths'][name])[:100]}, "
+                    f"and by its weights it is {width}"
+                )
+
+
+def _widths_of(kind: str, widths: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    """The widths of one of torch's own layers and norms that follow from its tensors."""
+    first, *others = shapes.get("weight") or shapes.get("running_mean") or (None,)
+    if first is None:
+        return {}
+    if kind == "Linear":
+        return {"out_features": first, "in_features": others[0]}
+    if kind in ("Conv1d", "Conv2d", "Conv3d"):
+        groups = widths.get("groups", 1)
+        return {"out_channels": first, "in_channels": others[0] * groups if isinstance(groups, int) else None}
+    if kind in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
+        return {"num_features": first}
+    if kind == "LayerNorm":
+        return {"normalized_shape": [first, *others]}
+    return {"num_channels": first} if kind == "GroupNorm" else {}
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool
+
+
 def _like(old: Tensor, tensor: Tensor) -> Tensor:
     channels_last = old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
     form = torch.channels_last if channels_last else torch.contiguous_format
-    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=old.device, memory_format=form)
+    device = tensor.device if old.is_meta or tensor.is_meta else old.device
+    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device, memory_format=form)
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -18,7 +18,7 @@ ORDER = [
     {"heads"},
     {"memory", "masking"},
     {"places"},
-    {"hooks", "engine"},
+    {"hooks", "stored", "engine"},
     {"accelerate"},
     {"settings", "wrappers", "static", "saving", "predict"},
     {"pruner"},

@@ -1,12 +1,16 @@
 """save_pretrained and load_pretrained: the same model and the same decisions, in this process and in a fresh one."""
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,8 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, calibrate, load_pretrained
-from isw_plugin.errors import AttachError, StateMismatchError, UnsupportedError
-from isw_plugin.saving import decoded_inputs, encoded_inputs, origin, rebuilt
+from isw_plugin.errors import AttachError, SettingError, StateMismatchError, UnsupportedError
+from isw_plugin.saving import encoded_inputs, origin, rebuilt
+from isw_plugin.stored import decoded_inputs
 from tests.conftest import Net, Plain, Residual, hooks_of, made
 
 SIZE = 64
@@ -212,8 +217,9 @@ def test_constructors_that_compute_with_weights(monkeypatch: pytest.MonkeyPatch)
 
     model = timm.create_model("test_vit", num_classes=5)
     monkeypatch.setattr(timm, "create_model", older)
-    with pytest.raises(RuntimeError):
-        rebuilt("test_vit", {}, "meta")
+    with pytest.raises(RuntimeError), torch.device("meta"):
+        older("test_vit")
+    assert rebuilt("test_vit", {}) is not None
     before = torch.get_rng_state()
     assert origin(model)["edited"] is None
     assert torch.equal(torch.get_rng_state(), before)
@@ -262,6 +268,190 @@ def test_a_file_that_does_not_fit_is_refused(saved: Path, change, why: str) -> N
     with pytest.raises(StateMismatchError, match=why):
         load_pretrained(saved, net)
     assert hooks_of(net) == hooks
+
+
+HOSTILE = {
+    "deep": lambda facts: '{"version": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "nested": lambda facts: json.dumps({**facts, "extra": json.loads("[" * 80 + "]" * 80)}),
+    "nan": lambda facts: json.dumps({**facts, "extra": float("nan")}),
+    "1e999": lambda facts: json.dumps(facts)[:-1] + ', "extra": 1e999}',
+    "twice": lambda facts: json.dumps(facts)[:-1] + ', "version": 1}',
+    "list": lambda facts: "[1]",
+    "true": lambda facts: json.dumps({**facts, "version": True}),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_json_that_was_never_written(saved: Path, kind: str) -> None:
+    file = saved / "pruner.json"
+    file.write_text(HOSTILE[kind](json.loads(file.read_text())))
+    with pytest.raises(StateMismatchError, match=r"pruner\.json"):
+        load_pretrained(saved, made(Plain))
+
+
+def put(*path: str, **values: object):
+    """An edit: values at a place in the facts."""
+
+    def change(facts) -> None:
+        for key in path:
+            facts = facts[key]
+        facts.update(values)
+
+    return change
+
+
+EDITS = [
+    put("weights", file="../../model.safetensors"),
+    put("weights", file="/etc/passwd"),
+    put("weights", file=".."),
+    put("weights", file="a\0b"),
+    put("weights", file="a" * 5000),
+    put("weights", file=["model"]),
+    put("model", modules=[]),
+    put("model", modules={"c1": None}),
+    put("model", options={"checkpoint_path": "evil.pth"}),
+    put("model", options={"pretrained": True}),
+    put("model", options={"num_classes": "7"}),
+    put("model", options={"img_size": [1 << 20, 1 << 20]}),
+    put("model", "modules", "c1", "widths", forward=1),
+    put("model", "modules", "c1", "widths", out_channels=5),
+    put("model", "modules", "c1", "widths", in_channels=1 << 20),
+    put("model", "modules", "c1", "widths", groups="1"),
+    put("model", "modules", "bn1", "widths", num_features=5),
+    put("model", "modules", "fc", "widths", in_features=[6]),
+    put("model", "modules", "act1", "widths", num_heads="x"),
+    put("pruner", layers=3),
+    put("pruner", layers="nothing"),
+    put("pruner", exclude="*"),
+    put("pruner", layers="*" * 501),
+    put("pruner", inputs={}),
+    put("pruner", inputs={"shape": [1, 3, 8, 8], "dtype": "load"}),
+    put("pruner", inputs={"shape": [10**6, 10**6, 1, 1], "dtype": "float32"}),
+    put("pruner", inputs={"shape": [1, 3.0, 8, 8], "dtype": "float32"}),
+    put("pruner", inputs={"shape": [1, 5, 8, 8], "dtype": "float32"}),
+    put("pruner", inputs={"set": []}),
+    put("pruner", inputs={"tuple": {}}),
+    put("pruner", "state", min_keep="all"),
+    put("pruner", "state", min_keep=-1),
+    put("pruner", "state", min_keep=True),
+    put("pruner", "state", enabled="yes"),
+    put("pruner", "state", lambda_="1"),
+    put("pruner", "state", lambda_=-1.0),
+    put("pruner", "state", lambda_="inf"),
+    put("pruner", "state", scope="some"),
+    put("pruner", "state", reduction=["sum"]),
+    put("pruner", "state", references={"c1": "x"}),
+    put("pruner", "state", calibration=[1]),
+    put("pruner", "state", version=True),
+    put("pruner", "state", per_site={"re:(a|a)*$": {"beta": 0.1}}),
+    put("pruner", "state", per_site={"c1": 3}),
+    put("pruner", "state", per_site={"c1": {"gamma": 1}}),
+    put("pruner", "state", per_site={"c1": {"beta": "0.5"}}),
+    put("pruner", "state", per_site={"c1": {"lambda_": []}}),
+    put("pruner", "state", per_site={"c9": {"beta": 0.5}}),
+    put("pruner", "state", "gate", parameters={"alpha": "nan", "beta": 0.5}),
+    put("pruner", "state", "gate", parameters={"alpha": True, "beta": 0.5}),
+    put("pruner", "state", "gate", parameters={"alpha": 0.5, "beta": "inf"}),
+    put("pruner", "state", "gate", parameters=[]),
+    put("pruner", "state", gate={"type": "RandomGate", "parameters": {"ratio": 0.5, "seed": 0.5}}),
+    put("pruner", "state", gate={"type": "MinNorm", "parameters": {}}),
+]
+
+
+@pytest.mark.parametrize("index", range(len(EDITS)))
+def test_an_edited_file_is_refused_and_nothing_is_changed(saved: Path, index: int) -> None:
+    changed(saved, EDITS[index])
+    net = made(Plain, seed=1)
+    hooks = hooks_of(net)
+    before = {key: (value, value.clone()) for key, value in net.state_dict(keep_vars=True).items()}
+    with pytest.raises(StateMismatchError):
+        load_pretrained(saved, net)
+    assert hooks_of(net) == hooks
+    for key, value in net.state_dict(keep_vars=True).items():
+        assert value is before[key][0]
+        assert torch.equal(value, before[key][1])
+
+
+def test_a_regular_expression_of_a_file_is_not_evaluated(saved: Path) -> None:
+    changed(saved, put("pruner", layers=f"re:{'(.*)*' * 20}[^a-z0-9]"))
+    assert [site.name for site in load_pretrained(saved, made(Plain)).sites] == ["c1", "c2"]
+
+
+def test_what_regular_expressions_mean_comes_back(tmp_path: Path, plain: Net) -> None:
+    overrides = {"c1": {"alpha": 0.1}, "c*": {"alpha": 0.2}, "re:c[1]": {"beta": 0.3}}
+    pruner = InstanceWisePruner(plain, plain.images(1), layers=["re:c.", "fc"][:1], per_site=overrides)
+    pruner.save_pretrained(tmp_path)
+    restored = load_pretrained(tmp_path, made(Plain))
+    assert restored.per_site == {"c1": {"alpha": 0.2, "beta": 0.3}, "c2": {"alpha": 0.2}} == pruner.per_site
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        put("model", options={"num_classes": 10_000_000}),
+        put("model", architecture="vit_giant_patch14_dinov2"),
+        put("model", architecture="test_resnet.no_such_tag"),
+        put("model", options={"img_size": [64, 64]}),
+        put("model", architecture=None),
+    ],
+)
+def test_what_timm_is_asked_for_costs_no_more_than_the_file(tmp_path: Path, edit, monkeypatch) -> None:
+    pretrained("test_resnet", slimmed=False)[0].save_pretrained(tmp_path)
+    changed(tmp_path, edit)
+    made_of = []
+    empty = torch.empty
+
+    def counted(*args, **kwargs):
+        made_of.append(empty(*args, **kwargs))
+        return made_of[-1]
+
+    monkeypatch.setattr(torch, "empty", counted)
+    with pytest.raises(StateMismatchError):
+        load_pretrained(tmp_path)
+    assert sum(tensor.numel() for tensor in made_of if not tensor.is_meta) < 20_000_000
+
+
+def test_loading_draws_no_random_numbers_and_keeps_ties_and_buffers(tmp_path: Path) -> None:
+    pretrained("test_resnet", slimmed=False)[0].save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    restored = load_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(tensor.is_meta for tensor in (*restored.model.parameters(), *restored.model.buffers()))
+
+
+def resaved(folder: Path, content: bytes) -> None:
+    next(folder.glob("*.safetensors")).write_bytes(content)
+    changed(folder, put("weights", sha256=hashlib.sha256(content).hexdigest()))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        (1 << 40).to_bytes(8, "little") + b"{}",
+        (1 << 24).to_bytes(8, "little") + b" " * (1 << 24),
+        (2).to_bytes(8, "little") + b"[]",
+    ],
+)
+def test_safetensors_made_to_break_it(saved: Path, content: bytes) -> None:
+    resaved(saved, content)
+    with pytest.raises(StateMismatchError, match="damaged"):
+        load_pretrained(saved, made(Plain))
+
+
+def test_weights_of_another_kind_are_refused(saved: Path) -> None:
+    tensors = load_file(next(saved.glob("*.safetensors")))
+    resaved(saved, save(tensors | {"c1.weight": tensors["c1.weight"].long()}))
+    with pytest.raises(StateMismatchError, match=r"c1\.weight is torch\.float32 here and torch\.int64 there"):
+        load_pretrained(saved, made(Plain))
+
+
+def test_a_pipe_is_not_waited_for(saved: Path) -> None:
+    (saved / "pruner.json").unlink()
+    os.mkfifo(saved / "pruner.json")
+    with pytest.raises(FileNotFoundError, match="nothing was saved"):
+        load_pretrained(saved, made(Plain))
 
 
 def test_damaged_json_is_refused(saved: Path) -> None:
@@ -398,6 +588,113 @@ def test_saving_again_replaces(saved: Path) -> None:
     pruner.save_pretrained(saved)
     assert len(list(saved.iterdir())) == 2
     assert_restored(pruner, load_pretrained(saved, made(Plain)), net.images())
+
+
+def test_what_others_put_in_the_folder_stays(saved: Path, plain: Net) -> None:
+    others = ["model-00001-of-00002.safetensors", "model-0123456789abcdef.safetensors", ".notes.1.draft"]
+    for name in others:
+        (saved / name).write_text("of others")
+    plain.c1.weight.data.zero_()
+    InstanceWisePruner.of(plain).save_pretrained(saved)
+    ours = json.loads((saved / "pruner.json").read_text())["weights"]["file"]
+    assert {file.name for file in saved.iterdir()} == {*others, ours, "pruner.json"}
+
+
+@pytest.mark.parametrize("stop_at", range(12))
+def test_a_save_that_stops_leaves_one_whole_state(saved: Path, monkeypatch, stop_at: int) -> None:
+    """Killed at any step, nothing cleaned up: the next save leaves two files, and until then either state is whole."""
+    steps = []
+
+    def stopping(original):
+        def step(*args, **kwargs):
+            steps.append(original)
+            if len(steps) > stop_at:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return step
+
+    for name in ("replace", "unlink", "open"):
+        monkeypatch.setattr(Path, name, stopping(getattr(Path, name)))
+    net = made(Plain, seed=2)
+    pruner = InstanceWisePruner(net, net.images(1))
+    with contextlib.suppress(KeyboardInterrupt):
+        pruner.save_pretrained(saved)
+    monkeypatch.undo()
+    weights = load_pretrained(saved, made(Plain, seed=3)).model.c1.weight
+    assert any(torch.equal(weights, made(Plain, seed=seed).c1.weight) for seed in (0, 2))
+    pruner.save_pretrained(saved)
+    assert len(list(saved.iterdir())) == 2
+    assert_restored(pruner, load_pretrained(saved, made(Plain)), net.images())
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(saved: Path, monkeypatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    monkeypatch.setattr(os, "fsync", full)
+    net = made(Plain, seed=2)
+    with pytest.raises(OSError, match="No space left"):
+        InstanceWisePruner(net, net.images(1)).save_pretrained(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+SAVE = """
+import sys
+from tests.conftest import Plain, made
+from isw_plugin import InstanceWisePruner
+net = made(Plain, seed=int(sys.argv[2]))
+pruner = InstanceWisePruner(net, net.images(1))
+for turn in range(5):
+    net.fc.bias.data.fill_(turn)
+    pruner.save_pretrained(sys.argv[1])
+"""
+
+
+def test_two_processes_save_while_one_reads(saved: Path) -> None:
+    command = [sys.executable, "-c", SAVE, str(saved)]
+    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    savers = [subprocess.Popen([*command, str(seed)], env=os.environ | {"PYTHONPATH": here}) for seed in (1, 2)]
+    known = {seed: made(Plain, seed=seed).c1.weight for seed in (0, 1, 2)}
+    while any(saver.poll() is None for saver in savers):
+        weights = load_pretrained(saved, made(Plain)).model.c1.weight
+        assert any(torch.equal(weights, whole) for whole in known.values())
+    assert [saver.wait() for saver in savers] == [0, 0]
+    assert len(list(saved.iterdir())) == 2
+    load_pretrained(saved, made(Plain))
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        (CVGate(alpha=float("inf")), CVGate(alpha=float("inf"))),
+        (CVGate(alpha=np.float32(0.25), beta=torch.tensor(0.5)), CVGate(0.25, 0.5)),
+    ],
+)
+def test_thresholds_that_json_does_not_have(tmp_path: Path, plain: Net, gate: CVGate, expected: CVGate) -> None:
+    per_site = {"c2": {"alpha": float("inf"), "beta": np.float64(0.75)}}
+    pruner = InstanceWisePruner(plain, (plain.images(1),), gate=gate, per_site=per_site, min_keep=1)
+    pruner.save_pretrained(tmp_path)
+    restored = load_pretrained(tmp_path, made(Plain))
+    assert restored.gate == expected
+    assert restored.per_site == {"c2": {"alpha": float("inf"), "beta": 0.75}}
+    assert {type(value) for value in restored.state_dict()["gate"]["parameters"].values()} == {float}
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"folder", "", "a\0b"])
+def test_what_is_no_folder(plain: Net, folder: object) -> None:
+    with pytest.raises(SettingError, match="folder="):
+        InstanceWisePruner(plain, plain.images(1)).save_pretrained(folder)
+    with pytest.raises(SettingError, match="folder="):
+        load_pretrained(folder, made(Plain))
+
+
+def test_a_file_is_no_folder(tmp_path: Path, plain: Net) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        InstanceWisePruner(plain, plain.images(1)).save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("allowed", [0, 1])

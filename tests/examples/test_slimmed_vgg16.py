@@ -95,7 +95,8 @@ def test_kill_9_loses_at_most_an_epoch(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["--lambda -1", "--max-drop -1", "--prune-ratio 1.5", "--batch 0", "--batch 5000", "--size 16"]
+    "option",
+    ["--lambda -1", "--max-drop -1", "--prune-ratio 1.5", "--batch 0", "--batch 5000", "--size 16", "--seed -1"],
 )
 def test_wrong_options_are_refused_before_anything_is_made(tmp_path: Path, option: str) -> None:
     with pytest.raises(SettingError):

@@ -1,0 +1,305 @@
+"""What a saved folder says, checked before anything is made of it: whoever wrote it may have meant harm."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isw_plugin.errors import SettingError, StateMismatchError
+from isw_plugin.structure import WIDTHS
+
+__all__ = ["FILE", "VERSION", "WEIGHTS", "decoded_inputs", "path_of", "stored", "weights_named_by"]
+
+VERSION = 1
+FILE = "pruner.json"
+WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+
+_PARTS = {
+    "model": ("name", "architecture", "options", "edited", "modules"),
+    "weights": ("file", "sha256"),
+    "pruner": ("layers", "exclude", "inputs", "state"),
+}
+_LARGEST_FILE = 1 << 26  # bytes; of timm's models none needs 4 MB
+_LARGEST_HEADER = 1 << 23  # bytes of a safetensors header; a tensor takes about 120
+_LARGEST_INPUTS = 1 << 32  # elements of one example input
+_DEEPEST = 64
+_LONGEST_PATTERN = 500
+_INFINITIES = {word: float(word) for word in ("inf", "-inf", "nan")}  # as ``structure`` writes them
+
+Check = Callable[[Any], bool]
+
+
+def path_of(folder: str | os.PathLike[str]) -> Path:
+    """The folder that a user means.
+
+    Raises:
+        SettingError: It names none.
+    """
+    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str) or not os.fspath(folder):
+        raise SettingError(f"folder={folder!r}: the path of a folder, such as 'runs/gated'")
+    if "\0" in os.fspath(folder):
+        raise SettingError(f"folder={folder!r}: no path holds the character 0")
+    return Path(folder)
+
+
+def stored(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The facts of a folder and the weights that belong to them.
+
+    Raises:
+        FileNotFoundError: Nothing was saved there.
+        StateMismatchError: Of another version, damaged, or nothing that ``save_pretrained`` writes.
+    """
+    while True:
+        facts = _read(folder / FILE)
+        try:
+            return facts, _tensors(folder / facts["weights"]["file"], facts["weights"]["sha256"])
+        except StateMismatchError:
+            if _read(folder / FILE)["weights"] == facts["weights"]:  # else somebody saved in between
+                raise
+
+
+def weights_named_by(path: Path) -> str | None:
+    """The weights file of ours that a ``pruner.json``, or a draft of one, names."""
+    try:
+        name = _parsed(path)["weights"]["file"]
+    except (OSError, StateMismatchError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) and WEIGHTS.fullmatch(name) else None
+
+
+def decoded_inputs(encoded: Mapping[str, Any]) -> Any:
+    """What ``encoded_inputs`` was given, its tensors on ``meta``.
+
+    Raises:
+        StateMismatchError: It gave something else.
+    """
+    value: Any
+    kind, value = next(iter(encoded.items())) if isinstance(encoded, dict) and encoded else ("nothing", None)
+    if kind == "shape" and encoded.keys() == {"shape", "dtype"}:
+        dtype = getattr(torch, encoded["dtype"], None) if _is_word(encoded["dtype"]) else None
+        if isinstance(dtype, torch.dtype) and _is_shape(value):
+            return torch.empty(value, dtype=dtype, device="meta")
+    elif len(encoded) == 1:
+        if kind == "dict" and isinstance(value, dict):
+            return {name: decoded_inputs(item) for name, item in value.items()}
+        if kind in ("tuple", "list") and isinstance(value, list):
+            return {"tuple": tuple, "list": list}[kind](decoded_inputs(item) for item in value)
+        if kind == "number" and value in _INFINITIES:
+            return _INFINITIES[value]
+        if kind == "value" and (value is None or isinstance(value, bool | int | float | str)):
+            return value
+    raise StateMismatchError(f"{FILE} holds example inputs that were never saved: {_short(encoded)}")
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    facts = _parsed(path)
+    if type(facts) is not dict or "version" not in facts:
+        raise StateMismatchError(f"{path} was not written by save_pretrained, or is damaged: it has no version")
+    if facts["version"] != VERSION or isinstance(facts["version"], bool):
+        raise StateMismatchError(
+            f"{path} is of version {_short(facts['version'])}, and this isw_plugin reads version {VERSION}"
+        )
+    parts = {part: facts[part] if isinstance(facts.get(part), dict) else {} for part in _PARTS}
+    lacking = [f"{part}.{key}" for part, keys in _PARTS.items() for key in keys if key not in parts[part]]
+    if lacking:
+        raise StateMismatchError(f"{path} is damaged: it has no {', '.join(lacking)}")
+    for part, checks in _CHECKS.items():
+        _require(path, part, parts[part], checks)
+    for name, module in facts["model"]["modules"].items():
+        _require(path, f"model.modules.{_short(name)}", module, _MODULE)
+    state = facts["pruner"]["state"] = _with_infinities(facts["pruner"]["state"])
+    _require(path, "pruner.state", state, _STATE)
+    return facts
+
+
+def _require(path: Path, part: str, values: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    for key, fits in checks.items():
+        if key in values and not fits(values[key]):
+            raise StateMismatchError(f"{path} is damaged: {part}.{key} cannot be {_short(values[key])}")
+
+
+def _parsed(path: Path) -> Any:
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise FileNotFoundError(2, "no such file", str(path))
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_FILE + 1)
+    try:
+        if len(content) > _LARGEST_FILE:
+            raise ValueError(f"more than {_LARGEST_FILE:,} bytes")
+        facts = json.loads(content, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
+        level = [facts]
+        for _ in range(_DEEPEST):
+            level = [child for value in level for child in _children(value)]
+        if level:
+            raise ValueError(f"nested more than {_DEEPEST} deep")
+    except (ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise StateMismatchError(f"{path} was not written by save_pretrained, or is damaged: {reason}") from error
+    return facts
+
+
+def _tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except FileNotFoundError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise StateMismatchError(f"{path} is missing or was changed: its checksum is not the one in {FILE}")
+    try:
+        if int.from_bytes(content[:8], "little") > _LARGEST_HEADER:
+            raise ValueError(f"a header of more than {_LARGEST_HEADER:,} bytes")
+        return dict(load(content))
+    except Exception as error:  # whatever safetensors says of a file that was made to break it
+        raise StateMismatchError(f"{path} is damaged: {error!r}") from error
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"{digits[:20]} is no float")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key that is there twice")
+    return found
+
+
+def _children(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _with_infinities(value: Any) -> Any:
+    """Words for infinities as numbers again; they are no names here, which are keys."""
+    if isinstance(value, dict):
+        return {key: _with_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_infinities(item) for item in value]
+    return _INFINITIES.get(value, value) if isinstance(value, str) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+# -- what may stand where ------------------------------------------------------------------------
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 31
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]{0,40}", value) is not None
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) < 200 and Path(value).name == value != ".."
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value)) and math.prod(value) <= _LARGEST_INPUTS
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_count(side) and 0 < side <= 4096 for side in value)
+
+
+def _are_patterns(value: Any) -> bool:
+    several = value if isinstance(value, list) else [value]
+    return all(isinstance(pattern, str) and len(pattern) <= _LONGEST_PATTERN for pattern in several)
+
+
+def _are_overrides(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(override, dict) for override in value.values()):
+        return False
+    # A regular expression of somebody else's can take for ever; saving writes names instead.
+    return all(_are_patterns(pattern) and not pattern.startswith("re:") for pattern in value)
+
+
+def _are_options(value: Any) -> bool:
+    return isinstance(value, dict) and all(key in _OPTIONS and _OPTIONS[key](value[key]) for key in value)
+
+
+def _are_widths(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() <= WIDTHS
+
+
+def _or_none(fits: Check) -> Check:
+    return lambda value: value is None or fits(value)
+
+
+def _mapping_to(fits: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_gate(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("type")) and _is_mapping(value.get("parameters"))
+
+
+# Of ``timm.create_model``: what ``saving.origin`` finds out, and nothing else; one of them opens files.
+_OPTIONS: dict[str, Check] = {
+    "num_classes": _or_none(_is_count),
+    "in_chans": lambda value: _is_count(value) and value > 0,
+    "drop_rate": lambda value: _is_number(value) and 0 <= value <= 1,
+    "global_pool": _is_word,
+    "img_size": _is_size,
+}
+_CHECKS: dict[str, dict[str, Check]] = {
+    "model": {
+        "name": _is_text,
+        "architecture": _or_none(_is_text),
+        "options": _are_options,
+        "edited": _or_none(_is_text),
+        "modules": _mapping_to(lambda module: isinstance(module, dict) and _MODULE.keys() == module.keys()),
+    },
+    "weights": {"file": _is_file_name, "sha256": _is_text},
+    "pruner": {"layers": _are_patterns, "exclude": _are_patterns, "inputs": _is_mapping, "state": _is_mapping},
+}
+_MODULE: dict[str, Check] = {"type": _is_text, "widths": _are_widths, "settings": _is_mapping}
+_STATE: dict[str, Check] = {
+    "version": _is_whole,
+    "lambda_": _is_number,
+    "gate": _is_gate,
+    "scope": _is_text,
+    "reduction": _is_text,
+    "per_site": _are_overrides,
+    "sites": _mapping_to(_is_count),
+    "references": _mapping_to(lambda norm: _is_number(norm) and 0 < norm < math.inf),
+    "calibration": _or_none(_is_mapping),
+    "min_keep": _is_count,
+    "enabled": lambda value: isinstance(value, bool),
+}
