@@ -152,7 +152,8 @@ def _restored(head: Any, site: Site, sites: Mapping[str, Site]) -> Head:
     lacking = [key for key in ("sources", "weight", "bias") if not isinstance(head, Mapping) or key not in head]
     if lacking:
         raise StateMismatchError(f"the head of {site.name} is damaged: it has no {', '.join(lacking)}")
-    sources, tensors = tuple(head["sources"]), {key: head[key] for key in ("weight", "bias")}
+    sources = tuple(head["sources"]) if isinstance(head["sources"], list | tuple) else (head["sources"],)
+    tensors = {key: head[key] for key in ("weight", "bias")}
     if site.making.reason or sources != site.making.sources:
         here = site.making.reason or f"its layers read {', '.join(site.making.sources)}"
         raise StateMismatchError(f"the head of {site.name} reads {', '.join(map(str, sources))}, and here {here}")

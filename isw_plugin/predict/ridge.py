@@ -44,7 +44,7 @@ def ridge(x: Tensor, y: Tensor, held_out: tuple[Tensor, Tensor], penalties: Sequ
         weight = (solved * scale[:, None]).T
         bias = centre - weight @ mean
         found = Fit(weight.float(), bias.float(), 0.0)
-        score = r_squared((held_out[0] @ found.weight.T + found.bias).relu(), held_out[1])
+        score = r_squared((held_out[0].float() @ found.weight.T + found.bias).relu(), held_out[1])
         if best is None or score > best.r_squared:
             best = Fit(found.weight, found.bias, score)
     assert best is not None

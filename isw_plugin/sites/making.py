@@ -47,7 +47,7 @@ class Makings:
         seen = self._seen_before(value, makers, between)
         if seen:
             return Making(reason=f"{seen} sees it before the gate")
-        return Making(tuple(found), tuple(node.name for node in makers), "")
+        return Making(tuple(name for name in self.sites.values() if name in found), layers, "")
 
     def _back(self, value: int, layers: tuple[str, ...]) -> tuple[list[Node], list[Node], dict[str, None], str]:
         """The layers that make a map, what runs between them and it, and the sites that are added on the way."""
