@@ -1,6 +1,6 @@
 """From some thousand images to a head for every site that can have one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -88,11 +88,8 @@ def fit(
         raise PredictionError(f"no site can be predicted; {sites[0].name}: {sites[0].making.reason}")
     for site in candidates:
         require_norms_only(memory.gates[site.name], site)
-    ranks = of_all_ranks(_attempt(model, memory, candidates, batches, max_instances))
-    for found in ranks:
-        if isinstance(found, ISWError):  # of any rank, so that none waits for another
-            raise found
-    seen = _together([found for found in ranks if isinstance(found, _Seen)])
+    ranks = _of_all_ranks(lambda: _observed(model, memory, candidates, batches, max_instances))
+    seen = _together(ranks)
     table = seen.table()
     held_out = torch.arange(seen.images) % _HELD_OUT == _HELD_OUT - 1
     fitted = int((~held_out).sum())
@@ -107,11 +104,18 @@ def fit(
     return of_all_ranks((heads, Predictors(reports, measured, fitted, seen.images - fitted)))[0]
 
 
-def _attempt(model: nn.Module, memory: Memory, sites: Sequence[Site], batches: Batches, most: int) -> _Seen | ISWError:
+def _of_all_ranks(observe: Callable[[], _Seen]) -> list[_Seen]:
+    """What every rank has seen; what one raises, all raise, so that none waits for another."""
     try:
-        return _observed(model, memory, sites, batches, most)
-    except ISWError as error:
-        return error
+        mine: _Seen | ISWError = observe()
+    except Exception as error:  # whatever a loader or a model raises
+        of_all_ranks(error if isinstance(error, ISWError) else PredictionError(f"another rank failed: {error!r}"))
+        raise
+    ranks = of_all_ranks(mine)
+    for found in ranks:
+        if isinstance(found, ISWError):
+            raise found
+    return [found for found in ranks if isinstance(found, _Seen)]
 
 
 def _observed(model: nn.Module, memory: Memory, sites: Sequence[Site], batches: Batches, most: int) -> _Seen:

@@ -245,7 +245,7 @@ def test_a_gate_that_reads_the_map_is_refused_at_loading() -> None:
 
 
 def test_what_stands_for_the_map_says_what_is_wrong() -> None:
-    with pytest.raises(PredictionError, match="reads the map itself.*asks for .mean"):
+    with pytest.raises(PredictionError, match=r"reads the map itself.*asks for \.mean"):
         _ = UNSEEN.mean
     with pytest.raises(PredictionError, match="reads the map itself"):
         torch.relu(UNSEEN)
@@ -343,7 +343,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "missing": (lambda state: head_of(state).pop("bias"), "has no bias"),
     "no dict": (lambda state: state.update(heads=[1]), "heads are a list"),
     "no head": (lambda state: state["heads"].update(c2=3), "has no sources, weight, bias"),
-    "no names": (lambda state: head_of(state).update(sources=3), "sources"),
+    "no names": (lambda state: head_of(state).update(sources=3), "reads 3, and here"),
 }
 
 
@@ -432,6 +432,15 @@ def test_all_ranks_fit_the_same_heads_from_the_images_of_all(tmp_path: Path) -> 
     net, pruner = attached(Stack)
     pruner.fit_predictors([net.images(240)])
     torch.testing.assert_close(pruner.heads["c2"].weight, first, atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_in_float64_is_fitted() -> None:
+    net, pruner = attached(Stack)
+    net.double()
+    found = pruner.fit_predictors([x.double() for x in batches(net)])
+    pruner.step()
+    assert net(net.images().double()).dtype == torch.float64
+    assert found.predicted == ("c2",)
 
 
 def test_min_norm_is_predicted_too() -> None:
