@@ -7,7 +7,7 @@ tensors on copy and pickle, so that a copied model (EMA) has hooks and memory of
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, SettingError, UnsupportedError
 from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate, keeps_all
-from isw_plugin.heads import UNSEEN, positions, statistics
+from isw_plugin.heads import UNSEEN, Statistics, positions, statistics
 from isw_plugin.masking import Part, column_keep, masked, reader_parts, size
 from isw_plugin.memory import Call, Memory
 from isw_plugin.places import Hook, Step, hooks_in, steps_to
@@ -172,7 +172,9 @@ class _Observe(Hook):
         if call.gates is None:
             return feature
         if head is not None:
-            norms = head.norms({s: call.known(s, site.name) for s in head.sources}, positions(feature, site.axis))
+            known = {source: call.known(source, site.name) for source in head.sources}
+            _require_instances(known, feature, site)
+            norms = head.norms(known, positions(feature, site.axis))
         seen = feature.detach() if head is None else UNSEEN
         gated = self._gate(call, call.gates[site.name], feature, norms.detach(), seen)
         if site.name in call.watched:
@@ -221,6 +223,15 @@ def _require_map(feature: Any, site: Site) -> None:
             "instance), keep the instance axis in forward (no bare .squeeze()), or exclude the site. After a change "
             "of the model call pruner.update_regularizer()"
         )
+
+
+def _require_instances(known: Mapping[str, Statistics], feature: Tensor, site: Site) -> None:
+    for source, of_map in known.items():
+        if not is_tracing() and of_map.rms.shape[0] != feature.shape[0]:
+            raise UnsupportedError(
+                f"{site.name} runs on {feature.shape[0]} instances, and {source}, from which its norms are predicted, "
+                f"ran on {of_map.rms.shape[0]}: pruner.drop_predictors() measures again"
+            )
 
 
 def _require_mask(keep: Any, gate: Gate, norms: Tensor, name: str) -> None:

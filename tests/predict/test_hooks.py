@@ -215,6 +215,13 @@ def test_a_part_called_alone_says_that_nothing_is_known_of_what_it_reads() -> No
         net.block.c2(torch.ones(1, 6, 8, 8))
 
 
+def test_a_layer_that_runs_on_some_of_the_instances_says_so() -> None:
+    net, _ = predicting(Stack)
+    net.c2.register_forward_pre_hook(lambda module, args: (args[0][:2],))
+    with pytest.raises(UnsupportedError, match=r"c2 runs on 2 instances, and c1, .* ran on 4"):
+        net(net.images(4))
+
+
 def test_a_gate_may_differ_at_a_predicted_site() -> None:
     net, pruner = predicting(Stack)
     pruner.enable(per_site={"c2": {"beta": 1.5}})
