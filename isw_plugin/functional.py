@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["channel_norm", "coefficient_of_variation", "instance_penalty", "is_tracing", "keep_mask", "mean_norm"]
+__all__ = [
+    "channel_norm",
+    "coefficient_of_variation",
+    "instance_penalty",
+    "is_tracing",
+    "keep_mask",
+    "mask",
+    "mean_norm",
+]
 
 _CACHED = 1 << 18  # elements: 1 MB in float32
 
@@ -152,3 +160,19 @@ def keep_mask(norms: Tensor, alpha: float, beta: float) -> Tensor:
     """
     prunable = coefficient_of_variation(norms).unsqueeze(1) > alpha
     return ~(prunable & (norms < beta * mean_norm(norms)))
+
+
+def mask(feature: Tensor, keep: Tensor, axis: int = 1) -> Tensor:
+    """Dropped channels are zero, whatever they hold (section 3.3).
+
+    Args:
+        feature: (N, C, H, W), (N, T, C), (N, C), ...
+        keep: True where the channel is kept, bool, shape (N, C).
+        axis: The channel axis.
+
+    Returns:
+        A map of the same shape and memory format.
+    """
+    shape = [keep.shape[0]] + [1] * (feature.dim() - 1)  # len() would make it a constant for torch.export
+    shape[axis] = keep.shape[1]
+    return torch.where(keep.view(shape), feature, 0)  # masked_fill would make channels_last maps contiguous

@@ -18,7 +18,7 @@ from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError,
 from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate, keeps_all
 from isw_plugin.heads import UNSEEN, Statistics, positions, statistics
-from isw_plugin.masking import Part, column_keep, masked, reader_parts, size
+from isw_plugin.masking import Part, column_keep, reader_parts, size
 from isw_plugin.memory import Call, Memory
 from isw_plugin.places import Hook, Step, hooks_in, steps_to
 from isw_plugin.sites import Site
@@ -201,7 +201,7 @@ class _Observe(Hook):
             largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices
             keep = keep.scatter(1, largest, True)
         call.decide(name, norms, keep)
-        return masked(feature, keep, self.site.axis) if self.applies else feature
+        return self.memory.mask(feature, keep, self.site.axis) if self.applies else feature
 
 
 def _require_map(feature: Any, site: Site) -> None:
@@ -281,9 +281,11 @@ class _Apply(Hook):
         feature = _argument(args, self.argument, self.reader)
         keep = {part.site: call.decision(part.site, self.reader) for part in self.parts}
         columns = column_keep(self.parts, keep, size(feature, self.axis))
-        if feature.shape[0] != columns.shape[0]:  # a linear layer whose rows are places of instances
+        if feature.dim() > 1 and size(feature, 0) != size(
+            columns, 0
+        ):  # a linear layer whose rows are places of instances
             columns = columns.repeat_interleave(feature.shape[0] // columns.shape[0], dim=0)
-        return _replaced(args, self.argument, masked(feature, columns, self.axis))
+        return _replaced(args, self.argument, self.memory.mask(feature, columns, self.axis))
 
 
 def _argument(args: tuple[Any, ...], index: int, name: str) -> Any:

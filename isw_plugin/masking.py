@@ -10,7 +10,7 @@ from torch import Tensor
 from isw_plugin.functional import is_tracing
 from isw_plugin.sites import Consumer, Site
 
-__all__ = ["Part", "column_keep", "masked", "reader_parts", "size"]
+__all__ = ["Part", "column_keep", "reader_parts", "size"]
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,8 @@ def _ungated(keep: Tensor, columns: int) -> list[Tensor]:
 
 
 def size(tensor: Tensor, axis: int) -> int:
+    """Of an axis, as a number also under torch.jit.trace."""
     if not is_tracing():
         return tensor.shape[axis]
     with warnings.catch_warnings(action="ignore"):  # the number of channels is a constant of the model
         return int(tensor.shape[axis])
-
-
-def masked(feature: Tensor, keep: Tensor, axis: int) -> Tensor:
-    shape = [keep.shape[0]] + [1] * (feature.dim() - 1)  # len() would make it a constant for torch.export
-    shape[axis] = keep.shape[1]
-    return torch.where(keep.view(shape), feature, 0)  # masked_fill would make channels_last maps contiguous

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils.hooks import RemovableHandle
 
 from isw_plugin.errors import AttachError, UnsupportedError
-from isw_plugin.functional import channel_norm
+from isw_plugin.functional import channel_norm, mask
 from isw_plugin.gates import Gate
 from isw_plugin.heads import Head, Statistics
 
@@ -129,7 +129,7 @@ class Memory:
         heads: By site name; what predicts norms. Sites without one are measured.
         watched: Sites whose statistics calls keep: those that heads read.
         min_keep: Channels that every instance keeps at every site, the largest.
-        channel_norm: What takes a map's norms (Eq. 3).
+        channel_norm, mask: What takes a map's norms (Eq. 3), and what drops its channels; operators while it is traced.
         tape: The training forwards whose penalty has not been taken.
         owner: What the pruner of a copied model is rebuilt from; holds no module either.
     """
@@ -143,6 +143,7 @@ class Memory:
         self.enabled = False
         self.min_keep = 0
         self.channel_norm: Callable[[Tensor, int], Tensor] = channel_norm
+        self.mask: Callable[[Tensor, Tensor, int], Tensor] = mask
         self._forget()
 
     def _forget(self) -> None:

@@ -28,6 +28,7 @@ class Hook:
 
 
 def hooks_in(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, dict[int, Any], int]]:
+    """Every hook of ours: its module, the module's hooks of that kind, and its number among them."""
     for module in modules:
         # Handles would tie the hooks to this model; a copy must be able to find its own.
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

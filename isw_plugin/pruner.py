@@ -422,11 +422,15 @@ class InstanceWisePruner:
                 channel; "gated" and "dense" one of them, whatever the clock says.
 
         Returns:
-            A module in eval mode without gradients. Its outputs equal the gated model's to float rounding, near-ties
-            aside; ``summary()`` says what was timed and chosen, ``recording()`` collects decisions.
+            A module in eval mode without gradients, a snapshot. Its outputs equal the gated model's to float rounding,
+            near-ties aside: it was compared, and runs masked, with one warning, where they do not. ``summary()`` says
+            what was timed and chosen, ``recording()`` collects decisions, ``prepare()`` takes further sizes.
 
         Raises:
-            SettingError: No ``example_inputs`` and no gated forward before; an unknown backend.
+            SettingError: No ``example_inputs`` and no gated forward before, or none with a tensor and an instance; an
+                unknown backend.
+            EngineInputError: The model does not take the inputs.
+            UnsupportedError: The model cannot be copied with its gates.
             AttachError: The pruner was removed, or its sites are not known yet.
         """
         self._require_attached()
@@ -535,8 +539,3 @@ def _require_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise SettingError(f"the loss is {what}: regularize takes the task loss, a scalar tensor, not outputs")
-    if not loss.requires_grad and torch.is_grad_enabled():
-        raise SettingError(
-            "the loss has no graph (detached, .item(), or computed under no_grad), so only the penalty would train: "
-            "pass it as computed. For the penalty alone call pruner.penalty()"
-        )

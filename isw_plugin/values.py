@@ -22,13 +22,15 @@ def as_number(name: str, value: Any, meaning: str) -> float:
     return float(number)
 
 
-def as_count(name: str, value: Any, meaning: str, least: int = 0) -> int:
+def as_count(name: str, value: Any, meaning: str, least: int | None = 0) -> int:
     """The value as an int.
 
     Raises:
-        SettingError: It is no integer, or below ``least``; says what the setting means.
+        SettingError: It is no integer, or below ``least`` (None: any will do); says what the setting means.
     """
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
-        raise SettingError(f"{name}={value!r}: {meaning} is {least} or more, a whole number")
+    whole = isinstance(number, Integral) and not isinstance(number, bool)
+    if not whole or (least is not None and number < least):
+        range_ = "" if least is None else f"{least} or more, "
+        raise SettingError(f"{name}={value!r}: {meaning} is {range_}a whole number")
     return int(number)

@@ -98,7 +98,7 @@ def test_the_factors_can_be_given(residual: Net, reduction: str, factor: int) ->
     residual.train()
     pruner = InstanceWisePruner(residual, residual.images(1), lambda_=LAMBDA, reduction=reduction)
     residual(residual.images())
-    one = pruner.regularize(residual, torch.zeros((), requires_grad=True))
+    one = pruner.regularize(residual, torch.zeros(()))
     residual(residual.images())
     many = pruner.regularize(residual, torch.zeros(()), world_size=3, accumulation_steps=2)
     torch.testing.assert_close(many, factor * one)

@@ -173,7 +173,7 @@ def test_the_last_decisions_stay_readable() -> None:
 def as_timed(winner: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Accelerated]:
     """A gated model, and its accelerated copy under a clock that says who is faster."""
     monkeypatch.setattr(fit, "seconds_in_place", clock(winner))
-    monkeypatch.setattr(choose, "medians", whole_clock(winner))
+    monkeypatch.setattr(choose, "take_turns", whole_clock(winner))
     model, pruner = gated()
     return model, pruner.accelerate(batches()[0][0])
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -221,3 +222,13 @@ def test_the_keep_set_grows_with_alpha(feature: Tensor, one: float, other: float
 def test_the_largest_channel_survives_up_to_beta_1(feature: Tensor, alpha: float) -> None:
     norms = channel_norm(feature)
     assert keep_mask(norms, alpha, 1.0).gather(1, norms.argmax(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4, 4), 1), ((2, 5, 3), 2), ((2, 5, 3), -1), ((2, 3), 1)])
+def test_a_mask_zeroes_what_is_not_kept(shape: tuple[int, ...], axis: int) -> None:
+    keep = torch.tensor([[True, False, True], [False, False, True]])
+    feature = torch.ones(shape)
+    feature[0].select(axis % len(shape) - 1, 1).fill_(float("nan"))  # whatever it holds
+    found = functional.mask(feature, keep, axis)
+    for instance, channel in itertools.product(range(2), range(3)):
+        assert bool((found[instance].select(axis % len(shape) - 1, channel) == float(keep[instance, channel])).all())

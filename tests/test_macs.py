@@ -209,9 +209,9 @@ def test_a_replaced_module_is_named() -> None:
     model = two_convs()
     pruner = InstanceWisePruner(model, images, layers="0")
     pruner.step()
-    site, activation, reader = pruner.sites[0].name, model[1], model[2]
+    activation, reader = model[1], model[2]
     model[1] = nn.ReLU()
-    with pytest.raises(ISWError, match=rf"{site}\b.*update_regularizer"):
+    with pytest.raises(ISWError, match=r"1 was replaced.*update_regularizer"):
         count_macs(model, images)
     model[1], model[2] = activation, nn.Sequential(reader)
     with pytest.raises(ISWError, match=r"update_regularizer"):

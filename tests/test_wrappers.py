@@ -76,14 +76,14 @@ def test_distributed_wrappers_are_looked_through(plain: Net, wrap) -> None:
 def test_regularize_takes_the_model_or_a_wrapper_of_it(plain: Net, wrap) -> None:
     pruner = InstanceWisePruner(plain, plain.images(1), lambda_=1.0)
     plain.train()(plain.images())
-    assert pruner.regularize(wrap(plain), torch.zeros((), requires_grad=True)) > 0
+    assert pruner.regularize(wrap(plain), torch.zeros(())) > 0
 
 
 def test_regularize_refuses_another_model_and_keeps_the_record(plain: Net) -> None:
     pruner = InstanceWisePruner(plain, plain.images(1), lambda_=1.0)
     plain.train()(plain.images())
     with pytest.raises(AttachError, match="another model"):
-        pruner.regularize(made(Plain), torch.zeros((), requires_grad=True))
+        pruner.regularize(made(Plain), torch.zeros(()))
     assert pruner.penalty() > 0
 
 

@@ -1,4 +1,4 @@
-"""The training loop of the studies: SGD, one warm-up and decay, saved after every epoch."""
+"""The training loop of the examples: SGD, one warm-up and decay, saved after every epoch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.lab.images import ImageSplits, shuffled
-from benchmarks.lab.run_folder import RunFolder
+from benchmarks.lab.run_folder import RunFolder, damaged
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,15 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder,
     if not run.has(_partial(stage)):
         return 0
     tensors, facts = run.load(_partial(stage))
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    for name, parameter in model.named_parameters():
-        if f"momentum.{name}" in tensors:
-            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
-    return int(facts["epoch"])
+    try:
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for name, parameter in model.named_parameters():
+            if f"momentum.{name}" in tensors:
+                momentum = tensors[f"momentum.{name}"].to(parameter.device)
+                optimizer.state[parameter]["momentum_buffer"] = momentum.view_as(parameter)
+        return int(facts["epoch"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(run.path / f"{_partial(stage)}.safetensors", error) from error
 
 
 def finish(model: nn.Module, run: RunFolder, stage: str, **facts: object) -> None:

@@ -52,7 +52,7 @@ def _compiled() -> Callable[[int], float]:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "handover.so"
         options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-x", "c++", "-"]
-        subprocess.run([find_compiler(), "-o", str(library), *options], input=_SOURCE, text=True, check=True)
+        subprocess.run([*find_compiler(), "-o", str(library), *options], input=_SOURCE, text=True, check=True)
         function = ctypes.CDLL(str(library)).handover
     function.restype = ctypes.c_double
     return function  # type: ignore[no-any-return]  # of ctypes

@@ -21,7 +21,6 @@ from isw_plugin.accelerate.replay import Replayed
 from isw_plugin.accelerate.simplify import constants_of, simplify
 from isw_plugin.accelerate.trace import trace
 from isw_plugin.gates import Gate
-from isw_plugin.hooks import memory_of
 
 __all__ = ["TRAINED", "Row", "measure"]
 
@@ -177,8 +176,7 @@ def _automatic(fast: Accelerated) -> str:
 def _all_kept(fast: Accelerated) -> Accelerated:
     """The same layers with gates that drop nothing; those with beta = 0 would be taken out."""
     opened = copy.deepcopy(fast)
-    memory = memory_of(opened.masked)
-    assert memory is not None
+    memory = opened._held.memory
     memory.gates = {name: _open(gate) for name, gate in memory.gates.items()}
     opened.plans.clear()  # made anew, with the choices that were made
     return opened

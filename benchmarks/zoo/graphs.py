@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from benchmarks.zoo.subject import Skipped, Subject, distance, flat, gated, outcome, output, require
 from isw_plugin.accelerate import Accelerated
-from isw_plugin.accelerate.trace import trace
+from isw_plugin.accelerate.trace import trace_call
 from isw_plugin.copies import copy_of
 from isw_plugin.hooks import memory_of
 
@@ -22,7 +22,7 @@ Maker: TypeAlias = Callable[[nn.Module, Tensor], Callable[[Tensor], object]]
 
 _TOLERANCE = 1e-3
 # Their package has functions of these names.
-accelerate_module = import_module("isw_plugin.accelerate.accelerated")
+choose_module, plan_module = (import_module(f"isw_plugin.accelerate.{name}") for name in ("choose", "plan"))
 fit_module = import_module("isw_plugin.accelerate.fit")
 
 
@@ -58,17 +58,17 @@ def _check_engine(model: nn.Module, images: Tensor, results: dict[str, str]) -> 
 def _untimed() -> Iterator[None]:
     """Run once what would be timed, so that no choice is the clock's: every layer skips that can."""
 
-    def once(runs: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def once(runs: Sequence[Callable[[], object]], *_: object) -> list[list[float]]:
         for run in runs:
             run()
-        return [0.0] * len(runs)
+        return [[0.0] * len(runs)]
 
     def layers(graphs: Sequence[fx.GraphModule], inputs: Sequence[Tensor]) -> list[dict[str, float]]:
         for graph in graphs:
             graph(*inputs)
         return [dict.fromkeys((name for name, _ in graph.named_children()), 0.0) for graph in graphs]
 
-    with patch.object(fit_module, "seconds_in_place", layers), patch.object(accelerate_module, "medians", once):
+    with patch.object(fit_module, "seconds_in_place", layers), patch.object(choose_module, "take_turns", once):
         yield
 
 
@@ -79,10 +79,10 @@ def _traced_once() -> Iterator[None]:
 
     def once(*args: Any) -> fx.GraphModule:
         if not held:
-            held.append(trace(*args))
+            held.append(trace_call(*args))
         return copy.deepcopy(held[0])
 
-    with patch.object(accelerate_module, "trace", once):
+    with patch.object(plan_module, "trace_call", once):
         yield
 
 

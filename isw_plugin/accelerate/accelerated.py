@@ -1,91 +1,99 @@
 """A gated model that really skips: a copy as a graph of the engine's layers, each as fast as it was seen to be."""
 
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from tqdm import tqdm
 
-from isw_plugin.accelerate.choose import Fitted, choose
-from isw_plugin.accelerate.plan import Plan, Traced, form_of, instances_of
-from isw_plugin.accelerate.trace import arguments
-from isw_plugin.copies import copy_of
-from isw_plugin.errors import UnsupportedError
-from isw_plugin.hooks import memory_of
+from isw_plugin.accelerate.calls import Call, instances_of, size_of
+from isw_plugin.accelerate.choose import Fitted
+from isw_plugin.accelerate.masked import Masked
+from isw_plugin.accelerate.plan import Plan
+from isw_plugin.accelerate.plans import Plans
+from isw_plugin.accelerate.record import Record
+from isw_plugin.accelerate.snapshot import Snapshot
+from isw_plugin.accelerate.summary import summary
 from isw_plugin.sites import Inputs, Site
 
-__all__ = ["BACKENDS", "Accelerated", "Record", "accelerate"]
-
-BACKENDS = ("auto", "gated", "dense")
-
-
-class Record:
-    """What calls of an accelerated model decided, joined over the calls.
-
-    Attributes:
-        keep: Site name -> bool (N, C), True where the channel was kept.
-        norms: Site name -> float (N, C), the channel norms (Eq. 3).
-    """
-
-    def __init__(self) -> None:
-        self.keep: dict[str, Tensor] = {}
-        self.norms: dict[str, Tensor] = {}
-
-    @property
-    def keep_ratio(self) -> float:
-        """Kept / all channels over all sites and instances; 1 where nothing was recorded."""
-        kept = sum(int(mask.sum()) for mask in self.keep.values())
-        return kept / max(1, sum(mask.numel() for mask in self.keep.values())) if self.keep else 1.0
-
-    def add(self, keep: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
-        """Take in one call."""
-        for held, new in ((self.keep, keep), (self.norms, norms)):
-            for name, values in new.items():
-                held[name] = torch.cat([held[name], values]) if name in held else values
-
+__all__ = ["Accelerated"]
 
 _recording: ContextVar[tuple[tuple["Accelerated", Record], ...]] = ContextVar("isw_recording", default=())
 
 
-class Accelerated(nn.Module):
+class Accelerated(Snapshot):
     """A snapshot of a gated model that skips dropped channels. Inference only.
 
     ``execution`` says what a call runs: "accelerated" (dropped channels are skipped), "dense" (the best dense form,
-    all channels, because gates do not gain here) or "masked" (the model as it was: it could not be exported).
+    all channels, because gates do not gain here) or "masked" (the model as it was: it could not be exported, or what
+    was exported gave something else; ``reason`` says so).
+
+    Inputs of a size not seen before are run by the masked model too: where the graph does not give the same, that
+    size runs masked, and ``refused`` says why.
     """
 
-    def __init__(self, masked: nn.Module, sites: tuple[Site, ...]) -> None:
-        super().__init__()
-        self.masked = masked
+    def __init__(self, masked: Masked, sites: tuple[Site, ...], call: Call) -> None:
+        super().__init__(masked)
         self.sites = sites
-        self.plans: dict[Any, Plan] = {}
         self.execution = "masked"
         self.reason = ""
         self.fitted = Fitted(0, torch.get_num_threads())
         self.choices: dict[str, bool] = {}  # by layer: whether it skips
-        self._lock = threading.Lock()
+        self._plans = Plans(masked, sites)
+        self._example = call.emptied()
+
+    @property
+    def plans(self) -> dict[Any, Plan]:
+        """Graphs that are held, by what each was made for."""
+        return self._plans.by_form
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Inputs that run masked though the model does not, and why."""
+        return self._plans.refused
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the masked model gives, to float rounding."""
+        """What the masked model gives, to float rounding.
+
+        Raises:
+            EngineInputError: The model does not take these inputs.
+        """
+        if torch.compiler.is_dynamo_compiling():  # is_compiling() is true while another thread exports
+            return self._compiled(args, kwargs)
         if self.execution == "masked":
-            return self._masked(args, kwargs)
-        flat = pytree.tree_leaves((args, kwargs))
-        plan = self.plans.get(form_of(args, kwargs))
+            return self._masked(Call(args, kwargs))
+        flat, size = size_of(args, kwargs, self._held.kind)
+        plan = self._plans.known(size) or self._plans.first(Call(args, kwargs), size, self.execution, self.choices)
         if plan is None:
-            plan = self._plan(args, kwargs, flat)
-            if plan is None:
-                return self._masked(args, kwargs)
+            return self._masked(Call(args, kwargs))
+        plan.used = time.monotonic()
         with torch.no_grad():  # the engine's layers have no gradient, others' alone would be a wrong one
-            given = plan.graph(*flat) if torch.compiler.is_dynamo_compiling() else plan.run(*flat)
-        if not torch.compiler.is_dynamo_compiling():  # is_compiling() is true while another thread exports
-            record = self._record()
-            if record is not None:
-                record.add(*plan.decided(given[plan.count :]))
-        return given[0] if plan.outputs is None else pytree.tree_unflatten(given[: plan.count], plan.outputs)
+            given = plan.run(*flat)
+        record = self._record()
+        if record is not None:
+            record.add(*plan.decided(given))
+        return plan.outputs.pack(given)
+
+    def _masked(self, call: Call) -> Any:
+        outcome = self._held.run(call)
+        record = self._record()
+        if record is not None:
+            record.add(outcome.keep, outcome.norms)
+        return outcome.output
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Under ``torch.compile``: the graph itself, where it is known to hold."""
+        flat = pytree.tree_leaves((args, kwargs))
+        plan = None if self.execution == "masked" else self.plans.get(Call(args, kwargs).form(self._held.kind))
+        if plan is None or plan.guards is not None or (instances_of(flat) < 2 and not plan.alone):
+            outside: Any = torch.compiler.disable(self.forward)  # type: ignore[no-untyped-call]  # of torch
+            return outside(*args, **kwargs)
+        with torch.no_grad():
+            return plan.outputs.pack(plan.graph(*flat))
 
     @contextmanager
     def recording(self) -> Iterator[Record]:
@@ -102,88 +110,26 @@ class Accelerated(nn.Module):
 
     def summary(self) -> str:
         """A table of layers, what each was seen to cost and what was chosen, and the model as a whole."""
-        rows: list[tuple[str, ...]] = [("layer", "keep", "dense us", "gated us", "all kept us", "runs")]
-        for cost in self.fitted.costs:
-            gated = [f"{1e6 * t:.0f}" if t is not None else "-" for t in (cost.gated, cost.gated_all)]
-            runs = "gated" if self.choices.get(cost.layer) else "dense"
-            rows.append((cost.layer, f"{cost.keep_ratio:.2f}", f"{1e6 * cost.dense:.0f}", *gated, runs))
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, self._conclusion()])
+        return summary(self.execution, self.reason, self.fitted, self.choices, self.refused)
 
-    def _conclusion(self) -> str:
-        where = f"batch {self.fitted.instances}, {self.fitted.threads} threads"
-        seconds = {
-            "gated": self.fitted.gated,
-            "with all channels kept": self.fitted.all_kept,
-            "best dense form": self.fitted.dense,
-        }
-        if None in seconds.values():
-            return f"{self.execution}{': ' if self.reason else ''}{self.reason} ({where})"
-        times = ", ".join(f"{form} {1e3 * taken:.2f} ms" for form, taken in seconds.items() if taken is not None)
-        return f"{self.execution}: {times} ({where})"
+    def prepare(self, examples: Iterable[Inputs | int]) -> None:
+        """Make the graphs for these inputs now, not within the first call of each, and hold them all.
 
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            raise UnsupportedError("an accelerated model has no gradients: train the model it was made from")
-        return super().train(mode)
+        Args:
+            examples: Inputs as ``accelerate`` takes them; or a number of instances, of the inputs that the model was
+                accelerated on; or the shape (N, C, H, W) of its only input.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_lock": None}
+        Raises:
+            SettingError: No tensor, or a shape for a model of several inputs.
+            EngineInputError: The model does not take such inputs.
+        """
+        calls = [self._call_for(example) for example in examples]
+        forms = {call.form(self._held.kind) for call in calls}
+        self._plans.limit = max(self._plans.limit, len(forms | self.plans.keys()))
+        for call in tqdm(calls, desc="preparing", unit="size", leave=False, disable=None):
+            self(*call.args, **call.kwargs)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
-        self._lock = threading.Lock()
-
-    def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        memory = memory_of(self.masked)
-        assert memory is not None
-        with self._lock, torch.no_grad():  # hooks share one memory
-            output = self.masked(*args, **kwargs)
-            record = self._record()
-            if record is not None:
-                record.add(dict(memory.keep), dict(memory.norms))
-        return output
-
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]) -> Plan | None:
-        """A graph for a shape not seen before, with the choices of the shape that was fitted; None: masked."""
-        with self._lock:
-            form = form_of(args, kwargs)
-            if form not in self.plans:
-                try:
-                    traced = Traced(self.masked, self.sites, kwargs if kwargs else args)
-                except UnsupportedError:
-                    return None
-                self.plans[form] = traced.plan(self.execution, self.choices, instances_of(flat))
-            return self.plans[form]
-
-
-def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backend: str = "auto") -> Accelerated:
-    """Make a gated model skip.
-
-    Args:
-        model: Attached, in any mode; copied.
-        sites: What its hooks gate.
-        inputs: Real inputs at the size and batch that will run.
-        backend: "auto" takes the faster of the gated graph and the best dense form on these inputs, "gated" and
-            "dense" one of them.
-
-    Returns:
-        The accelerated copy; where it cannot be exported, one that runs the masked copy and says so.
-    """
-    masked = copy_of(model).eval().requires_grad_(False)
-    memory = memory_of(masked)
-    assert memory is not None
-    memory.enabled = True
-    fast = Accelerated(masked, sites).eval()
-    try:
-        traced = Traced(masked, sites, inputs)
-    except UnsupportedError as error:
-        fast.reason = str(error).splitlines()[0]
-        return fast
-    given = arguments(inputs)
-    with torch.inference_mode():
-        chosen = choose(traced, pytree.tree_leaves(given), backend)
-    fast.execution, fast.fitted, fast.choices = chosen.execution, chosen.fitted, chosen.choices
-    fast.plans[form_of(*given)] = chosen.plan
-    return fast
+    def _call_for(self, example: Inputs | int) -> Call:
+        if isinstance(example, int) or (isinstance(example, tuple) and all(isinstance(n, int) for n in example)):
+            return self._example.like(example)
+        return Call.of(example, "prepare")

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from isw_plugin.accelerate.execution import GatedConv
 from isw_plugin.accelerate.layers import conv
 
-__all__ = ["Cost", "Turns", "fit", "medians", "seconds_in_place", "spare"]
+__all__ = ["Cost", "Turns", "fit", "seconds_in_place", "spare", "take_turns"]
 
 _ROUNDS = (3, 25)  # at least, at most
 _SECONDS = 2.5  # that the rounds take, within these limits
@@ -168,11 +168,21 @@ def spare(costs: Mapping[str, Cost], skipping: Collection[str], excess: float) -
     return [name for name in skipping if name not in dense]
 
 
-def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
-    """Seconds of each run, median over rounds in which they take turns, after one that warms up."""
+def take_turns(
+    runs: Sequence[Callable[[], object]], least: float, enough: Callable[[list[list[float]]], bool]
+) -> list[list[float]]:
+    """Seconds of each run in every round in which they took turns, after one that warms up.
+
+    Args:
+        least: Seconds of a turn, at least.
+        enough: Whether these rounds are.
+    """
     turns = Turns(runs, least)
-    taken = [turns.round() for _ in range(rounds + 1)][1:]
-    return [statistics.median(column) for column in zip(*taken, strict=True)]
+    turns.round()
+    taken: list[list[float]] = []
+    while not enough(taken):
+        taken.append(turns.round())
+    return taken
 
 
 class Turns:

@@ -7,7 +7,7 @@ thresholds, and decides inside its own kernel. Where the map comes from elsewher
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -273,5 +273,4 @@ def _is_map(node: object) -> bool:
 def _attribute(root: object, target: str) -> Tensor:
     for name in target.split("."):
         root = getattr(root, name)
-    assert isinstance(root, Tensor)
-    return root
+    return cast(Tensor, root)

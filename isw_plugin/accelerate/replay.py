@@ -10,7 +10,7 @@ import isw_plugin.ops.cpu as cpu
 
 __all__ = ["Replayed"]
 
-_SIZES = 16  # that a graph is held for
+_SIZES = 64  # whose calls are held, the latest
 
 
 class Replayed:
@@ -34,18 +34,23 @@ class Replayed:
             given: Sequence[Any] = self.function(*inputs) if tape is None else tape.run(inputs)
             return given
         apart = len({id(each) for each in inputs}) == len(inputs)  # or a tape would take them for one in every call
-        return self._recorded(size, inputs) if apart and len(self._tapes) < _SIZES else self.function(*inputs)
+        if not apart:
+            return self.function(*inputs)
+        for oldest in list(self._tapes)[: max(0, len(self._tapes) - _SIZES + 1)]:
+            self._tapes.pop(oldest, None)
+        return self._recorded(size, inputs)
 
     def _recorded(self, size: Any, inputs: Sequence[Tensor]) -> Sequence[Any]:
         tape = torch.classes.isw.Tape()
-        tape.start(inputs)
-        outputs: Sequence[Any] = ()
+        tensors: list[Tensor] = []
         try:
+            started = tape.start(inputs)  # False within the recording of another graph, which takes these calls
             outputs = self.function(*inputs)
+            tensors += [output for output in outputs if type(output) is Tensor]
         finally:
-            tensors = [output for output in outputs if type(output) is Tensor]
             complete = tape.stop(tensors)
-        self._tapes[size] = tape if complete and len(tensors) == len(outputs) else None
+        if started:
+            self._tapes[size] = tape if complete and len(tensors) == len(outputs) else None
         return outputs
 
     def __getstate__(self) -> dict[str, Any]:

@@ -226,16 +226,10 @@ def _module_of(node: fx.Node) -> str:
 
 
 def _name_masks(graph: fx.Graph) -> None:
-    for node in _calls(graph, _aten.where.ScalarOther):
-        view, x, value = node.args
-        if value != 0 or getattr(view, "target", None) is not _aten.view.default or len(_size(view.args[0]) or ()) != 2:
-            continue
-        keep, shape = view.args
-        axis = next((index for index in range(1, len(shape)) if shape[index] != 1), 1)
-        if any(size != 1 for size in shape[axis + 1 :]):
-            continue  # a mask of pixels
+    for node in _calls(graph, torch.ops.isw.mask.default):
+        x, keep, axis = node.args
         with graph.inserting_before(node):
-            named = graph.call_function(mask, (x, keep, axis))
+            named = graph.call_function(mask, (x, keep, axis % len(_size(x) or ())))
         _replace(node, named)
 
 

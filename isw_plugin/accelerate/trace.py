@@ -1,49 +1,32 @@
 """The masked model as a graph: a copy with its gates on is exported, decisions and masks become nodes.
 
-What the graph computes is by construction what the hooks compute. Only norms and a CV gate without ``min_keep``
-are put in as one node each, ``isw.channel_norm`` and ``isw.decide``, which later steps know how to take from a
-producer's statistics; any other gate is traced into the operations that it runs.
+What the graph computes is by construction what the hooks compute. Only norms, masks and a CV gate without ``min_keep``
+are put in as one node each (``isw_plugin.ops.gating``), which later steps know how to take from a producer's
+statistics and hand to readers; any other gate is traced into the operations that it runs.
 """
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_map, tree_map_only
 
-from isw_plugin import functional
+from isw_plugin.copies import copy_of, has_observers
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.gates import CVGate, Gate
 from isw_plugin.hooks import Memory, memory_of
+from isw_plugin.inputs import arguments
+from isw_plugin.ops.gating import channel_norm, decide, mask
 from isw_plugin.sites import Inputs, Site
 
-__all__ = ["TRACED_INSTANCES", "arguments", "channel_norm", "decide", "trace"]
+__all__ = ["TRACED_INSTANCES", "trace", "trace_call"]
 
 TRACED_INSTANCES = 2  # export takes a batch of 1 for a constant
 
-
-@torch.library.custom_op("isw::channel_norm", mutates_args=())
-def channel_norm(x: Tensor, axis: int) -> Tensor:
-    """Norms (N, C) of a map (Eq. 3)."""
-    return functional.channel_norm(x, axis)
-
-
-@channel_norm.register_fake
-def _(x: Tensor, axis: int) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[axis]), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-@torch.library.custom_op("isw::decide", mutates_args=())
-def decide(norms: Tensor, alpha: float, beta: float) -> Tensor:
-    """Keep mask (N, C) of the CV gate (Eq. 6-7)."""
-    return functional.keep_mask(norms, alpha, beta)
-
-
-@decide.register_fake
-def _(norms: Tensor, alpha: float, beta: float) -> Tensor:
-    return norms.new_empty(norms.shape, dtype=torch.bool)
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -71,46 +54,52 @@ class _WithDecisions(nn.Module):
 
 
 def trace(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs) -> fx.GraphModule:
+    """``trace_call`` for example inputs."""
+    return trace_call(model, sites, *arguments(inputs))
+
+
+def trace_call(
+    model: nn.Module, sites: tuple[Site, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.GraphModule:
     """The graph of an attached model with its gates on, for any number of instances where the model allows.
 
     Args:
         model: In eval mode; run, not changed. Its hooks are those of ``isw_plugin.hooks``.
         sites: What is gated.
-        inputs: What its forward takes; shapes but for the instances become constants.
+        args, kwargs: What its forward takes; shapes but for the instances become constants.
 
     Returns:
-        A graph of ATen operators without in-place ones. It gives (outputs, keep by site, norms by site).
+        A graph of ATen operators without in-place ones. It gives (outputs, keep by site, norms by site). Its guards,
+        a module that it calls, tell for which numbers of instances above 1 it holds.
 
     Raises:
-        UnsupportedError: torch.export cannot trace the model.
+        UnsupportedError: torch.export cannot trace the model, or what a call does is more than what it gives.
     """
+    if has_observers(model):  # what users' hooks write to must not see fake tensors; the check finds what they change
+        model = copy_of(model, observed=False)
     memory = memory_of(model)
-    assert memory is not None
-    traced = tree_map_only(Tensor, _traced_instances, arguments(inputs))
+    if memory is None:
+        raise UnsupportedError(f"{type(model).__name__} has no pruner of its own")
+    traced = tree_map_only(Tensor, _traced_instances, (args, kwargs))
     shapes = tree_map(_dynamic_instances, traced)
-    gates, enabled, norm = memory.gates, memory.enabled, memory.channel_norm
-    memory.gates = {site.name: _as_node(gates[site.name], memory.min_keep) for site in sites}
-    memory.enabled, memory.channel_norm = True, channel_norm
+    held = memory.gates, memory.enabled, memory.channel_norm, memory.mask
+    memory.gates = {site.name: _as_node(memory.gates[site.name], memory.min_keep) for site in sites}
+    memory.enabled, memory.channel_norm, memory.mask = True, channel_norm, mask
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             exported = torch.export.export(_WithDecisions(model, memory), traced, dynamic_shapes=shapes)
             exported = exported.run_decompositions({})  # only this shows buffers that change
             _require_repeatable(exported)
-            graph: Any = exported.module(check_guards=False)
-            assert isinstance(graph, fx.GraphModule)
+            graph = cast(fx.GraphModule, exported.module(check_guards=True))
+            limits = (str(limit.upper) for limit in exported.range_constraints.values())
+            graph.meta["guarded"] = bool(exported._guards_code) or any(limit != "int_oo" for limit in limits)
             return graph
     except Exception as error:
-        raise UnsupportedError(f"{type(model).__name__} cannot be exported: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise UnsupportedError(f"{type(model).__name__} cannot be exported: {reason}") from error
     finally:
-        memory.gates, memory.enabled, memory.channel_norm = gates, enabled, norm
+        memory.gates, memory.enabled, memory.channel_norm, memory.mask = held
         memory.clear()
-
-
-def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as the arguments of a call."""
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def _as_node(gate: Gate, min_keep: int) -> Gate:
@@ -134,10 +123,21 @@ def _require_repeatable(exported: torch.export.ExportedProgram) -> None:
     changed = sorted(exported.graph_signature.buffers_to_mutate.values())
     if changed:
         raise UnsupportedError(f"a forward changes the buffer {changed[0].removeprefix('model.')}")
+    if exported.graph_signature.user_inputs_to_mutate:
+        raise UnsupportedError("a forward changes its input")
+    if any(_checks_values(node) for node in exported.graph.nodes):
+        raise UnsupportedError("a forward checks values that it computes")
     given = set(exported.graph_signature.user_inputs)
     for value in (node.meta.get("val") for node in exported.graph.nodes if node.name in given):
         if isinstance(value, Tensor) and value.dim() and _is_constant(value.shape[0]):
             raise UnsupportedError("it or a gate takes the number of instances for a constant, by len() or a loop")
+
+
+def _checks_values(node: fx.Node) -> bool:
+    if node.target is not _aten._assert_scalar.default:
+        return False
+    held = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    return bool(free_unbacked_symbols(held))
 
 
 def _is_constant(size: Any) -> bool:

@@ -54,7 +54,7 @@ class RandomGate:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", _checked_ratio(self.ratio))  # frozen
-        object.__setattr__(self, "seed", as_count("seed", self.seed, "the number of a draw"))
+        object.__setattr__(self, "seed", as_count("seed", self.seed, "the number of a draw", least=None))
 
     @property
     def keeps_all(self) -> bool:

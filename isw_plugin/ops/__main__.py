@@ -3,8 +3,8 @@
 import argparse
 import time
 
-from isw_plugin.ops.build import build
-from isw_plugin.ops.cpu import available, use
+from isw_plugin.ops.build import BuildError, build
+from isw_plugin.ops.cpu import ADVICE, available, use
 
 
 def _main() -> None:
@@ -14,8 +14,11 @@ def _main() -> None:
     command.add_argument("--isa", choices=available(), default=available()[0])
     isa = parser.parse_args().isa
     start = time.perf_counter()
-    built = build(isa)
-    use(isa)
+    try:
+        use(isa)
+        built = build(isa)
+    except BuildError as error:
+        raise SystemExit(f"{error}. To get kernels, {ADVICE}.") from error
     print(f"processor: {', '.join(available())}; chosen: {isa}")
     print(f"compiler:  {built.compiler}")
     print(f"kernels:   {built.kernels} ({time.perf_counter() - start:.1f} s)")

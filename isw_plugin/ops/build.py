@@ -1,20 +1,25 @@
 """Compiles the kernels, once per source, torch, compiler and flags; any number of processes may ask at once."""
 
 import hashlib
+import logging
 import os
+import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from isw_plugin.errors import UnsupportedError
+from isw_plugin.ops.cache import cache_folder, cache_folders, is_trusted, keep_library, make_folder, maker_of
 
-__all__ = ["ISAS", "Build", "BuildError", "build", "cache_folder", "find_compiler"]
+__all__ = ["ISAS", "Build", "BuildError", "build", "find_compiler"]
 
 _SOURCES = Path(__file__).parent / "csrc"
 _TORCH = Path(torch.__file__).parent
@@ -29,10 +34,10 @@ _OPERATOR_FLAGS = (
     "-fopenmp",
     "-DNDEBUG",  # as torch: its headers check in debug what it only then keeps
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-    f"-I{_TORCH / 'include'}",
-    f"-L{_TORCH / 'lib'}",
 )
+_PATHS = (f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}")
 _LIBRARIES = ("-ltorch_cpu", "-lc10")
+_NO_OPENMP = re.compile(r"omp\.h|-lg?omp\b|libg?omp|option '-fopenmp'")
 
 
 class BuildError(UnsupportedError):
@@ -48,81 +53,139 @@ class Build:
     kernels: Path
 
 
-def cache_folder() -> Path:
-    """ISW_PLUGIN_CACHE, or isw_plugin in the user's cache folder."""
-    if folder := os.environ.get("ISW_PLUGIN_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isw_plugin"
+def find_compiler() -> list[str]:
+    """CXX, which may hold more than one word or a path with blanks, or the first C++ compiler on the path."""
+    given = os.environ.get("CXX", "").strip()
+    try:
+        words = shlex.split(given)
+    except ValueError:  # a quotation that does not end
+        words = []
+    commands = [[" ".join(words[:i]), *words[i:]] for i in range(len(words), 0, -1)]
+    for command in commands if given else [["c++"], ["g++"], ["clang++"]]:
+        if path := shutil.which(command[0]):
+            return [path, *command[1:]]
+    raise _no_compiler(given or "c++, g++, clang++")
 
 
-def find_compiler() -> str:
-    """CXX, or the first C++ compiler on the path."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        if path := shutil.which(name):
-            return path
+def _no_compiler(names: str) -> BuildError:
     log = cache_folder() / "build.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(f"none of {', '.join(names)} is on PATH={os.environ.get('PATH', '')}\n")
-    raise BuildError(f"no C++ compiler ({', '.join(names)}) was found; log: {log}")
+    with suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"none of {names} is on PATH={os.environ.get('PATH', '')}\n")
+    return BuildError(f"no C++ compiler ({names}) was found; log: {log}")
 
 
-def build(isa: str) -> Build:
-    """Builds what is missing of the operators and of one instruction set's kernels.
+def build(isa: str, *, anew: bool = False) -> Build:
+    """Finds the operators and one instruction set's kernels, or builds what is missing.
+
+    Libraries of another compiler do where there is none, or where it fails.
+
+    Args:
+        isa: One of ISAS.
+        anew: What is there does not load: build it again.
 
     Raises:
-        BuildError: Nothing could be built; the message names the log.
+        BuildError: Nothing was found, and nothing could be built; the message names the log.
     """
+    if sys.platform == "win32":
+        raise BuildError("the kernels are not built on Windows")
     try:
-        compiler = find_compiler()
-        folder = cache_folder() / _key(compiler)
-        folder.mkdir(parents=True, exist_ok=True)
-        result = Build(compiler, folder / "operators.so", folder / f"kernels_{isa}.so")
-        with _locked(folder / "lock"):
-            _compile(_commands(compiler, isa, result), folder / "build.log")
+        source = _source_key()
+        try:
+            return _built_by(find_compiler(), source, isa, anew)
+        except BuildError:
+            if found := _found(f"{source}-*", isa):
+                return found
+            raise
     except OSError as error:
         raise BuildError(f"{error}; ISW_PLUGIN_CACHE names another cache folder") from error
-    return result
 
 
-def _commands(compiler: str, isa: str, result: Build) -> dict[Path, list[str]]:
+def _built_by(compiler: list[str], source: str, isa: str, anew: bool) -> Build:
+    name = f"{source}-{_version_key(compiler)}"
+    if not anew and (found := _found(name, isa)):
+        return found
+    logging.getLogger("isw_plugin").warning(
+        "isw_plugin builds its kernels, once, for about a minute: `python -m isw_plugin.ops build` does it ahead"
+    )
+    *others, last = cache_folders()
+    for folder in others:
+        with suppress(OSError):
+            make_folder(folder / name)
+            return _build_in(folder / name, compiler, isa, anew)
+    make_folder(last / name)
+    return _build_in(last / name, compiler, isa, anew)
+
+
+def _found(name: str, isa: str) -> Build | None:
+    """A build in a folder of this name or pattern."""
+    for cache in cache_folders():
+        for folder in sorted(cache.glob(name)):
+            operators, kernels = _libraries(folder, isa)
+            if is_trusted(operators) and is_trusted(kernels):
+                return Build(maker_of(operators), operators, kernels)
+    return None
+
+
+def _libraries(folder: Path, isa: str) -> tuple[Path, Path]:
+    return folder / "operators.so", folder / f"kernels_{isa}.so"
+
+
+def _build_in(folder: Path, compiler: list[str], isa: str, anew: bool) -> Build:
+    operators, kernels = _libraries(folder, isa)
     sources = [str(_SOURCES / name) for name in ("operators.cpp", "replay.cpp")]
-    operators = [compiler, *_SHARED, *_OPERATOR_FLAGS, *sources, *_LIBRARIES]
-    kernels = [compiler, *_SHARED, *_KERNEL_FLAGS, *ISAS[isa], str(_SOURCES / "kernels.cpp")]
-    commands = {result.operators: operators, result.kernels: kernels}
-    return {target: command for target, command in commands.items() if not target.exists()}
+    commands = {
+        operators: [*compiler, *_SHARED, *_OPERATOR_FLAGS, *_PATHS, *sources, *_LIBRARIES],
+        kernels: [*compiler, *_SHARED, *_KERNEL_FLAGS, *ISAS[isa], str(_SOURCES / "kernels.cpp")],
+    }
+    with _locked(folder / "lock"):
+        missing = {library: command for library, command in commands.items() if anew or not is_trusted(library)}
+        _compile(missing, folder / "build.log", shlex.join(compiler))
+    return Build(shlex.join(compiler), operators, kernels)
 
 
-def _key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(repr((torch.__version__, version, _SHARED, _KERNEL_FLAGS, _OPERATOR_FLAGS, ISAS)).encode())
+def _source_key() -> str:
+    """Of all that goes in but the compiler."""
+    parts = (torch.__version__, platform.machine(), _SHARED, _KERNEL_FLAGS, _OPERATOR_FLAGS, ISAS)
+    digest = hashlib.sha256(repr(parts).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(commands: dict[Path, list[str]], log: Path) -> None:
+def _version_key(compiler: list[str]) -> str:
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    except OSError as error:
+        raise BuildError(f"the compiler {shlex.join(compiler)} does not run: {error}") from error
+    return hashlib.sha256(version + repr(compiler[1:]).encode()).hexdigest()[:8]
+
+
+def _compile(commands: dict[Path, list[str]], log: Path, compiler: str) -> None:
     if not commands:
         return
     with log.open("w") as output:
         running = []
-        for target, command in commands.items():
-            command = [*command, "-o", str(target.with_suffix(".partial"))]
-            output.write(" ".join(command) + "\n")
-            output.flush()
-            running.append((target, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)))
-        failed = [target for target, process in running if process.wait()]
+        try:
+            for library, command in commands.items():
+                command = [*command, "-o", str(library.with_suffix(".partial"))]
+                print(shlex.join(command), file=output, flush=True)
+                running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+            failed = [process for process in running if process.wait()]
+        finally:
+            for process in running:
+                process.kill()  # those that an interrupt left
     if failed:
-        raise BuildError(f"the compiler {next(iter(commands.values()))[0]} failed; log: {log}")
-    for target, _ in running:
-        target.with_suffix(".partial").replace(target)
+        no_openmp = _NO_OPENMP.search(log.read_text(errors="replace"))
+        advice = "; install its OpenMP (for clang: libomp-dev)" if no_openmp else ""
+        raise BuildError(f"the compiler {compiler} failed{advice}; log: {log}")
+    for library in commands:
+        keep_library(library.with_suffix(".partial"), library, compiler)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    if sys.platform == "win32":
-        raise BuildError("the kernels are not built on Windows")
-    import fcntl
+    import fcntl  # not on Windows
 
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -4,11 +4,24 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from isw_plugin.errors import EngineInputError
 from isw_plugin.ops.reference import ACTS, BLOCK, Gating, Statistics
 
-__all__ = ["check_act", "check_gating", "check_packed", "check_tensor", "check_window", "output_size", "pair"]
+__all__ = [
+    "check_act",
+    "check_gating",
+    "check_packed",
+    "check_tensor",
+    "check_thresholds",
+    "check_window",
+    "output_size",
+    "pair",
+]
+
+_MOST = 1 << 24  # of a kernel, stride or padding, as in csrc: no size overflows
 
 
 def check_tensor(
@@ -25,13 +38,21 @@ def check_tensor(
         names = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)]
         method = ".float()" if torch.float32 in dtypes else f".{names[0]}()"
         raise EngineInputError(f"{name}: expected {' or '.join(names)}, got {tensor.dtype}; convert it with {method}")
-    if tensor.layout != torch.strided:
-        raise EngineInputError(f"{name}: expected a dense tensor, got {tensor.layout}; convert it with .to_dense()")
+    _check_dense(tensor, name)
     if device is not None and tensor.device != device:
         raise EngineInputError(f"{name} is on {tensor.device} but x is on {device}; move them together")
     _check_shape(tensor, name, shape)
     if tensor.requires_grad and torch.is_grad_enabled():
         raise EngineInputError(f"{name} requires a gradient, the engine has none; run under torch.inference_mode()")
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        raise EngineInputError(f"{name} carries a forward-mode tangent, the engine has no derivatives; run it without")
+
+
+def _check_dense(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided:
+        raise EngineInputError(f"{name}: expected a dense tensor, got {tensor.layout}; convert it with .to_dense()")
+    if is_traceable_wrapper_subclass(tensor):
+        raise EngineInputError(f"{name}: expected a plain tensor, got {type(tensor).__name__}, which holds others")
 
 
 def _check_shape(tensor: Tensor, name: str, shape: Sequence[int | None]) -> None:
@@ -48,8 +69,10 @@ def check_packed(weight: object, bias: Tensor, channels: int, x: Tensor, groups:
         raise EngineInputError(f"weight: shape {tuple(weight.shape)} is not packed; call pack_weight once, at set-up")
     if channels == 0 or bias.shape[0] == 0:
         raise EngineInputError(f"a layer with {channels} input and {bias.shape[0]} output channels; remove the layer")
-    if groups < 1 or channels % groups or bias.shape[0] % groups:
-        raise EngineInputError(f"groups={groups}: does not divide {channels} input and {bias.shape[0]} output channels")
+    if not _is_whole(groups) or groups < 1 or channels % groups or bias.shape[0] % groups:
+        raise EngineInputError(
+            f"groups={groups!r}: does not divide {channels} input and {bias.shape[0]} output channels"
+        )
     blocks = groups * -(-bias.shape[0] // groups // BLOCK)
     check_tensor(weight, "weight", (blocks, channels // groups, None, None, BLOCK), x.device, (x.dtype,))
 
@@ -62,28 +85,38 @@ def check_gating(gating: Gating, name: str, n: int, channels: int, device: torch
         check_tensor(gating.squares, f"{name}.squares", (n, None, channels), device)
         if gating.squares.shape[1] == 0:
             raise EngineInputError(f"{name}.squares: no slot, shape {tuple(gating.squares.shape)}")
-        return
+        return check_thresholds(gating.alpha, gating.beta, name)
     if not isinstance(gating, Tensor) or gating.dtype != torch.bool:
         found = gating.dtype if isinstance(gating, Tensor) else type(gating).__name__
         raise EngineInputError(f"{name}: expected Statistics or a bool keep mask, got {found}")
+    _check_dense(gating, name)
     if gating.device != device:
         raise EngineInputError(f"{name} is on {gating.device} but x is on {device}; move them together")
     _check_shape(gating, name, (n, channels))
 
 
+def check_thresholds(alpha: object, beta: object, name: str) -> None:
+    """Two numbers."""
+    for key, value in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(value, int | float | torch.SymFloat) or isinstance(value, bool) or value != value:
+            raise EngineInputError(f"{name}: expected a number as {key}, got {value!r}")
+
+
 def check_act(act: str) -> None:
     """An activation that kernels have in their epilogue."""
-    if act not in ACTS:
+    if not isinstance(act, str) or act not in ACTS:
         raise EngineInputError(f"act={act!r}: expected one of {', '.join(ACTS)}")
 
 
 def check_window(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
     """A kernel that fits the padded map of x."""
-    if min(kernel) < 1 or min(stride) < 1 or min(padding) < 0:
+    if min(*kernel, *stride) < 1 or min(padding) < 0 or max(*kernel, *stride, *padding) > _MOST:
         raise EngineInputError(
             f"kernel {tuple(kernel)}, stride {tuple(stride)}, padding {tuple(padding)}: "
-            "kernel and stride must be positive, padding not negative"
+            f"kernel and stride must be positive, padding not negative, none above {_MOST}"
         )
+    if 0 in x.shape[2:]:
+        raise EngineInputError(f"x: a map of {x.shape[2]}x{x.shape[3]} is empty")
     if any(size + 2 * pad < k for size, pad, k in zip(x.shape[2:], padding, kernel, strict=True)):
         raise EngineInputError(
             f"x: a map of {x.shape[2]}x{x.shape[3]} with padding {tuple(padding)} is smaller than "
@@ -91,18 +124,23 @@ def check_window(x: Tensor, kernel: Sequence[int], stride: Sequence[int], paddin
         )
 
 
-def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+def pair(value: object, name: str) -> tuple[int, int]:
     """(vertical, horizontal) of a number or of a pair."""
-    if isinstance(value, int):
-        return value, value
-    if len(value) != 2:
-        raise EngineInputError(f"{name}={value!r}: expected a number or two")
-    return value[0], value[1]
+    numbers = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(numbers) != 2 or not all(map(_is_whole, numbers)):
+        raise EngineInputError(f"{name}={value!r}: expected a number or two, whole ones")
+    return numbers
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def output_size(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, int]:
     """(OH, OW) of a window that slides over a map of this (H, W)."""
+    if min(stride) < 1:
+        raise EngineInputError(f"stride {tuple(stride)}: must be positive")
     height = (size[0] + 2 * padding[0] - kernel[0]) // stride[0] + 1
     return height, (size[1] + 2 * padding[1] - kernel[1]) // stride[1] + 1

@@ -3,18 +3,20 @@
 import ctypes
 import threading
 import warnings
+from pathlib import Path
 
 import torch
 
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.ops.build import ISAS, Build, BuildError, build
 
-__all__ = ["active", "available", "load", "release_memory", "use"]
+__all__ = ["ADVICE", "active", "available", "load", "release_memory", "use"]
 
-_ADVICE = (
+ADVICE = (
     "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
     "with clang also libomp) and start again"
 )
+_UNUSABLE = (OSError, AttributeError)  # no library, or one without our functions
 
 
 class _Loader:
@@ -33,8 +35,18 @@ class _Loader:
             return self.isa is not None
 
     def switch(self, isa: str) -> None:
-        built = build(isa)
-        operators, kernels = self._open("operators", built), self._open(isa, built)
+        try:
+            self._link(isa, build(isa))
+        except _UNUSABLE:  # built for another machine, say: a cache may be shared
+            built = build(isa, anew=True)
+            try:
+                self._link(isa, built)
+            except _UNUSABLE as error:
+                folder = built.kernels.parent
+                raise BuildError(f"what {built.compiler} built does not load: {error}; delete {folder}") from error
+
+    def _link(self, isa: str, built: Build) -> None:
+        operators, kernels = self._open("operators", built.operators), self._open(isa, built.kernels)
         kernels.isw_kernels.restype = ctypes.c_void_p
         operators.isw_use.argtypes = [ctypes.c_void_p]
         operators.isw_use(kernels.isw_kernels())
@@ -45,18 +57,12 @@ class _Loader:
             self.switch(isa)
         except BuildError as error:
             self.failed = True
-            message = (
-                f"isw_plugin runs in plain PyTorch, which does not get faster: {error}. To get kernels, {_ADVICE}."
-            )
+            message = f"isw_plugin runs in plain PyTorch, which does not get faster: {error}. To get kernels, {ADVICE}."
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
-    def _open(self, name: str, built: Build) -> ctypes.CDLL:
+    def _open(self, name: str, path: Path) -> ctypes.CDLL:
         if name not in self.libraries:
-            path = built.operators if name == "operators" else built.kernels
-            try:
-                self.libraries[name] = ctypes.CDLL(str(path))
-            except OSError as error:
-                raise BuildError(f"{path} does not load: {error}; delete it") from error
+            self.libraries[name] = ctypes.CDLL(str(path))
         return self.libraries[name]
 
 

@@ -3,9 +3,10 @@
 Same signatures and results as reference.py, which documents them. Inference only.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from torch.utils.flop_counter import register_flop_formula
 import isw_plugin.ops.cpu as cpu
 import isw_plugin.ops.reference as reference
 from isw_plugin.errors import EngineInputError
-from isw_plugin.ops.checks import check_act, check_gating, check_packed, check_tensor, check_window, output_size, pair
+from isw_plugin.ops.checks import (
+    check_act,
+    check_gating,
+    check_packed,
+    check_tensor,
+    check_thresholds,
+    check_window,
+    output_size,
+    pair,
+)
 from isw_plugin.ops.reference import DTYPES, Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
 
 __all__ = [
@@ -33,22 +43,47 @@ __all__ = [
     "unpack_weight",
 ]
 
-_GATE = "Tensor? gate, float alpha, float beta"
-_WINDOW = "int[2] stride, int[2] padding, str act"
 _library: Any = torch.library.Library("isw", "DEF")  # type: ignore[no-untyped-call]
+_TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
+_TYPES |= {"groups": "int", "act": "str", "residual": "Tensor?"}  # others are tensors
 
 
-def _define(name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operator that runs `plain` wherever there is no kernel; on the CPU that is until the first call."""
-    _library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+def _define(plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An operator of the signature of `plain`, which runs where there is no kernel: on the CPU until the first call."""
+    name, signature = plain.__name__, inspect.signature(plain)
+    result = "Tensor" if signature.return_annotation is Tensor else "(Tensor, Tensor)"
+    schema = f"{name}({', '.join(map(_argument, signature.parameters))}) -> {result}"
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+
+    def named(args: Sequence[Any]) -> dict[str, Any]:
+        left = iter(args)
+        return {each: _gating(*islice(left, 3)) if _gates(each) else next(left) for each in signature.parameters}
 
     def run(*args: Any) -> Any:
-        if args[0].is_cpu and cpu.load():
+        if args[0].is_cpu and cpu.active() is None and cpu.load():  # now there is one
             return getattr(torch.ops.isw, name)(*args)
-        return plain(*args)
+        if any(isinstance(each, Tensor) and _apart(each, args[0]) for each in args):
+            raise EngineInputError(f"isw::{name}: expected dense tensors on one device")
+        return plain(**named(args))
 
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"isw::{name}", fake, lib=_library)
+    torch.library.register_fake(f"isw::{name}", lambda *args: fake(**named(args)), lib=_library)
+
+
+def _apart(tensor: Tensor, x: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.device != x.device
+
+
+def _gates(parameter: str) -> bool:
+    return parameter.endswith("gating")
+
+
+def _argument(parameter: str) -> str:
+    """As the schema has it: a gating is a mask or statistics, and thresholds."""
+    prefix = parameter.removesuffix("gating")
+    if _gates(parameter):
+        return f"Tensor? {prefix}gate, float {prefix}alpha, float {prefix}beta"
+    return f"{_TYPES.get(parameter, 'Tensor')} {parameter}"
 
 
 def _gating(gate: Tensor | None, alpha: float, beta: float) -> Gating:
@@ -66,86 +101,22 @@ def _fake_outputs(x: Tensor, channels: int, size: tuple[int, int], slots: int) -
     return x.new_empty((x.shape[0], channels, *size)), x.new_empty((x.shape[0], slots, channels), dtype=torch.float32)
 
 
-def _plain_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    act: str,
-    gate: Tensor | None,
-    alpha: float,
-    beta: float,
-    residual: Tensor | None,
-    residual_gate: Tensor | None,
-    residual_alpha: float,
-    residual_beta: float,
-) -> tuple[Tensor, Tensor]:
-    return reference.conv2d(
-        x,
-        weight,
-        bias,
-        stride=stride,
-        padding=padding,
-        act=act,
-        gating=_gating(gate, alpha, beta),
-        residual=residual,
-        residual_gating=_gating(residual_gate, residual_alpha, residual_beta),
-    )
-
-
 def _fake_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], **others: object
 ) -> tuple[Tensor, Tensor]:
     size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
     return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
 
 
-def _fake_grouped(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, stride: Sequence[int], padding: Sequence[int], *others: object
-) -> tuple[Tensor, Tensor]:
-    return _fake_conv2d(x, weight, bias, stride, padding, "none")
-
-
-def _plain(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The reference of a layer without a residual, called as operators are."""
-
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        act: str,
-        gate: Tensor | None,
-        alpha: float,
-        beta: float,
-    ) -> tuple[Tensor, Tensor]:
-        gating = _gating(gate, alpha, beta)
-        return function(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
-
-    return run
-
-
-def _plain_grouped(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *settings: Any) -> tuple[Tensor, Tensor]:
-    return _plain(partial(reference.grouped_conv2d, groups=groups))(x, weight, bias, *settings)
-
-
-def _fake_pooled(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
-) -> tuple[Tensor, Tensor]:
-    y, squares = _fake_conv2d(x, weight, bias, stride, padding, act)
+def _fake_pooled(**arguments: Any) -> tuple[Tensor, Tensor]:
+    y, squares = _fake_conv2d(**arguments)
     return torch.max_pool2d(y, 2), squares
 
 
 def _fake_depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, *others: object
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], **others: object
 ) -> tuple[Tensor, Tensor]:
     return _fake_outputs(x, x.shape[1], output_size(x.shape[2:], weight.shape[2:4], stride, padding), 1)
-
-
-def _plain_max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    return reference.max_pool2d(x, kernel, stride=stride, padding=padding)
 
 
 def _fake_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -156,43 +127,17 @@ def _fake_sum_squares(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], 1, x.shape[1]), dtype=torch.float32)
 
 
-def _fake_keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
+def _fake_keep_mask(squares: Tensor, **thresholds: float) -> Tensor:
     return squares.new_empty((squares.shape[0], squares.shape[2]), dtype=torch.bool)
 
 
-_define(
-    "conv2d",
-    f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}, Tensor? residual, Tensor? residual_gate, "
-    "float residual_alpha, float residual_beta) -> (Tensor, Tensor)",
-    _plain_conv2d,
-    _fake_conv2d,
-)
-_define(
-    "grouped_conv2d",
-    f"(Tensor x, Tensor weight, Tensor bias, int groups, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
-    _plain_grouped,
-    _fake_grouped,
-)
-_define(
-    "pooled_conv2d",
-    f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
-    _plain(reference.pooled_conv2d),
-    _fake_pooled,
-)
-_define(
-    "depthwise_conv2d",
-    f"(Tensor x, Tensor weight, Tensor bias, {_WINDOW}, {_GATE}) -> (Tensor, Tensor)",
-    _plain(reference.depthwise_conv2d),
-    _fake_depthwise,
-)
-_define(
-    "max_pool2d",
-    "(Tensor x, int[2] kernel, int[2] stride, int[2] padding) -> Tensor",
-    _plain_max_pool,
-    _fake_max_pool,
-)
-_define("sum_squares", "(Tensor x) -> Tensor", reference.sum_squares, _fake_sum_squares)
-_define("keep_mask", "(Tensor squares, float alpha, float beta) -> Tensor", reference.keep_mask, _fake_keep_mask)
+_define(reference.conv2d, _fake_conv2d)
+_define(reference.grouped_conv2d, _fake_conv2d)
+_define(reference.pooled_conv2d, _fake_pooled)
+_define(reference.depthwise_conv2d, _fake_depthwise)
+_define(reference.max_pool2d, _fake_max_pool)
+_define(reference.sum_squares, _fake_sum_squares)
+_define(reference.keep_mask, _fake_keep_mask)
 
 
 @register_flop_formula([torch.ops.isw.conv2d, torch.ops.isw.grouped_conv2d, torch.ops.isw.depthwise_conv2d])
@@ -364,5 +309,6 @@ def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
     check_tensor(squares, "squares", (None,) * 3)
     if squares.shape[1] == 0:
         raise EngineInputError(f"squares: no slot, shape {tuple(squares.shape)}")
+    check_thresholds(alpha, beta, "keep_mask")
     keep: Tensor = torch.ops.isw.keep_mask(squares, alpha, beta)
     return keep

@@ -1,4 +1,4 @@
-"""The engine's functions in plain PyTorch. They define the results; ops.py has the same signatures, faster.
+"""The engine's functions in plain PyTorch. They define the results; operators.py has the same signatures, faster.
 
 N instances, C channels, S slots: partial sums of squares over S groups of rows (a function of the map size only).
 A feature's `gating` says which of its channels survive: `Statistics`, a keep mask (bool (N, C), True = survivor),

@@ -80,7 +80,12 @@ class Steps:
         end, reason = (None, reason) if reason else self.to_end(whole)
         if end or walk.shaped:
             return end, reason
-        parts = (Walk(value, walk.axis, walk.cut) for value in split.outputs if self.readers.users[value])
+        shapes, instances = self.graph.shapes, self.graph.shapes[walk.value][0]
+        parts = (
+            Walk(value, walk.axis, walk.cut)
+            for value in split.outputs
+            if self.readers.users[value] and walk.axis < len(shapes[value]) and shapes[value][0] == instances
+        )
         ends = (self.to_end(part)[0] for part in parts)
         part = next((end for end in ends if end and end.shaped and not end.added), None)
         return part, "" if part else reason

@@ -222,7 +222,7 @@ def attached(net: nn.Module, images: Any, **settings: Any) -> InstanceWisePruner
     return pruner
 
 
-Medians = Callable[[Sequence[Callable[[], object]], int, float], list[float]]
+Rounds = list[list[float]]
 
 
 def clock(*winners: str) -> Callable[..., list[dict[str, float]]]:
@@ -240,12 +240,15 @@ def clock(*winners: str) -> Callable[..., list[dict[str, float]]]:
     return seconds_in_place
 
 
-def whole_clock(winner: str) -> Medians:
+def whole_clock(winner: str) -> Callable[..., Rounds]:
     """Instead of timing the gated model, the same with everything kept, and the dense one in its layouts."""
 
-    def medians(runs: Sequence[Callable[[], object]], rounds: int, least: float) -> list[float]:
+    def take_turns(runs: Sequence[Callable[[], object]], least: float, enough: Callable[[Rounds], bool]) -> Rounds:
         for run in runs:
             run()
-        return [*([1e-3, 2e-3] if winner == "gated" else [4e-3, 4e-3]), 3e-3, 2e-3][: len(runs)]
+        rounds: Rounds = []
+        while not enough(rounds):
+            rounds.append([*([1e-3, 2e-3] if winner == "gated" else [4e-3, 4e-3]), 3e-3, 2e-3][: len(runs)])
+        return rounds
 
-    return medians
+    return take_turns

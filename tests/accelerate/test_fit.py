@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from isw_plugin import InstanceWisePruner
 from isw_plugin.accelerate import fit
 from isw_plugin.accelerate.execution import DenseConv, GatedConv
-from isw_plugin.accelerate.fit import Cost, Turns, medians, spare
+from isw_plugin.accelerate.fit import Cost, Turns, spare, take_turns
 from isw_plugin.accelerate.layers import Layer, conv
 from isw_plugin.accelerate.simplify import constants_of, simplify
 from isw_plugin.accelerate.trace import trace
@@ -49,9 +49,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_medians_are_over_rounds_in_which_runs_take_turns(clock: Clock) -> None:
+def rounds(count: int) -> Callable[[list[list[float]]], bool]:
+    return lambda taken: len(taken) == count
+
+
+def test_runs_take_turns_until_the_rounds_are_enough(clock: Clock) -> None:
     runs = [clock.run("a", 9.0, 9.0, 9.0, 9.0, 1.0, 9.0, 2.0, 9.0, 6.0), clock.run("b", 3.0)]
-    assert medians(runs, 3, 1e-3) == [2.0, 3.0]
+    assert take_turns(runs, 1e-3, rounds(3)) == [[1.0, 3.0], [2.0, 3.0], [6.0, 3.0]]
     # Once to see how long it takes, one round to warm up; the first call of a turn is not counted.
     assert "".join(clock.log) == "ab" + 4 * "aabb"
 
@@ -62,11 +66,11 @@ def test_a_round_gives_the_seconds_of_each_run(clock: Clock) -> None:
 
 
 def test_short_runs_are_repeated(clock: Clock) -> None:
-    assert medians([clock.run("a", 0.25), clock.run("b", 2.0)], 2, 1.0) == [0.25, 2.0]
+    assert take_turns([clock.run("a", 0.25), clock.run("b", 2.0)], 1.0, rounds(2)) == 2 * [[0.25, 2.0]]
     assert clock.log.count("a") == 1 + 3 * (1 + 4)  # one before every turn
     assert clock.log.count("b") == 1 + 3 * (1 + 1)
     clock.log.clear()
-    medians([clock.run("c", 0.0)], 1, 1.0)
+    take_turns([clock.run("c", 0.0)], 1.0, rounds(1))
     assert clock.log.count("c") == 1 + 2 * (1 + 100)
 
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -111,11 +112,11 @@ def test_layouts_are_recorded_by_themselves() -> None:
     assert len(replayed._tapes) == 3
 
 
-def test_many_sizes_run_without_a_recording() -> None:
+def test_the_latest_sizes_are_recorded() -> None:
     replayed = Replayed(lambda x: [x * 2])
-    for size in range(1, 40):
+    for size in range(1, 80):
         assert torch.equal(replayed(torch.ones(size))[0], torch.full((size,), 2.0))
-    assert len(replayed._tapes) == 16
+    assert [shape for ((shape, *_),) in replayed._tapes] == [(size,) for size in range(16, 80)]
 
 
 def test_maps_of_the_first_call_are_freed() -> None:
@@ -239,11 +240,92 @@ def test_modes_see_the_operators() -> None:
 
 def test_a_tape_says_what_is_wrong() -> None:
     tape, other = torch.classes.isw.Tape(), torch.classes.isw.Tape()
-    with pytest.raises(RuntimeError, match="not being recorded"):
-        tape.stop([])
-    tape.start([torch.ones(1)])
-    with pytest.raises(RuntimeError, match="another tape"):
-        other.start([])
+    assert not tape.stop([])
+    with pytest.raises(RuntimeError, match="nothing was recorded"):
+        tape.run([])
+    assert tape.start([torch.ones(1)])
+    assert not other.start([])  # its operators go onto the first
     assert tape.stop([])
+    with pytest.raises(RuntimeError, match="recorded once"):
+        tape.start([])
     with pytest.raises(ValueError, match="expected 1 tensors, got 2"):
         tape.run([torch.ones(1)] * 2)
+
+
+def test_a_recorded_function_may_call_another() -> None:
+    inner = Replayed(lambda x: [x * 2])
+    outer = Replayed(lambda x: [inner(x + 1)[0] - x])
+    for value in (1.0, 5.0):
+        x = torch.full((2,), value)
+        assert outer(x)[0].tolist() == [value + 2] * 2
+    assert len(outer._tapes) == 1
+    assert inner._tapes == {}
+    assert inner(torch.ones(2))[0].tolist() == [2.0, 2.0]
+    assert len(inner._tapes) == 1
+
+
+def test_an_error_that_the_function_catches_is_not_repeated() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        try:
+            return [x @ WEIGHT.T]
+        except RuntimeError:
+            return [x + 1]
+
+    counted = Counted(function)
+    replayed = Replayed(counted)
+    for value in (1.0, 5.0):
+        assert replayed(torch.full((2, 3), value))[0].eq(value + 1).all()
+    assert counted.calls == 2
+
+
+def test_a_tape_that_was_dropped_while_it_recorded_harms_nobody() -> None:
+    tape = torch.classes.isw.Tape()
+    x = torch.ones(3)
+    tape.start([x])
+    del tape
+    gc.collect()
+    assert (x + 1).sum() == 6
+    replayed = Replayed(double)
+    for value in (1.0, 2.0):
+        assert replayed(torch.full((4,), value))[0].tolist() == [2 * value] * 4
+    assert len(replayed._tapes) == 1
+
+
+def test_a_tape_dropped_by_another_thread_harms_nobody() -> None:
+    tapes = [torch.classes.isw.Tape()]
+    tapes[0].start([torch.ones(3)])
+    thread = threading.Thread(target=tapes.clear)
+    thread.start()
+    thread.join()
+    replayed = Replayed(double)
+    assert replayed(torch.ones(4))[0].tolist() == [2.0] * 4
+    assert len(replayed._tapes) == 1
+
+
+def test_interrupts_at_any_moment_change_no_later_call() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    caught = 0
+    try:
+        for turn in range(150):
+            replayed = Replayed(lambda x: [torch.cat([x * 2, x + 1])])
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + 4e-6 * turn)
+                for size in range(1, 17):
+                    replayed(torch.ones(size))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                caught += 1
+            x = random(20, seed=turn)
+            for _ in range(2):
+                assert torch.equal(replayed(x)[0], torch.cat([x * 2, x + 1]))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert caught
+    assert Replayed(double)(torch.ones(5))[0].tolist() == [2.0] * 5
+    last = Replayed(double)
+    last(torch.ones(6))
+    assert len(last._tapes) == 1  # nothing of the interrupted calls is being recorded

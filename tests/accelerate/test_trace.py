@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate, functional
-from isw_plugin.accelerate.trace import TRACED_INSTANCES, arguments, channel_norm, decide, trace
+from isw_plugin.accelerate.trace import TRACED_INSTANCES, trace
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.hooks import memory_of
+from isw_plugin.inputs import arguments
+from isw_plugin.ops.gating import channel_norm, decide, mask
 from tests.accelerate.nets import CASES, above, attached, images_for, seeded
 from tests.conftest import Net, Plain, Residual, hooks_of, made
 
@@ -25,6 +27,7 @@ def count(graph_module: torch.fx.GraphModule, target: object) -> int:
 
 DECIDE = torch.ops.isw.decide.default
 NORM = torch.ops.isw.channel_norm.default
+MASK = torch.ops.isw.mask.default
 
 
 @pytest.mark.parametrize(("kind", "scope"), CASES[::3])
@@ -61,8 +64,8 @@ def test_other_gates_are_traced_as_they_are(options: dict[str, Any]) -> None:
     with torch.no_grad():
         _, keep, _ = graph((net.images(7),), {})
         net(net.images(7))
-    assert all(torch.equal(keep[site], mask) for site, mask in pruner.keep.items())
-    assert not all(mask.all() for mask in keep.values())
+    assert all(torch.equal(keep[site], decided) for site, decided in pruner.keep.items())
+    assert not all(decided.all() for decided in keep.values())
 
 
 def test_every_site_has_its_own_thresholds() -> None:
@@ -83,7 +86,7 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert memory.gates == gates
     assert all(isinstance(gate, CVGate) for gate in memory.gates.values())
     assert not memory.enabled
-    assert memory.channel_norm is functional.channel_norm
+    assert (memory.channel_norm, memory.mask) == (functional.channel_norm, functional.mask)
     assert (memory.keep, memory.norms, memory.tape) == ({}, {}, [])
     assert hooks_of(net) == hooks
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -174,3 +177,13 @@ def test_norms_and_decisions_as_nodes_are_the_hooks(shape: tuple[int, ...], axis
     assert torch.equal(keep, functional.keep_mask(norms, 0.1, 0.9))
     assert not keep.all()
     torch.library.opcheck(DECIDE, (norms, 0.1, 0.9))
+    assert torch.equal(mask(x, keep, axis), functional.mask(x, keep, axis))
+    torch.library.opcheck(MASK, (x, keep, axis))
+
+
+def test_users_hooks_do_not_see_fake_tensors() -> None:
+    model, seen = made(Plain), []
+    model.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    pruner = InstanceWisePruner(model, torch.zeros(1, 3, 8, 8))
+    trace(model, pruner.sites, torch.zeros(2, 3, 8, 8))
+    assert seen == []

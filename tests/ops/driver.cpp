@@ -1,8 +1,5 @@
 // Runs every kernel on many shapes, each call on its own threads, several calls at once. Buffers have their exact
-// size, so a sanitizer sees every access outside. Build with one of -fsanitize=address,undefined / thread, or run
-// under valgrind:
-//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -I isw_plugin/ops/csrc \
-//     tests/ops/driver.cpp isw_plugin/ops/csrc/kernels.cpp -lpthread -o driver && ./driver
+// size, so a sanitizer sees every access outside. test_sanitize.py compiles and runs it.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -36,7 +33,7 @@ struct Case {
   isw::ConvArgs<T> args{};
   Array<T> x, weight, residual, y;
   Array<float> bias, squares, gate_squares;
-  Array<bool> keep;
+  Array<uint8_t> keep;
 };
 
 void take(float number, float& out) { out = number; }
@@ -57,13 +54,16 @@ int64_t choose(std::mt19937& random, std::initializer_list<int64_t> values) {
 isw::Window random_window(std::mt19937& random) {
   isw::Window w{};
   w.h = choose(random, {1, 2, 3, 4, 5, 7, 8, 9, 14, 16, 17, 30});
-  w.w = random() % 2 ? w.h : choose(random, {1, 2, 4, 6, 7, 8, 13, 15, 31, 33, 50});
+  w.w = random() % 2 ? w.h : 1 + random() % 72;
   w.kh = choose(random, {1, 1, 2, 3, 3, 3, 5});
   w.kw = random() % 3 ? w.kh : choose(random, {1, 2, 3, 7});
-  w.sh = choose(random, {1, 1, 1, 2, 3});
-  w.sw = random() % 3 ? w.sh : choose(random, {1, 2});
-  w.ph = w.h < w.kh ? w.kh : w.kh / 2;
-  w.pw = w.w < w.kw ? w.kw : w.kw / 2;
+  w.sh = choose(random, {1, 1, 2, 2, 3, 4});
+  w.sw = random() % 3 ? w.sh : choose(random, {1, 2, 3, 4});
+  const auto padding = [&](int64_t size, int64_t kernel) -> int64_t {
+    return size < kernel ? kernel : random() % 2 ? kernel / 2 : random() % (kernel + 4);
+  };
+  w.ph = padding(w.h, w.kh);
+  w.pw = padding(w.w, w.kw);
   w.oh = (w.h + 2 * w.ph - w.kh) / w.sh + 1;
   w.ow = (w.w + 2 * w.pw - w.kw) / w.sw + 1;
   return w;
@@ -93,8 +93,8 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
   a.bias = (c.bias = numbers(a.c_out, random)).get();
   a.y = (c.y = Array<T>(new T[outputs])).get();
   a.squares = (c.squares = Array<float>(new float[a.n * a.slots * a.c_out])).get();
-  c.keep = Array<bool>(new bool[a.n * (a.c_in + a.c_out)]);
-  for (int64_t i = 0; i < a.n * (a.c_in + a.c_out); ++i) c.keep[i] = random() % 2;
+  c.keep = Array<uint8_t>(new uint8_t[a.n * (a.c_in + a.c_out)]);
+  for (int64_t i = 0; i < a.n * (a.c_in + a.c_out); ++i) c.keep[i] = random() % 2 ? random() % 256 : 0;
   c.gate_squares = numbers(a.n * 3 * a.c_in, random);
   for (int64_t i = 0; i < a.n * 3 * a.c_in; ++i) c.gate_squares[i] *= c.gate_squares[i];
   if (random() % 3 == 0) a.gate = {c.gate_squares.get(), 3, 0.0f, 1.0f, nullptr};
@@ -115,7 +115,9 @@ void run_case(unsigned seed) {
   const isw::ConvArgs<T>& a = c.args;
   (depthwise ? kernels.depthwise : kernels.conv)(a, runner);
   kernels.sum_squares(a.x, c.gate_squares.get(), a.n * a.c_in, a.window.h * a.window.w, runner);
-  if (depthwise) kernels.max_pool({a.x, a.y, a.n * a.c_in, a.window}, runner);
+  const isw::Window& w = a.window;
+  if (depthwise && 2 * w.ph <= w.kh && 2 * w.pw <= w.kw) kernels.max_pool({a.x, a.y, a.n * a.c_in, w}, runner);
+  if (a.gate.squares) isw_kernels()->keep_mask(a.gate, a.n, a.c_in, reinterpret_cast<bool*>(c.keep.get()));
 }
 
 }  // namespace

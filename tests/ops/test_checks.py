@@ -1,11 +1,14 @@
 """Wrong input: an error that names the argument and says what to do, never a crash."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 
 from isw_plugin import ops
 from isw_plugin.errors import EngineInputError, ISWError
@@ -67,8 +70,30 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "stride": (lambda: conv(stride=0), "must be positive"),
     "three strides": (lambda: conv(stride=(1, 1, 1)), "expected a number or two"),
     "padding": (lambda: conv(padding=-1), "not negative"),
+    "stride as text": (lambda: conv(stride="11"), "stride='11': expected a number or two, whole ones"),
+    "no stride": (lambda: depthwise(stride=None), "stride=None: expected a number or two"),
+    "stride of a flag": (lambda: grouped(stride=True), "stride=True: expected a number or two"),
+    "stride of a fraction": (lambda: conv(stride=(1, 1.0)), "whole ones"),
+    "padding as a tensor": (lambda: conv(padding=torch.tensor(1)), "whole ones"),
+    "padding by name": (lambda: conv(padding="same"), "padding='same'"),
+    "huge stride": (lambda: conv(stride=2**58), "none above"),
+    "huge padding": (lambda: depthwise(padding=(0, 2**63 - 1)), "none above"),
+    "padding beyond integers": (lambda: conv(padding=2**70), "none above"),
+    "pool kernel": (lambda: ops.max_pool2d(torch.zeros(1, 1, 4, 4), "2"), "kernel='2'"),  # type: ignore[arg-type]
+    "no act": (lambda: conv(act=None), "act=None: expected one of"),
+    "list of acts": (lambda: depthwise(act=["relu"]), "expected one of"),
+    "flag of groups": (lambda: grouped(groups=True), "groups=True: does not divide"),
+    "groups as text": (lambda: grouped(groups="3"), "groups='3': does not divide"),  # type: ignore[arg-type]
+    "alpha as text": (lambda: conv(gating=Statistics(torch.ones(2, 1, 3), "0", 1.0)), "a number as alpha, got '0'"),  # type: ignore[arg-type]
+    "beta not a number": (lambda: ops.keep_mask(torch.ones(1, 1, 2), 0.0, float("nan")), "a number as beta, got nan"),
+    "sparse keep": (lambda: conv(gating=keep(2, 3).to_sparse()), "gating: expected a dense tensor"),
+    "a tensor of tensors": (
+        lambda: conv(x=TwoTensor(torch.zeros(2, 3, 6, 6), torch.zeros(2, 3, 6, 6))),
+        "plain tensor",
+    ),
     "small map": (lambda: conv(x=torch.zeros(2, 3, 2, 6)), "a map of 2x6 .* smaller than the kernel"),
     "empty map": (lambda: conv(x=torch.zeros(2, 3, 0, 6)), "a map of 0x6"),
+    "padded empty map": (lambda: conv(x=torch.zeros(2, 3, 0, 6), padding=3), "a map of 0x6 is empty"),
     "gradient": (lambda: conv(x=learned()), "inference_mode"),
     "depthwise weight": (lambda: depthwise(weight=torch.zeros(4, 1, 3, 3)), r"weight: expected shape \(3, 1"),
     "depthwise bias": (lambda: depthwise(bias=torch.zeros(4)), r"bias: expected shape \(3\)"),
@@ -103,6 +128,15 @@ def test_a_gradient_is_fine_where_none_is_recorded() -> None:
         assert not conv(x=learned())[0].requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's forward mode loads it
+def test_a_tangent_is_refused() -> None:
+    x = torch.zeros(2, 3, 6, 6)
+    with pytest.raises(EngineInputError, match="x carries a forward-mode tangent"):
+        torch.func.jvp(lambda x: conv(x=x)[0], (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(EngineInputError, match="x carries a forward-mode tangent"):
+        depthwise(x=forward_ad.make_dual(x, x))
+
+
 RAW: dict[str, Callable[[], Any]] = {  # torch.ops.isw itself, past the checks in Python
     "dtype": lambda: raw(x=torch.zeros(2, 3, 6, 6).double()),
     "dimensions": lambda: raw(x=torch.zeros(3, 6, 6)),
@@ -114,6 +148,15 @@ RAW: dict[str, Callable[[], Any]] = {  # torch.ops.isw itself, past the checks i
     "flat statistics": lambda: raw(gate=torch.zeros(6)),
     "residual": lambda: raw(residual=torch.zeros(2, 5, 6, 6)),
     "stride": lambda: raw(stride=[0, 1]),
+    "huge stride": lambda: raw(stride=[1, 2**58]),
+    "huge padding": lambda: raw(padding=[2**63 - 1, 0]),
+    "large padding": lambda: raw(padding=[2**31, 2**31]),
+    "one stride": lambda: raw(stride=[1]),
+    "three paddings": lambda: raw(padding=[0, 0, 0]),
+    "huge window": lambda: torch.ops.isw.max_pool2d(torch.zeros(1, 1, 4, 4), [2**62, 2], [2**58, 1], [2**61, 0]),
+    "empty map": lambda: raw(x=torch.zeros(2, 3, 0, 6), padding=[3, 3]),
+    "thresholds": lambda: raw(gate=torch.ones(2, 1, 3), alpha=float("nan")),
+    "decision": lambda: torch.ops.isw.keep_mask(torch.ones(2, 1, 3), 0.0, float("nan")),
     "act": lambda: raw(act="tanh"),
     "pool": lambda: torch.ops.isw.max_pool2d(torch.zeros(1, 1, 4, 4), [2, 2], [1, 1], [2, 2]),
     "depthwise": lambda: torch.ops.isw.depthwise_conv2d(
@@ -156,3 +199,44 @@ def raw_grouped(groups: int, dtype: torch.dtype = torch.float32) -> Any:
 def test_the_operators_themselves_refuse_too(case: str) -> None:
     with pytest.raises(ValueError, match=r"expected|fit|positive|slot|padding"):
         RAW[case]()
+
+
+RAW_SIZES: dict[str, Callable[[], Any]] = {  # no memory holds what they ask for
+    "output": lambda: raw(padding=[2**24, 2**24]),
+    "batch": lambda: raw(x=torch.zeros(2**60, 0, 6, 6), weight=torch.zeros(1, 0, 3, 3, 32)),
+}
+
+
+@pytest.mark.parametrize("case", RAW_SIZES)
+def test_sizes_beyond_memory_are_an_error(case: str) -> None:
+    with pytest.raises((RuntimeError, MemoryError)):
+        RAW_SIZES[case]()
+
+
+def test_a_sparse_mask_is_an_error_of_the_operator() -> None:
+    conv()  # there are kernels from here on
+    for wrong in ({"gate": keep(2, 3).to_sparse()}, {"residual": torch.zeros(2, 5, 4, 4).to_sparse()}):
+        with pytest.raises(EngineInputError, match="expected dense tensors on one device"):
+            raw(**wrong)
+    with pytest.raises(EngineInputError, match="must be positive"):
+        torch.ops.isw.max_pool2d(torch.zeros(1, 1, 4, 4, device="meta"), [2, 2], [0, 1], [0, 0])
+
+
+class Mine(Tensor):
+    """A subclass that only adds methods."""
+
+
+def test_tensors_that_are_more_than_tensors_are_right() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    weight, bias = pack_weight(torch.randn(5, 3, 3, 3)), torch.randn(5)
+    wanted = conv(x=x, weight=weight, bias=bias)
+    negated = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negated.is_neg()
+    mapped = torch.vmap(lambda x: conv(x=x[None], weight=weight, bias=bias)[0][0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that its loop is slow
+        assert torch.equal(mapped(x), wanted[0])
+    for same in (x.as_subclass(Mine), torch.nn.Parameter(x, requires_grad=False), negated):
+        assert torch.equal(conv(x=same, weight=weight, bias=bias)[0], wanted[0])
+    meta = conv(x=x.to("meta"), weight=weight.to("meta"), bias=bias.to("meta"))
+    assert [each.shape for each in meta] == [each.shape for each in wanted]

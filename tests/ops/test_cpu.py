@@ -1,5 +1,6 @@
 """Loading, choosing, threads, and life without a compiler."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from torch import Tensor
 from isw_plugin import ops
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.ops import Statistics, cpu, pack_weight
-from isw_plugin.ops.build import cache_folder
+from isw_plugin.ops.build import build
+from isw_plugin.ops.cache import cache_folder
 
 # A fresh process: one call twice, every warning printed, then the result against the reference.
 SCRIPT = """
@@ -110,6 +112,19 @@ def test_a_cache_that_cannot_be_written_is_one_warning(env: dict[str, str], tmp_
     assert lines[-1] == "kernels: None"
     assert len(lines) == 2
     assert "ISW_PLUGIN_CACHE" in lines[0]
+
+
+def test_kernels_built_ahead_need_no_compiler_and_damaged_ones_are_not_run(env: dict[str, str], tmp_path: Path) -> None:
+    built = build(cpu.available()[0]).kernels
+    kernels = Path(env["ISW_PLUGIN_CACHE"], built.parent.name, built.name)
+    shutil.copytree(built.parent, kernels.parent)
+    env |= {"PATH": str(tmp_path)}
+    assert run_fresh(env) == [f"kernels: {cpu.available()[0]}"]
+    with kernels.open("r+b") as file:
+        file.truncate(kernels.stat().st_size // 2)  # loading it would be a bus error
+    warning, active = run_fresh(env)
+    assert "no C++ compiler" in warning
+    assert active == "kernels: None"
 
 
 def test_importing_builds_nothing(env: dict[str, str]) -> None:

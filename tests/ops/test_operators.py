@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isw_plugin import ops
 from isw_plugin.errors import EngineInputError
+from isw_plugin.functional import channel_norm, keep_mask
 from isw_plugin.ops import cpu, reference
 from isw_plugin.ops.reference import Statistics, pack_weight
 
@@ -249,6 +250,16 @@ def test_depthwise(conv: str, act: str, keep: str) -> None:
         assert_close(found, reference.depthwise_conv2d(x, weight, bias, **arguments))
 
 
+@pytest.mark.parametrize("kernel", [1, 3, 4])
+def test_depthwise_of_stride_two_agrees_for_every_width_and_padding(kernel: int) -> None:
+    for width in range(1, 73):
+        for padding in (kernel - 1, kernel, kernel + 2):
+            x, weight, bias = normal(1, 2, 5, width), normal(2, 1, kernel, kernel, seed=1), normal(2)
+            options: Any = {"stride": 2, "padding": (kernel, padding)}
+            found = ops.depthwise_conv2d(x, weight, bias, **options)
+            assert_close(found, reference.depthwise_conv2d(x, weight, bias, **options))
+
+
 def test_dropped_depthwise_plane_is_act_of_bias_up_to_the_border() -> None:
     keep = torch.tensor([[False, True]])
     y, squares = ops.depthwise_conv2d(
@@ -315,6 +326,46 @@ def test_the_tests_are_strict() -> None:
     assert ops.keep_mask(squares, 0.49, 0.51).tolist() == [[False] * 3 + [True] * 3]
 
 
+@pytest.mark.parametrize("size", [1e-20, 1.0, 2e18])  # of the last, squared deviations overflow
+def test_decisions_agree_at_any_size_of_the_norms(size: float) -> None:
+    x = normal(2, 600, 4, 4)
+    x[0] *= torch.linspace(0.1, 1.0, 600)[:, None, None]
+    wanted = keep_mask(channel_norm(x.double()), 0.3, 1.0)
+    assert wanted[1].all()  # its variation is not above alpha
+    assert 0 < wanted.sum() < wanted.numel()
+    assert torch.equal(keep_mask(channel_norm(x * size), 0.3, 1.0), wanted)  # the masked model's
+    assert torch.equal(ops.keep_mask(ops.sum_squares(x * size), 0.3, 1.0), wanted)
+
+
+def bytes_of(keep: Tensor) -> Tensor:
+    """The mask as other libraries write it: any byte but 0 is true."""
+    numbers = torch.randint(1, 256, keep.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return (numbers * keep).view(torch.bool)
+
+
+@pytest.mark.parametrize("conv", ["3x3", "1x1"])
+@pytest.mark.parametrize("size", [5, 12, 30])
+def test_any_byte_but_zero_keeps(size: int, conv: str) -> None:
+    kernel, _, padding = CONVS[conv]
+    x, bias = normal(3, 37, size, size), normal(70)
+    keep, residual_keep = normal(3, 37, seed=4) > 0, normal(3, 70, seed=5) > 0
+    weight = pack_weight(normal(70, 37, kernel, kernel))
+    residual = normal(3, 70, size, size, seed=3)
+
+    def results(keep: Tensor, residual_keep: Tensor) -> list[Tensor]:
+        both: Any = {"residual": residual, "residual_gating": residual_keep}
+        found = [*ops.conv2d(x, weight, bias, padding=padding, gating=keep, **both)]
+        found += ops.pooled_conv2d(x, weight, bias, padding=padding, gating=keep)
+        found += ops.grouped_conv2d(x, pack_weight(x[:1].mT.reshape(37, 1, size, size), 37), bias[:37], 37, gating=keep)
+        found += ops.depthwise_conv2d(x, normal(37, 1, 3, 3), bias[:37], padding=1, gating=keep)
+        return [*found, *ops.linear(x[:, :, 0, 0], pack_weight(normal(70, 37)), bias, gating=keep)]
+
+    given = bytes_of(keep), bytes_of(residual_keep)
+    assert all(map(torch.equal, results(*given), results(keep, residual_keep)))
+    clean = reference.linear(x[:, :, 0, 0], pack_weight(normal(70, 37)), bias, gating=keep)
+    assert_close(reference.linear(x[:, :, 0, 0], pack_weight(normal(70, 37)), bias, gating=given[0]), clean)
+
+
 def test_what_a_dropped_channel_holds_does_not_matter() -> None:
     x, keep = normal(1, 8, 6, 6), torch.ones(1, 8, dtype=torch.bool)
     keep[0, 3] = False
@@ -354,6 +405,31 @@ def test_activations_are_those_of_torch_over_all_their_range(act: str) -> None:
     torch.testing.assert_close(y, reference.ACTS[act](x), rtol=2e-6, atol=1e-6)
     one, _ = ops.conv2d(x, pack_weight(weight), bias, act=act)
     assert torch.equal(one, y)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu", "hardswish", "gelu"])
+def test_activations_of_what_is_not_finite_are_those_of_torch(act: str) -> None:
+    ends = torch.tensor([float("inf"), -float("inf"), float("nan"), 1e30, -1e30, 89.0, -89.0])
+    x = ends.repeat(9)[None, None, None]
+    wanted = reference.ACTS[act](x.double()).float()  # in float32 oneDNN's GELU of infinity is NaN
+    weight, bias = torch.ones(1, 1, 1, 1), torch.zeros(1)
+    for found in (
+        ops.depthwise_conv2d(x, weight, bias, act=act)[0],
+        ops.conv2d(x, pack_weight(weight), bias, act=act)[0],
+        ops.conv2d(x[..., :7], pack_weight(weight), bias, act=act)[0],
+        ops.depthwise_conv2d(torch.zeros(7, 7, 1, 1)[:1], weight.expand(7, 1, 1, 1), ends, act=act)[0].view(1, 1, 1, 7),
+    ):
+        expected = wanted[..., : found.shape[-1]]
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+def test_a_stride_larger_than_the_map_finds_one_pixel() -> None:
+    x, weight, bias = normal(1, 3, 6, 7), normal(3, 1, 3, 3), normal(3)
+    for stride in (6, (2, 1 << 24), 1 << 24):
+        options: Any = {"stride": stride, "padding": 1}
+        found = ops.depthwise_conv2d(x, weight, bias, **options)
+        assert_close(found, reference.depthwise_conv2d(x, weight, bias, **options))
+        assert torch.equal(ops.max_pool2d(x, 3, **options), reference.max_pool2d(x, 3, **options))
 
 
 def test_layouts_other_than_contiguous_are_right() -> None:

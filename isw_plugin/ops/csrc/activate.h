@@ -15,17 +15,19 @@ ISW_INLINE Vec power_of_two(Vec n) {
   return (Vec)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
-// e^v to 2 units in the last place for v in [-87, 88], constant beyond; NaN stays NaN.
+// e^v to 2 units in the last place for v in [-87, 88], constant below, infinite above; NaN stays NaN.
 ISW_INLINE Vec exponential(Vec v) {
   const Vec low = broadcast(-87), high = broadcast(88), magic = broadcast(12582912);  // 1.5 * 2^23 rounds to whole
+  const auto above = v > high;
   v = v < low ? low : v;
-  v = v > high ? high : v;
+  v = above ? high : v;
   const Vec whole = (v * 1.44269504f + magic) - magic;
   const Vec rest = (v - whole * 0.693359375f) + whole * 2.12194440e-4f;
   Vec sum = broadcast(1.9875691500e-4f);
   for (const float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     sum = sum * rest + term;
-  return (sum * rest * rest + rest + 1) * power_of_two(v == v ? whole : Vec{});
+  const Vec value = (sum * rest * rest + rest + 1) * power_of_two(v == v ? whole : Vec{});
+  return above ? broadcast(__builtin_inff()) : value;
 }
 
 // The error function to 2e-7 (Abramowitz and Stegun, 7.1.26).

@@ -20,7 +20,7 @@ struct Gate {
   const float* squares = nullptr;  // [N][slots][C] partial sums of squares
   int64_t slots = 0;
   float alpha = 0, beta = 0;
-  const bool* keep = nullptr;  // [N][C]
+  const uint8_t* keep = nullptr;  // [N][C]; any byte but 0 survives
 };
 
 struct Window {

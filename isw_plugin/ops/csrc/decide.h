@@ -26,17 +26,22 @@ ISW_INLINE float mean_of(const float* values, int64_t count) {
   return reduce_add(sum) / static_cast<float>(count);
 }
 
-// Below this norm a channel is dropped; -1 (never) where the variation does not exceed alpha or is NaN.
-static float threshold_of(const Gate& gate, float* norms, float* deviations, int64_t channels) {
+// Below this norm a channel is dropped; -1 (never) where the variation does not exceed alpha or is NaN, as of a zero map.
+// Relative to the mean first: the squares of large norms overflow, those of small ones vanish.
+static float threshold_of(const Gate& gate, const float* norms, float* deviations, int64_t channels) {
   const float mean = mean_of(norms, channels);
-  for (int64_t c = 0; c < channels; ++c) deviations[c] = (norms[c] - mean) * (norms[c] - mean);
-  const float variation = std::sqrt(mean_of(deviations, channels)) / mean;
+  for (int64_t c = 0; c < channels; ++c) {
+    const float relative = norms[c] / mean - 1;
+    deviations[c] = relative * relative;
+  }
+  const float variation = std::sqrt(mean_of(deviations, channels));
   return variation > gate.alpha ? gate.beta * mean : -1.0f;
 }
 
 static void decide(const Gate& gate, int64_t n, int64_t channels, bool* keep) {
   if (gate.keep) {
-    memcpy(keep, gate.keep + n * channels, channels);
+    const uint8_t* given = gate.keep + n * channels;
+    for (int64_t c = 0; c < channels; ++c) keep[c] = given[c] != 0;
   } else if (!gate.squares) {
     memset(keep, 1, channels);
   } else {

@@ -144,20 +144,25 @@ ISW_INLINE void run_masked_part(Act actual, Lines<T, planes>& lines, const TapMa
 class HalvedMasks {
  public:
   explicit HalvedMasks(const Window& w)
-      : fits_(w.sw == 2 && w.ow <= 2 * lanes), taps_(w.kw), masks_(ceil_div(w.ow, lanes) * w.kw * 2) {
-    for (int64_t i = 0; i < ceil_div(w.ow, lanes) * taps_; ++i)
+      : fits_(w.sw == 2 && w.ow <= 2 * lanes), taps_(w.kw), masks_(fits_ ? ceil_div(w.ow, lanes) * w.kw * 2 : 0) {
+    for (int64_t i = 0; fits_ && i < ceil_div(w.ow, lanes) * taps_; ++i)
       for (int64_t v = 0; v < 2; ++v) {
-        const int64_t column = (2 * (i / taps_) + v) * lanes + i % taps_ - w.pw;
+        const int64_t first = (2 * (i / taps_) + v) * lanes, column = first + i % taps_ - w.pw;
+        const int64_t begin = larger(0, -column), end = smaller(w.w - column, 2 * w.ow - first);
         Mask& mask = masks_.get()[2 * i + v] = 0;
-        for (int64_t lane = 0; lane < lanes; lane += 2) mask |= (column + lane >= 0 && column + lane < w.w) << lane;
+        for (int64_t lane = 0; lane < lanes; lane += 2) mask |= (lane >= begin && lane < end) << lane;
+        reads_second_[i / taps_] |= v == 1 && mask != 0;
       }
   }
   bool fits() const { return fits_; }
   const Mask* at(int64_t column) const { return masks_.get() + column / lanes * taps_ * 2; }
+  // Whether any tap of the outputs from this column on finds a pixel in the second vector.
+  bool reads_second(int64_t column) const { return reads_second_[column / lanes]; }
 
  private:
   bool fits_;
   int64_t taps_;
+  bool reads_second_[2] = {};
   Buffer<Mask> masks_;
 };
 
@@ -332,10 +337,10 @@ class Depthwise {
     T* y = a_.y + plane * w.oh * w.ow;
     Vec squares = {};
     for (int64_t column = 0; column < w.ow; column += lanes) {
-      const bool one = 2 * (w.ow - column - 1) + w.kw - w.pw <= lanes;
+      const bool two = halved_.reads_second(column);
       int64_t row = 0;
       for (; row + span_vectors <= w.oh; row += span_vectors)
-        (one ? run_halved_rows<act, span_vectors, 1, T> : run_halved_rows<act, span_vectors, 2, T>)(
+        (two ? run_halved_rows<act, span_vectors, 2, T> : run_halved_rows<act, span_vectors, 1, T>)(
             a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, squares);
       for (; row < w.oh; ++row)
         run_halved_rows<act, 1, 2>(a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, squares);

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/util/safe_numerics.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -30,8 +31,10 @@ class MapMemory {
   }
 
   at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
-    const size_t bytes = c10::multiply_integers(sizes) * like.element_size();
-    if (bytes < least) return at::empty(sizes, like.options());
+    uint64_t bytes = 0;
+    const bool overflows =
+        c10::safe_multiplies_u64(sizes, &bytes) || c10::mul_overflows(bytes, uint64_t(like.element_size()), &bytes);
+    if (overflows || bytes < least) return at::empty(sizes, like.options());  // which refuses what overflows
     const size_t block = (bytes + page - 1) / page * page;
     return at::from_blob(take(block), sizes, [this, block](void* data) { give(data, block); }, like.options());
   }

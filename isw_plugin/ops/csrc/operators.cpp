@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -111,9 +112,11 @@ isw::Gate gate_of(const Tensor& gate, double alpha, double beta, int64_t n, int6
   TORCH_CHECK_VALUE(gate.size(0) == n && gate.size(-1) == channels, "gate: shape ", gate.sizes(),
                     " does not fit a feature of ", n, " instances and ", channels, " channels");
   if (gate.scalar_type() == at::kBool) {
-    result.keep = gate.const_data_ptr<bool>();
+    result.keep = data<uint8_t>(gate);
     return result;
   }
+  TORCH_CHECK_VALUE(!std::isnan(alpha) && !std::isnan(beta), "thresholds: expected numbers, got alpha ", alpha,
+                    " and beta ", beta);
   result.squares = gate.const_data_ptr<float>();
   result.slots = gate.size(1);
   result.alpha = static_cast<float>(alpha);
@@ -134,12 +137,18 @@ Tensor checked_gate(const MaybeTensor& gate) {
 }
 
 isw::Window window_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
+  constexpr int64_t most = 1 << 24;  // so that no size overflows
+  const auto within = [](IntArrayRef values, int64_t least) {
+    return values.size() == 2 && std::min(values[0], values[1]) >= least && std::max(values[0], values[1]) <= most;
+  };
+  TORCH_CHECK_VALUE(within(kernel, 1) && within(stride, 1) && within(padding, 0),
+                    "kernel and stride must be positive and padding not negative, two numbers up to ", most, ", got ",
+                    kernel, ", ", stride, ", ", padding);
   isw::Window w{x.size(2), x.size(3), 0, 0, kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
-  TORCH_CHECK_VALUE(w.kh > 0 && w.kw > 0 && w.sh > 0 && w.sw > 0 && w.ph >= 0 && w.pw >= 0,
-                    "kernel and stride must be positive and padding not negative, got ", kernel, ", ", stride, ", ",
-                    padding);
-  TORCH_CHECK_VALUE(w.h + 2 * w.ph >= w.kh && w.w + 2 * w.pw >= w.kw, "a map of ", w.h, "x", w.w, " with padding ",
-                    padding, " is smaller than the kernel ", kernel);
+  TORCH_CHECK_VALUE(w.h > 0 && w.w > 0 && w.h + 2 * w.ph >= w.kh && w.w + 2 * w.pw >= w.kw, "a map of ", w.h, "x", w.w,
+                    " with padding ", padding, " is empty or smaller than the kernel ", kernel);
+  w.sh = std::min(w.sh, w.h + 2 * w.ph);  // larger ones find the same pixel and take more memory
+  w.sw = std::min(w.sw, w.w + 2 * w.pw);
   w.oh = (w.h + 2 * w.ph - w.kh) / w.sh + 1;
   w.ow = (w.w + 2 * w.pw - w.kw) / w.sw + 1;
   return w;

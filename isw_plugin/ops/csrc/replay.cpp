@@ -45,22 +45,27 @@ struct Call {
 
 class Tape : public torch::CustomClassHolder {
  public:
-  // Calls of this thread's operators are written down from now on.
-  void start(const std::vector<Tensor>& inputs) {
-    TORCH_CHECK(!recording, "another tape of this thread is being recorded");
-    for (const Tensor& input : inputs) new_slot(input);
-    inputs_ = inputs.size();
-    recording = this;
-    handle_ = at::addThreadLocalCallback(
+  // Calls of this thread's operators are written down from now on. False: they go onto another tape.
+  static bool start(const c10::intrusive_ptr<Tape>& tape, const std::vector<Tensor>& inputs) {
+    TORCH_CHECK(tape->state_ == State::fresh, "a tape is recorded once");
+    if (recording && !abandoned()) return false;
+    end();
+    tape->state_ = State::recording;
+    for (const Tensor& input : inputs) tape->new_slot(input);
+    tape->inputs_ = inputs.size();
+    recording = tape;
+    tape->handle_ = at::addThreadLocalCallback(
         at::RecordFunctionCallback(&Tape::enter, &Tape::leave).needsInputs(true).needsOutputs(true).scopes(
             {at::RecordScope::FUNCTION}));
+    return true;
   }
 
-  // Until now; these are what a run gives. False: something was called that cannot be called again.
+  // Until now; these are what a run gives. False: something was called that cannot be called again, or this tape was
+  // not being recorded.
   bool stop(const std::vector<Tensor>& outputs) {
-    TORCH_CHECK(recording == this, "this tape is not being recorded");
-    at::removeCallback(handle_);
-    recording = nullptr;
+    if (recording.get() != this) return false;
+    end();
+    state_ = State::recorded;
     for (const Tensor& output : outputs) outputs_.push_back(argument_of(output));
     find_finished();
     known_.clear();
@@ -69,6 +74,7 @@ class Tape : public torch::CustomClassHolder {
   }
 
   std::vector<Tensor> run(std::vector<Tensor> inputs) const {
+    TORCH_CHECK(state_ == State::recorded, "nothing was recorded on this tape");
     TORCH_CHECK_VALUE(inputs.size() == inputs_, "expected ", inputs_, " tensors, got ", inputs.size());
     const at::AutoDispatchBelowAutograd no_gradients;
     std::vector<Tensor> slots = std::move(inputs);
@@ -87,12 +93,22 @@ class Tape : public torch::CustomClassHolder {
   }
 
  private:
-  static thread_local Tape* recording;
+  enum class State { fresh, recording, recorded };
+
+  // Held here too: a call that was interrupted may drop its tape before it stops it.
+  static thread_local c10::intrusive_ptr<Tape> recording;
+
+  static bool abandoned() { return recording.use_count() == 1; }
+
+  static void end() {
+    if (recording) at::removeCallback(recording->handle_);
+    recording.reset();
+  }
 
   // Operators call others; only what the graph itself called counts.
   static std::unique_ptr<at::ObserverContext> enter(const at::RecordFunction& function) {
     Tape& tape = *recording;
-    if (tape.depth_++ > 0) return nullptr;
+    if (tape.depth_++ > 0 || abandoned()) return nullptr;
     tape.current_.clear();
     for (const IValue& input : function.inputs()) tape.current_.push_back(tape.argument_of(input));
     return nullptr;
@@ -103,7 +119,7 @@ class Tape : public torch::CustomClassHolder {
     if (--tape.depth_ > 0) return;
     const auto name = function.operator_name();
     const auto op = name ? c10::Dispatcher::singleton().findSchema(*name) : std::nullopt;
-    if (!op) {
+    if (!op || function.outputs().size() != op->schema().returns().size()) {  // the latter: it raised
       tape.complete_ = false;
       return;
     }
@@ -199,6 +215,7 @@ class Tape : public torch::CustomClassHolder {
     }
   }
 
+  State state_ = State::fresh;
   size_t inputs_ = 0;
   Slot count_ = 0;
   std::vector<Call> calls_;
@@ -212,12 +229,12 @@ class Tape : public torch::CustomClassHolder {
   at::CallbackHandle handle_ = 0;
 };
 
-thread_local Tape* Tape::recording = nullptr;
+thread_local c10::intrusive_ptr<Tape> Tape::recording;
 
 TORCH_LIBRARY_FRAGMENT(isw, library) {
   library.class_<Tape>("Tape")
       .def(torch::init<>())
-      .def("start", [](const c10::intrusive_ptr<Tape>& self, std::vector<Tensor> inputs) { self->start(inputs); })
+      .def("start", [](const c10::intrusive_ptr<Tape>& self, std::vector<Tensor> inputs) { return Tape::start(self, inputs); })
       .def("stop", [](const c10::intrusive_ptr<Tape>& self, std::vector<Tensor> outputs) { return self->stop(outputs); })
       .def("run", [](const c10::intrusive_ptr<Tape>& self, std::vector<Tensor> inputs) { return self->run(std::move(inputs)); });
 }

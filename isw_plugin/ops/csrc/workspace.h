@@ -15,7 +15,7 @@ class Buffer {
  public:
   explicit Buffer(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    if (posix_memalign(&data_, 64, bytes ? bytes : 64)) throw std::bad_alloc();
+    if (count < 0 || count > most || posix_memalign(&data_, 64, bytes ? bytes : 64)) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -23,6 +23,8 @@ class Buffer {
   T* get() const { return static_cast<T*>(data_); }
 
  private:
+  static constexpr int64_t most = int64_t(1) << 48;  // elements; more are an overflow's
+
   void* data_ = nullptr;
 };
 

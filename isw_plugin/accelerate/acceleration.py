@@ -1,0 +1,110 @@
+"""From an attached model to its accelerated copy: traced, fitted, and checked against the masked model."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from tqdm import tqdm
+
+from isw_plugin.accelerate.accelerated import Accelerated
+from isw_plugin.accelerate.calls import Call, size_of
+from isw_plugin.accelerate.choose import choose
+from isw_plugin.accelerate.masked import Masked
+from isw_plugin.accelerate.plan import Traced
+from isw_plugin.copies import copy_of
+from isw_plugin.errors import SettingError, UnsupportedError
+from isw_plugin.hooks import memory_of
+from isw_plugin.sites import Inputs, Site
+
+__all__ = ["BACKENDS", "accelerate"]
+
+BACKENDS = ("auto", "gated", "dense")
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backend: str = "auto") -> Accelerated:
+    """Make a gated model skip.
+
+    Args:
+        model: Attached, in any mode; copied.
+        sites: What its hooks gate.
+        inputs: Real inputs at the size and batch that will run.
+        backend: "auto" takes the faster of the gated graph and the best dense form on these inputs, "gated" and
+            "dense" one of them.
+
+    Returns:
+        The accelerated copy; where it cannot be exported, or would give something else, one that runs the masked copy
+        and says so.
+
+    Raises:
+        SettingError: No tensor or no instance among the inputs.
+        EngineInputError: The model does not take the inputs.
+        UnsupportedError: A copy of the model loses its pruner.
+    """
+    call = Call.of(inputs, "accelerate")
+    masked = Masked(_masked_copy(model))
+    call.check(masked.devices)
+    if not call.instances:
+        raise SettingError(f"accelerate: {call} has no instances to time layers on")
+    fast = Accelerated(masked, sites, call).eval()
+    with tqdm(total=4, desc="accelerating", unit="step", leave=False, disable=None) as progress:
+
+        def tell(step: str) -> None:
+            progress.set_postfix_str(step)
+            progress.update()
+
+        _fit(fast, call, backend, tell)
+    return fast
+
+
+def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None]) -> None:
+    """Choose what runs; where that is not right, the masked model does."""
+    tell("exporting")
+    masked, plans = fast._held, fast._plans
+    wanted = masked.wanted(call)  # refuses what the model does not take
+    masked.example = str(call)
+    try:
+        traced = Traced(masked.model, fast.sites, call, plans.weights)
+    except UnsupportedError as error:
+        fast.reason = str(error).splitlines()[0]
+        return
+    flat, size = size_of(call.args, call.kwargs, masked.kind)
+    with torch.inference_mode():
+        chosen = choose(traced, flat, backend, tell)
+    tell("checking")
+    if chosen.execution == "dense":
+        masked.memory.clear()
+        masked.memory.enabled = False
+        wanted = masked.wanted(call)
+    fast.fitted, fast.choices = chosen.fitted, chosen.choices
+    fast.reason = plans.check(chosen.plan, wanted, call)
+    if fast.reason:
+        masked.memory.enabled = True
+        warnings.warn(f"the accelerated model runs masked, not faster: {fast.reason}", RuntimeWarning, stacklevel=4)
+        return
+    fast.execution = chosen.execution
+    plans.take(size, call.form(masked.kind), chosen.plan)
+
+
+def _masked_copy(model: nn.Module) -> nn.Module:
+    """In eval mode, with gates on."""
+    memo: dict[int, Any] = {}
+    masked = copy_of(model, memo)
+    for name, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):  # its deepcopy leaves its hooks behind
+            for hooks in _HOOKS:
+                setattr(masked.get_submodule(name), hooks, copy.deepcopy(getattr(module, hooks), memo))
+    memory = memory_of(masked)
+    if memory is None:
+        raise UnsupportedError(f"a copy of {type(model).__name__} has no pruner: its __deepcopy__ leaves hooks behind")
+    memory.enabled = True
+    return masked.eval().requires_grad_(False)
