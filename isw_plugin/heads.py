@@ -63,13 +63,18 @@ def positions(feature: Tensor, axis: int) -> int:
     return math.prod(feature.shape[1:]) // feature.shape[axis]
 
 
-def statistics(feature: Tensor, axis: int) -> Statistics:
-    """Statistics of a map (N, C, H, W), (N, T, C) or (N, C), C on ``axis``; float32 (float64 for float64)."""
+def statistics(feature: Tensor, axis: int, norms: Tensor | None = None) -> Statistics:
+    """Statistics of a map (N, C, H, W), (N, T, C) or (N, C), C on ``axis``; float32 (float64 for float64).
+
+    Args:
+        norms: Its channel norms (N, C), where they are known.
+    """
     others = [dim for dim in range(1, feature.dim()) if dim != axis % feature.dim()]
     wide = torch.promote_types(feature.dtype, torch.float32)
     mean = feature.mean(others, dtype=wide) if others else feature.to(wide)
     size = positions(feature, axis)
-    return Statistics(channel_norm(feature, axis) / math.sqrt(size), mean, size)
+    norms = channel_norm(feature, axis) if norms is None else norms
+    return Statistics(norms / math.sqrt(size), mean, size)
 
 
 def features(read: Mapping[str, Statistics], sources: Sequence[str]) -> Tensor:

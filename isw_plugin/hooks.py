@@ -178,7 +178,8 @@ class _Observe(Hook):
         seen = feature.detach() if head is None else UNSEEN
         gated = self._gate(call, call.gates[site.name], feature, norms.detach(), seen)
         if site.name in call.watched:
-            call.statistics[site.name] = statistics(gated.detach(), site.axis)
+            left = torch.where(call.keep[site.name][-1], norms.detach(), 0) if head is None else None
+            call.statistics[site.name] = statistics(gated.detach(), site.axis, left)
         return gated
 
     def _record(self, call: Call, norms: Tensor) -> None:
