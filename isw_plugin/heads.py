@@ -4,6 +4,7 @@ docs/predicting.md has the definition and what it was measured against.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isw_plugin.errors import PredictionError, StateMismatchError
-from isw_plugin.functional import channel_norm
+from isw_plugin.functional import channel_norm, is_tracing
 from isw_plugin.gates import Gate
 from isw_plugin.sites import Site
 
@@ -60,7 +61,10 @@ class Statistics(NamedTuple):
 
 def positions(feature: Tensor, axis: int) -> int:
     """Elements of a channel of one instance."""
-    return math.prod(feature.shape[1:]) // feature.shape[axis]
+    if not is_tracing():
+        return math.prod(feature.shape[1:]) // feature.shape[axis]
+    with warnings.catch_warnings(action="ignore"):  # all sizes but the number of instances are constants
+        return math.prod(map(int, feature.shape[1:])) // int(feature.shape[axis])
 
 
 def statistics(feature: Tensor, axis: int, norms: Tensor | None = None) -> Statistics:

@@ -163,6 +163,15 @@ def test_a_compiled_model_predicts() -> None:
     torch.testing.assert_close(compiled(images), net(images))
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_traced_model_predicts_for_any_number_of_instances() -> None:
+    net, _ = predicting(Down)
+    with torch.no_grad():
+        expected = net(net.images(6))
+        traced = torch.jit.trace(net, net.images(2))
+    torch.testing.assert_close(traced(net.images(6)), expected)
+
+
 def test_threads_predict_each_for_itself() -> None:
     net, _ = predicting(Down)
     batches = [net.images(1 + n % 4, seed=n) for n in range(32)]

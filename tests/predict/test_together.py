@@ -120,14 +120,16 @@ def test_an_accelerated_copy_decides_alike(kind: type[Net]) -> None:
 
 def test_an_accelerated_mobilenet_decides_alike() -> None:
     torch.manual_seed(0)
-    model = timm.create_model("mobilenetv2_035", num_classes=10).eval()
-    images = torch.randn(700, 3, 32, 32)
+    model = timm.create_model("mobilenetv2_035", num_classes=10)
+    model.blocks = model.blocks[:2]  # the rest takes time only
+    model.conv_head, model.bn2, model.classifier = nn.Conv2d(8, 32, 1), nn.BatchNorm2d(32), nn.Linear(32, 10)
+    images = torch.randn(300, 3, 32, 32)
     model.train()
     with torch.no_grad():
         for part in images.split(100):
             model(part)  # statistics of batch norms
     model.eval()
-    pruner = InstanceWisePruner(model, images[:1], alpha=0.0, beta=0.5, exclude=["blocks.[3-6].*", "conv_head"])
+    pruner = InstanceWisePruner(model, images[:1], alpha=0.0, beta=0.5)
     found = pruner.fit_predictors(images.split(100))
     assert len(found.predicted) >= 3
     pruner.step()
