@@ -41,7 +41,16 @@ __all__ = [
 
 
 class ISWError(Exception):
-    """Whatever isw_plugin raises on purpose."""
+    """Whatever isw_plugin raises on purpose.
+
+    Example:
+        >>> from isw_plugin import CVGate, ISWError
+        >>> try:
+        ...     CVGate(beta=3.0)
+        ... except ISWError as error:
+        ...     print(error)
+        beta=3.0: a drop threshold lies in [0, 2)
+    """
 
 
 class SettingError(ISWError, ValueError):

@@ -145,7 +145,7 @@ def coefficient_of_variation(norms: Tensor) -> Tensor:
 
 
 def keep_mask(norms: Tensor, alpha: float, beta: float) -> Tensor:
-    """Which channels survive (section 3.3).
+    """Which channels are kept (section 3.3).
 
     A site takes part for an instance when its CV exceeds alpha; there, channels with a norm under
     beta times the mean are dropped. Both tests are strict, so NaN statistics drop nothing.

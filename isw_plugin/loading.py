@@ -44,6 +44,19 @@ def load_pretrained(
             other sites, a gate that is not known, or weights with which the model does not run. Nothing is
             changed then. Says what does not fit.
         AttachError, UnsupportedError: No pruner can be attached to the model.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> from isw_plugin import InstanceWisePruner, load_pretrained
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> like_it = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     InstanceWisePruner(model, torch.rand(2, 3, 8, 8), alpha=0.25).save_pretrained(folder)
+        ...     pruner = load_pretrained(folder, like_it)  # a timm model that was not edited needs none
+        >>> pruner.gate
+        CVGate(alpha=0.25, beta=1.0)
     """
     if model is not None and not isinstance(model, nn.Module):
         raise StateMismatchError(

@@ -34,7 +34,7 @@ def reader_parts(sites: Sequence[Site]) -> dict[str, tuple[Part, ...]]:
 
 
 def column_keep(parts: Sequence[Part], keep: dict[str, Tensor], columns: int) -> Tensor:
-    """Which input columns of a reader survive, (N, columns): its sites' decisions, True between them."""
+    """Which input columns of a reader are kept, (N, columns): its sites' decisions, True between them."""
     if any(part.channels for part in parts):
         return _cut_keep(parts, keep, columns)
     pieces: list[Tensor] = []

@@ -48,7 +48,7 @@ class InstanceWisePruner:
             function (name, module) -> bool.
         exclude: Layers to leave out, in the same form.
         alpha, beta: Short for ``gate=CVGate(alpha, beta)`` (0.5 and 1.0).
-        gate: "cv", or any ``Gate``.
+        gate: "cv", the name of an installed gate, or any ``Gate``.
         scope: "all": dropped channels are zero for every user of the map, the literal reading of
             section 3.3. "consumers": only for the convolutions and linear layers; shortcuts and
             squeeze-excite see the whole map.
@@ -65,6 +65,17 @@ class InstanceWisePruner:
         ProbeError: The model cannot be run on the inputs.
         AttachError: The model already has a pruner.
         UnsupportedError: A compiled model, DataParallel or FSDP.
+
+    Example (those of the methods go on from here):
+        >>> import torch
+        >>> from torch import nn
+        >>> from isw_plugin import InstanceWisePruner, MinNorm
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+        >>> pruner = InstanceWisePruner(model, images, gate=MinNorm(0.5))
+        >>> pruner.sites[0].channels, pruner.enabled
+        (8, False)
     """
 
     def __init__(
@@ -77,7 +88,7 @@ class InstanceWisePruner:
         exclude: Patterns = (),
         alpha: float | None = None,
         beta: float | None = None,
-        gate: Gate | Literal["cv"] = "cv",
+        gate: Gate | str = "cv",
         scope: Literal["all", "consumers"] = "all",
         reduction: Literal["sum", "mean", "relative"] = "sum",
         per_site: Mapping[str, Mapping[str, Any]] | None = None,
@@ -103,6 +114,11 @@ class InstanceWisePruner:
 
         Raises:
             AttachError: The model has none.
+
+        Example:
+            >>> import copy
+            >>> InstanceWisePruner.of(copy.deepcopy(model)).gate
+            MinNorm(ratio=0.5)
         """
         _require_module(model)
         model = unwrapped(model)
@@ -127,7 +143,15 @@ class InstanceWisePruner:
         return self._found.sites
 
     def summary(self) -> str:
-        """A table of layer -> where it is gated -> who reads it, and every layer left out with the reason."""
+        """A table of layer -> where it is gated -> who reads it, and every layer left out with the reason.
+
+        Example:
+            >>> print(pruner.summary())
+            layer  channels  gated at     read by
+            0      8         output of 1  3
+            3                -            left out: the model's output
+            1 sites, 8 channels
+        """
         rows = [("layer", "channels", "gated at", "read by")]
         heads = self._settings.heads
         for site in self.sites:
@@ -151,7 +175,14 @@ class InstanceWisePruner:
         return f"measured: {reason}" if reason else "measured"
 
     def update_regularizer(self) -> None:
-        """Find the sites again, after a static pruning step has changed the model."""
+        """Find the sites again, after a static pruning step has changed the model.
+
+        Example:
+            >>> model[0], model[3] = nn.Conv2d(3, 4, 3), nn.Linear(144, 10)  # as a static step may leave them
+            >>> pruner.update_regularizer()
+            >>> pruner.sites[0].channels
+            4
+        """
         inputs = self._settings.inputs
         if inputs is None:
             raise AttachError("the model has not been run yet: there are no sites to update")
@@ -160,7 +191,12 @@ class InstanceWisePruner:
         self._attach()
 
     def remove(self) -> None:
-        """Take everything out of the model again; safe to call twice."""
+        """Take everything out of the model again; safe to call twice.
+
+        Example:
+            >>> pruner.remove()
+            >>> again = InstanceWisePruner(model, images)  # a second pruner would be an AttachError
+        """
         if memory_of(self.model) is self._memory:
             detach_hooks(self.model)
         self._memory.clear()
@@ -188,6 +224,11 @@ class InstanceWisePruner:
 
         Raises:
             NothingRecordedError: No training forward was recorded and lambda is not 0.
+
+        Example:
+            >>> _ = model(images)  # in training mode, with gradients on
+            >>> pruner.penalty().shape
+            torch.Size([])
         """
         tape, settings = self._memory.take(), self._settings
         if tape:
@@ -200,7 +241,7 @@ class InstanceWisePruner:
                 "eval mode, under no_grad, through a submodule, or was compiled before the pruner was attached; or a "
                 "feature extractor or copied graph ran that does not have all of the pruner's hooks"
             )
-        return torch.zeros((), device=next(self.model.parameters(), torch.empty(0)).device)
+        return torch.zeros((), device=device_of(self.model))
 
     def regularize(
         self, model: nn.Module, loss: Tensor, *, world_size: int | None = None, accumulation_steps: int = 1
@@ -220,6 +261,10 @@ class InstanceWisePruner:
         Raises:
             AttachError: Another model.
             SettingError: A factor below 1, or a loss that is no scalar in a graph.
+
+        Example:
+            >>> loss = pruner.regularize(model, nn.functional.cross_entropy(model(images), labels))
+            >>> loss.backward()
         """
         if unwrapped(model) is not self.model:
             raise AttachError("regularize got another model than the one this pruner is attached to")
@@ -281,23 +326,59 @@ class InstanceWisePruner:
 
         Args:
             per_site: Patterns and what differs there, instead of all that differs now; None: no change.
+
+        Example:
+            >>> pruner.enable(ratio=0.25)
+            >>> pruner.gate, pruner.enabled
+            (MinNorm(ratio=0.25), True)
+        """
+        self.set_thresholds(per_site=per_site, **parameters)
+        self._memory.enabled = True
+
+    def set_thresholds(self, *, per_site: Mapping[str, Mapping[str, Any]] | None = None, **parameters: Any) -> None:
+        """Change gate parameters as ``enable`` does; gates stay on or off.
+
+        Example:
+            >>> pruner.disable()
+            >>> pruner.set_thresholds(ratio=0.5)
+            >>> pruner.gate, pruner.enabled
+            (MinNorm(ratio=0.5), False)
         """
         self._require_attached()
         self._settings.set_thresholds(self.model, parameters, per_site)
         self._configure()
-        self._memory.enabled = True
 
     def step(self) -> None:
-        """Switch gates on. As in torch-pruning, the step after which the model is smaller, here per image."""
+        """Switch gates on. As in torch-pruning, the step after which the model is smaller, here per image.
+
+        Example:
+            >>> pruner.step()
+            >>> _ = model(images)
+            >>> pruner.keep["0"].sum(1)  # of 8 channels
+            tensor([4, 4])
+        """
         self.enable()
 
     def disable(self) -> None:
-        """Switch gates off: the model computes what it would without a pruner, bit for bit."""
+        """Switch gates off: the model computes what it would without a pruner, bit for bit.
+
+        Example:
+            >>> pruner.disable()
+            >>> pruner.enabled
+            False
+        """
         self._memory.enabled = False
 
     @contextmanager
     def gating(self, *, per_site: Mapping[str, Mapping[str, Any]] | None = None, **parameters: Any) -> Iterator[None]:
-        """Gates on inside the block, as ``enable`` does; thresholds and on / off are as before after it."""
+        """Gates on inside the block, as ``enable`` does; thresholds and on / off are as before after it.
+
+        Example:
+            >>> with pruner.gating(ratio=0.75):
+            ...     _ = model(images)
+            >>> pruner.keep["0"].sum(1), pruner.gate, pruner.enabled
+            (tensor([2, 2]), MinNorm(ratio=0.5), False)
+        """
         gate, differed, enabled = self.gate, self._settings.per_site, self.enabled
         self.enable(per_site=per_site, **parameters)
         try:
@@ -342,6 +423,14 @@ class InstanceWisePruner:
             NonFiniteFeatureError: A map holds NaN or infinity.
             SettingError: No loader, or another number.
             AttachError: The pruner was removed, or its sites are not known yet.
+
+        Example:
+            >>> from isw_plugin.errors import PredictionError
+            >>> try:
+            ...     pruner.fit_predictors([images])
+            ... except PredictionError as error:  # it has one site
+            ...     print(error)
+            no site can be predicted; 0: 0 reads the image
         """
         from isw_plugin.predict import fit  # closed forms are of no use to those who only gate
 
@@ -394,6 +483,10 @@ class InstanceWisePruner:
             UnsupportedError: Norms are predicted; torch-pruning cannot trace the model; or a gate at threshold
                 0 of which it is not known how it decides on fewer channels (known are CVGate and MinNorm).
                 Nothing is changed then.
+
+        Example:
+            >>> print(pruner.to_static([images[:1]]))  # a loader, or a list of batches
+            4 channels of 1 sites pruned for good
         """
         from isw_plugin.static import convert  # torch-pruning is imported only where it is needed
 
@@ -432,6 +525,12 @@ class InstanceWisePruner:
             EngineInputError: The model does not take the inputs.
             UnsupportedError: The model cannot be copied with its gates.
             AttachError: The pruner was removed, or its sites are not known yet.
+
+        Example:
+            >>> fast = pruner.accelerate(images, backend="gated")
+            >>> with pruner.gating():
+            ...     torch.allclose(fast(images), model.eval()(images), atol=1e-5)
+            True
         """
         self._require_attached()
         if backend not in BACKENDS:
@@ -449,7 +548,12 @@ class InstanceWisePruner:
     # -- saving ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and sites as plain JSON values, but for the tensors of heads; the model's weights are not in it."""
+        """Settings and sites as plain JSON values, but for the tensors of heads; the model's weights are not in it.
+
+        Example:
+            >>> pruner.state_dict()["gate"]
+            {'type': 'MinNorm', 'parameters': {'ratio': 0.5}}
+        """
         settings = self._settings
         return settings.state() | {"min_keep": self._memory.min_keep, "enabled": self.enabled} | stored(settings.heads)
 
@@ -460,6 +564,13 @@ class InstanceWisePruner:
             StateMismatchError: Another version, other sites, another scope, an unknown gate, heads of another
                 model; nothing is changed then.
             PredictionError: Heads, and a gate that needs more than norms; nothing is changed then.
+
+        Example:
+            >>> saved = pruner.state_dict()
+            >>> pruner.enable(ratio=0.25)
+            >>> pruner.load_state_dict(saved)
+            >>> pruner.gate, pruner.enabled
+            (MinNorm(ratio=0.5), False)
         """
         self._require_attached()
         min_keep = as_count("min_keep", state.get("min_keep", 0), "a number of channels")
@@ -479,6 +590,13 @@ class InstanceWisePruner:
             AttachError: Sites are not known yet.
             UnsupportedError: Something in the model's state_dict, the settings or the example inputs is no plain
                 value.
+
+        Example:
+            >>> import os, tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     pruner.save_pretrained(folder)
+            ...     os.path.exists(f"{folder}/pruner.json")
+            True
         """
         attach = self._settings.attach_arguments()
         inputs = encoded_inputs(self._settings.inputs)

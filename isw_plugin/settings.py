@@ -28,7 +28,7 @@ _BUILT_IN = {gate.__name__: gate for gate in (CVGate, MinNorm, RandomGate)}
 
 @dataclass
 class Settings:
-    """All that a pruner is besides its model and memory; plain values, so it copies and pickles."""
+    """What a user chose for a pruner, and what was found with it: plain values that can be copied and pickled."""
 
     lambda_: float
     gate: Gate
@@ -63,12 +63,12 @@ class Settings:
         return state
 
     def _plain(self, override: Mapping[str, Any]) -> dict[str, Any]:
-        """What differs at a site, checked, and numbers as Python has them."""
+        """A site's overrides, checked, with its numbers as Python floats."""
         lambda_, gate = self.lambda_and_gate(override)
         return {name: lambda_ if name == "lambda_" else getattr(gate, name) for name in override}
 
     def lambda_and_gate(self, override: Mapping[str, Any]) -> tuple[float, Gate]:
-        """What holds at a site with these overrides."""
+        """The lambda and the gate of a site that has these overrides."""
         parameters = dict(override)
         lambda_ = check_lambda(parameters.pop("lambda_", self.lambda_))
         return lambda_, with_parameters(self.gate, **parameters)
@@ -328,8 +328,10 @@ def _by_site(model: nn.Module, found: Found, per_site: Mapping[str, Mapping[str,
 
 def _require_same_model(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     missing = sorted(here.keys() - state.keys() - _ADDED)
-    if missing or state["version"] != _VERSION:
-        raise StateMismatchError(f"no state_dict of version {_VERSION}: version {state.get('version')!r}, no {missing}")
+    if state.get("version", _VERSION) != _VERSION:
+        raise StateMismatchError(f"no state_dict of version {_VERSION}: it is of version {state['version']!r}")
+    if missing:
+        raise StateMismatchError(f"no state_dict of version {_VERSION}: it has no {', '.join(missing)}")
     if state["scope"] != here["scope"]:
         raise StateMismatchError(f"saved with scope={state['scope']!r}: attach with that scope first")
     names = dict.fromkeys([*here["sites"], *state["sites"]])

@@ -43,6 +43,20 @@ def steer_thresholds(pruner: InstanceWisePruner, keep: Mapping[str, float], *, r
     Raises:
         SettingError: No pruner, another gate, no or an unknown site, a share or rate outside its range.
         NothingRecordedError: No gated forward before.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from isw_plugin import InstanceWisePruner, steer_thresholds
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> images = torch.rand(8, 3, 8, 8)
+        >>> pruner = InstanceWisePruner(model, images, alpha=0.0, beta=0.0)
+        >>> pruner.step()
+        >>> for _ in range(12):  # training steps
+        ...     _ = model(images)
+        ...     steer_thresholds(pruner, {"0": 0.5}, rate=0.5)
+        >>> round(pruner.keep["0"].float().mean().item(), 1)
+        0.5
     """
     if not isinstance(pruner, InstanceWisePruner):
         raise SettingError(f"a pruner is steered, and this is a {type(pruner).__name__}: InstanceWisePruner.of(model)")
@@ -61,10 +75,7 @@ def steer_thresholds(pruner: InstanceWisePruner, keep: Mapping[str, float], *, r
         if wanted:
             beta = parameters["beta"] + rate * (sum(wanted) / len(wanted) - parameters["beta"])
             per_site[site] = per_site.get(site, {}) | {"beta": beta}
-    enabled = pruner.enabled
-    pruner.enable(per_site=per_site)
-    if not enabled:
-        pruner.disable()
+    pruner.set_thresholds(per_site=per_site)
 
 
 def _wanted(norms: Tensor, alpha: float, keep: float) -> float:

@@ -5,7 +5,7 @@
     python -m benchmarks.zoo engine --out FOLDER         #     accelerated
     python -m benchmarks.zoo graphs --out FOLDER         #     exported and compiled
     python -m benchmarks.zoo pruned --out FOLDER         # (c) after torch-pruning took half of the channels
-    python -m benchmarks.zoo report --out FOLDER         # docs/zoo.md and results/summary.json from it
+    python -m benchmarks.zoo report --out FOLDER         # results/models.md and summary.json from it
     python -m benchmarks.zoo gates --only "resnet*" --out FOLDER
 
 A line of JSON a model is written as soon as it is known; a second run goes on where the first stopped.
@@ -101,11 +101,10 @@ PARTS: dict[str, Callable[[str], Record]] = {
 def report(records: dict[str, list[Record]], root: Path) -> None:
     """Write the page and its numbers, below the root of the repository."""
     told = summary(records)
-    numbers, zoo = root / "benchmarks" / "zoo" / "results" / "summary.json", root / "docs" / "zoo.md"
-    numbers.parent.mkdir(parents=True, exist_ok=True)
-    numbers.write_text(json.dumps(told, indent=1) + "\n")
-    zoo.parent.mkdir(exist_ok=True)
-    zoo.write_text(page(told, f"{hardware()}, threads: {torch.get_num_threads()}, {date.today()}"))
+    results = root / "benchmarks" / "zoo" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
+    (results / "models.md").write_text(page(told, f"{hardware()}, threads: {torch.get_num_threads()}, {date.today()}"))
 
 
 def main() -> None:

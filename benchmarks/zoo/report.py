@@ -1,4 +1,4 @@
-"""docs/zoo.md, and the same as JSON, from the records of the zoo."""
+"""results/models.md, and the same as JSON, from the records of the zoo."""
 
 import statistics
 from collections import Counter

@@ -48,6 +48,15 @@ class Calibration:
         candidates: Every candidate, in the order tried.
         accuracy: With gates off, on the same images.
         instances: How many images.
+
+    Example:
+        >>> from isw_plugin.calibrate import Calibration, Candidate
+        >>> few = Candidate({"beta": 0.5}, accuracy=0.92, prune_ratio=0.2, macs=90.0, macs_saved=0.1, emptied=0)
+        >>> many = Candidate({"beta": 1.0}, accuracy=0.91, prune_ratio=0.4, macs=80.0, macs_saved=0.2, emptied=0)
+        >>> for candidate in Calibration(best=many, candidates=(few, many), accuracy=0.92, instances=1000).frontier:
+        ...     print(candidate)
+        beta=0.5: accuracy 0.9200, 10.0% of MACs saved
+        beta=1: accuracy 0.9100, 20.0% of MACs saved
     """
 
     best: Candidate

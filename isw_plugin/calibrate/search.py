@@ -91,6 +91,17 @@ def calibrate(
         SettingError: No pruner, an unknown parameter or value in ``grid``, a budget or number of images outside its
             range, an empty loader, ``by_channels`` with ``target_macs``, and what ``evaluate`` refuses.
         ProbeError: The model fails on the first batch, called without ``forward``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from isw_plugin import InstanceWisePruner, calibrate
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> images = torch.rand(8, 3, 8, 8)
+        >>> pruner = InstanceWisePruner(model, images)
+        >>> found = calibrate(pruner, [(images, model(images).argmax(1))], max_drop=0.25)
+        >>> found.accuracy, found.best.accuracy >= 0.75
+        (1.0, True)
     """
     _require_pruner(pruner)
     _check_budget(max_drop, target_macs, by_channels, metric)
@@ -188,10 +199,8 @@ def _rules_out(candidate: Candidate, point: Parameters, choice: Choice) -> bool:
 
 
 def _set(pruner: InstanceWisePruner, trial: Trial, calibration: Calibration) -> None:
-    best, enabled = calibration.best, pruner.enabled
-    pruner.enable(per_site=trial.overlaid(best.per_site), **best.parameters)
-    if not enabled:
-        pruner.disable()
+    best = calibration.best
+    pruner.set_thresholds(per_site=trial.overlaid(best.per_site), **best.parameters)
     pruner.calibration = calibration.to_dict()
 
 

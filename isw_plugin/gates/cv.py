@@ -19,6 +19,14 @@ class CVGate:
     Args:
         alpha: CV threshold, >= 0: a map is prunable for an instance when its CV exceeds it.
         beta: Drop threshold as a multiple of the mean norm, in [0, 2).
+
+    Example:
+        >>> import torch
+        >>> from isw_plugin import CVGate
+        >>> norms = torch.tensor([[0.1, 0.2, 3.0, 4.7]])
+        >>> feature = norms.view(1, 4, 1, 1)
+        >>> CVGate(alpha=0.5, beta=1.0)(feature, norms)
+        tensor([[False, False,  True,  True]])
     """
 
     alpha: float = 0.5

@@ -21,6 +21,14 @@ class MinNorm:
 
     Args:
         ratio: Share of channels to drop, in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> from isw_plugin import MinNorm
+        >>> norms = torch.tensor([[0.1, 0.2, 3.0, 4.7]])
+        >>> feature = norms.view(1, 4, 1, 1)
+        >>> MinNorm(ratio=0.5)(feature, norms)
+        tensor([[False, False,  True,  True]])
     """
 
     ratio: float
@@ -47,6 +55,13 @@ class RandomGate:
     Args:
         ratio: Share of channels to drop, in [0, 1).
         seed: Chooses another draw.
+
+    Example:
+        >>> import torch
+        >>> from isw_plugin import RandomGate
+        >>> norms = torch.rand(2, 8)
+        >>> RandomGate(ratio=0.25, seed=1)(norms.view(2, 8, 1, 1), norms).sum(1)
+        tensor([6, 6])
     """
 
     ratio: float

@@ -14,9 +14,17 @@ G = TypeVar("G", bound="Gate")
 
 @runtime_checkable
 class Gate(Protocol):
-    """Decides per instance which channels of a feature map survive.
+    """Decides per instance which channels of a feature map are kept.
 
     Any callable of this form works; a frozen dataclass also lets its parameters be changed by name.
+
+    Example:
+        >>> import torch
+        >>> from isw_plugin import Gate
+        >>> def above_half_of_the_largest(feature, norms):
+        ...     return norms > norms.amax(1, keepdim=True) / 2
+        >>> isinstance(above_half_of_the_largest, Gate)  # so InstanceWisePruner(model, gate=...) takes it
+        True
     """
 
     def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:

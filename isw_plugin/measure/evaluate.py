@@ -90,6 +90,15 @@ class GateReport:
         per_site: By site name.
         per_class: By label, where labels are classes.
         records: Per instance, if asked for.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from isw_plugin import evaluate
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> report = evaluate(model, [(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))])
+        >>> report.instances, report.execution, report.dense_macs
+        (2, 'dense', 10656.0)
     """
 
     instances: int
@@ -155,6 +164,18 @@ def evaluate(
             the whole batch.
         ProbeError: The model fails on the first batch, called without ``forward``.
         AttachError: The pruner is attached to a part of the model.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from isw_plugin import InstanceWisePruner, MinNorm, evaluate
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+        >>> pruner = InstanceWisePruner(model, images, gate=MinNorm(0.5))
+        >>> with pruner.gating():
+        ...     report = evaluate(model, [(images, labels)])  # a loader, or a list of batches
+        >>> report.prune_ratio, round(report.macs_saved, 3)
+        (0.5, 0.135)
     """
     tally = _Tally(model, forward or call)
     place = torch.device(device) if device is not None else device_of(model)

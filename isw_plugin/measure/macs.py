@@ -83,6 +83,12 @@ class MacReport:
             that make it, less the head's own; (N,) float64. They add up.
         per_layer: Layer name -> dense MACs of one image.
         gate: The gates' own multiply-adds for one image, not in ``gated``.
+
+    Example:
+        >>> import torch
+        >>> from isw_plugin import MacReport
+        >>> MacReport(dense=100, gated=torch.tensor([50.0, 75.0]), per_site={}, per_layer={}, gate=0).saved
+        tensor([0.5000, 0.2500])
     """
 
     dense: int
@@ -107,6 +113,18 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
 
     Raises:
         SettingError: No model, inputs without a batch, or a site that did not decide for each of them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from isw_plugin import InstanceWisePruner, MinNorm, count_macs
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> pruner = InstanceWisePruner(model, images, gate=MinNorm(0.5))
+        >>> pruner.step()
+        >>> macs = count_macs(model, images)
+        >>> macs.dense, macs.gated.tolist()
+        (10656, [9216.0, 9216.0])
     """
     pruner = gated_pruner(model)
     keep: dict[str, Tensor] = {}

@@ -142,7 +142,7 @@ _define(reference.keep_mask, _fake_keep_mask)
 
 @register_flop_formula([torch.ops.isw.conv2d, torch.ops.isw.grouped_conv2d, torch.ops.isw.depthwise_conv2d])
 def _conv_flops(x: Sequence[int], weight: Sequence[int], *args: object, out_shape: Any, **kwargs: object) -> int:
-    """Two per multiply-add of the dense layer: which channels survive is not known from shapes."""
+    """Two per multiply-add of the dense layer: which channels are kept is not known from shapes."""
     positions: int = math.prod(out_shape[0])
     return 2 * positions * math.prod(weight[1:4])
 

@@ -1,7 +1,7 @@
 """The engine's functions in plain PyTorch. They define the results; operators.py has the same signatures, faster.
 
 N instances, C channels, S slots: partial sums of squares over S groups of rows (a function of the map size only).
-A feature's `gating` says which of its channels survive: `Statistics`, a keep mask (bool (N, C), True = survivor),
+A feature's `gating` says which of its channels are kept: `Statistics`, a keep mask (bool (N, C), True = kept),
 or None for all. A dropped channel counts as zero, whatever it holds.
 
 Maps and weights are float32 or bfloat16, one type in a call. Sums, bias, residual and activation are computed in
@@ -140,7 +140,7 @@ def conv2d(
     residual: Tensor | None = None,
     residual_gating: Gating = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution of surviving channels, then bias, residual and activation.
+    """Convolution of kept channels, then bias, residual and activation.
 
     Args:
         x: Input, (N, C_in, H, W).
@@ -149,9 +149,9 @@ def conv2d(
         stride: One number or (vertical, horizontal).
         padding: One number or (vertical, horizontal).
         act: One of ACTS.
-        gating: Which input channels survive.
+        gating: Which input channels are kept.
         residual: Added before the activation, (N, C_out, OH, OW).
-        residual_gating: Which of its channels survive.
+        residual_gating: Which of its channels are kept.
 
     Returns:
         y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
@@ -214,14 +214,14 @@ def pooled_conv2d(
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor, *, act: str = "none", gating: Gating = None
 ) -> tuple[Tensor, Tensor]:
-    """Linear layer on surviving features.
+    """Linear layer on kept features.
 
     Args:
         x: Input, (N, ..., C_in); axes between hold tokens or pixels, which share the instance's decision.
         weight: From pack_weight, (ceil(C_out / 32), C_in, 1, 1, 32).
         bias: (C_out,).
         act: One of ACTS.
-        gating: Which input features survive.
+        gating: Which input features are kept.
 
     Returns:
         y (N, ..., C_out) and its partial sums of squares (N, S, C_out).
@@ -251,7 +251,7 @@ def depthwise_conv2d(
         stride: One number or (vertical, horizontal).
         padding: One number or (vertical, horizontal).
         act: One of ACTS.
-        gating: Which channels survive.
+        gating: Which channels are kept.
 
     Returns:
         y (N, C, OH, OW) and its sums of squares (N, 1, C).
@@ -278,5 +278,5 @@ def sum_squares(x: Tensor) -> Tensor:
 
 
 def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
-    """The decision behind Statistics(squares, alpha, beta): bool (N, C), True where the channel survives."""
+    """The decision behind Statistics(squares, alpha, beta): bool (N, C), True where the channel is kept."""
     return functional.keep_mask(squares.sum(1).sqrt(), alpha, beta)

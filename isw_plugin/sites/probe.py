@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from isw_plugin.copies import copy_of, has_observers
 from isw_plugin.errors import ISWError, ProbeError, UnsupportedError
+from isw_plugin.inputs import device_of
 from isw_plugin.sites.graph import LAYERS, Call, Graph, Node, norms_over_channels
 from isw_plugin.sites.inputs import Arguments, Inputs, Resize, as_they_are, one_instance, resizes
 from isw_plugin.sites.instances import INSTANCES, merged, mixing
@@ -77,7 +78,7 @@ def probe(model: nn.Module, inputs: Inputs) -> Graph:
         ProbeError: The forward fails on these inputs, or on another number of them.
         UnsupportedError: The model cannot be copied, or reads across its instances.
     """
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     # Inference tensors have no versions; a forward that draws noise must not move the user's generators.
     generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with torch.inference_mode(False), generators, warnings.catch_warnings(action="ignore"):

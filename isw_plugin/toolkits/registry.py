@@ -25,6 +25,11 @@ class Pruners(Mapping[str, type]):
 
     It promises a class, not how to call it: every class keeps the signature of its own package. Names
     that are built in or registered come before entry points of the same name.
+
+    Example:
+        >>> from isw_plugin import PRUNERS
+        >>> PRUNERS["instance_wise"].__name__, PRUNERS["bn_scale"].__name__
+        ('InstanceWisePruner', 'BNScalePruner')
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:
@@ -84,6 +89,13 @@ def register(name: str, cls: type) -> None:
 
     Raises:
         SettingError: The name is taken by another class, or this is no class.
+
+    Example:
+        >>> from isw_plugin import PRUNERS, register
+        >>> class MyPruner: ...
+        >>> register("mine", MyPruner)
+        >>> PRUNERS["mine"] is MyPruner
+        True
     """
     PRUNERS.add(name, cls)
 

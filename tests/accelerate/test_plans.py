@@ -25,15 +25,16 @@ def _gated_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Two(nn.Module):
-    """One of two heads."""
+    """One of two heads, behind a map that both runs of a probe read alike."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.stem, self.bend = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
         self.c1, self.act, self.one, self.other = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.Conv2d(8, 5, 3)
         self.register_buffer("table", torch.arange(5.0))
 
     def choose(self, x: Tensor, first: bool) -> Tensor:
-        return (self.one if first else self.other)(self.act(self.c1(x))).mean((2, 3))
+        return (self.one if first else self.other)(self.act(self.c1(self.bend(self.stem(x))))).mean((2, 3))
 
 
 class Even(Two):

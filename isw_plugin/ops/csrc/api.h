@@ -15,12 +15,12 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Which channels of an (N, C, ...) feature survive: statistics, or a ready mask, or (both null) all of them.
+// Which channels of an (N, C, ...) feature are kept: statistics, or a ready mask, or (both null) all of them.
 struct Gate {
   const float* squares = nullptr;  // [N][slots][C] partial sums of squares
   int64_t slots = 0;
   float alpha = 0, beta = 0;
-  const uint8_t* keep = nullptr;  // [N][C]; any byte but 0 survives
+  const uint8_t* keep = nullptr;  // [N][C]; any byte but 0 keeps
 };
 
 struct Window {

@@ -1,4 +1,4 @@
-// Decisions: statistics of the producer -> which channels of this instance survive.
+// Decisions: statistics of the producer -> which channels of this instance are kept.
 #pragma once
 #include <cmath>
 

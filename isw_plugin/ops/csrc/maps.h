@@ -20,9 +20,9 @@ namespace {
 
 class MapMemory {
  public:
-  static constexpr size_t least = 1 << 20;  // bytes of a map that is worth it
-  static constexpr size_t most = 256 << 20;  // bytes that wait
-  static constexpr size_t page = 2 << 20;  // of the kind that few of are needed
+  static constexpr size_t least = 1 << 20;  // bytes; smaller maps come from malloc
+  static constexpr size_t most = 256 << 20;  // bytes that wait for a next map, in all
+  static constexpr size_t page = 2 << 20;  // bytes of a huge page, of which a large map needs few
 
   // Of the whole process, and never destroyed: tensors may outlive any static object.
   static MapMemory& instance() {

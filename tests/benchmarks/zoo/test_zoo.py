@@ -363,7 +363,7 @@ def test_a_module_that_was_not_run_has_its_row() -> None:
 
 def test_the_report_is_a_page_and_its_numbers(tmp_path: Path) -> None:
     report({"gates": [step_record("a")]}, tmp_path)
-    assert "| x | a |  |  | ok |" in (tmp_path / "docs" / "zoo.md").read_text()
+    assert "| x | a |  |  | ok |" in (tmp_path / "benchmarks" / "zoo" / "results" / "models.md").read_text()
     told = json.loads((tmp_path / "benchmarks" / "zoo" / "results" / "summary.json").read_text())
     assert told == summary({"gates": [step_record("a")]})
 

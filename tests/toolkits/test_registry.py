@@ -157,7 +157,7 @@ def installed(tmp_path: Path) -> Callable[[str], None]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: small-package\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(ENTRIES)
-    paths = [str(tmp_path), str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    paths = [str(tmp_path), str(Path(__file__).parents[2])]
 
     def run(code: str) -> None:
         start = f"import sys; sys.path[:0] = {paths!r}\n{START}\nFOLDER = {str(tmp_path / 'saved')!r}\n"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from isw_plugin import Calibration, InstanceWisePruner, MinNorm, calibrate, evaluate, load_pretrained
 from isw_plugin.calibrate.per_site import Corner, hull, path
 from isw_plugin.errors import BudgetError, SettingError, StateMismatchError
+from tests.calibrate.test_search import Graded
 from tests.conftest import Plain, made
-from tests.test_calibrate import Graded
 
 CHANNELS = 10
 
