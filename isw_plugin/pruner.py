@@ -451,7 +451,13 @@ class InstanceWisePruner:
         return found
 
     def drop_predictors(self) -> None:
-        """Measure at every site again."""
+        """Measure at every site again.
+
+        Example:
+            >>> pruner.drop_predictors()
+            >>> pruner.predicted
+            ()
+        """
         self._settings.take_heads({})
         self._configure()
 
