@@ -13,6 +13,7 @@ ISWError
 ├── RecordedWithoutGradError (RuntimeError)  a site that ran under no_grad inside a training forward
 ├── EngineInputError (ValueError)          a tensor that the engine's operators do not take
 ├── NonFiniteFeatureError (ValueError)    NaN or infinity in a feature map
+├── PredictionError (ValueError)           heads that cannot be fitted, or do not fit
 ├── MissingExtraError (RuntimeError, ImportError)  a toolkit that is not installed
 ├── BudgetError (ValueError)              thresholds within the budget do not exist
 └── StateMismatchError (ValueError)       a state_dict of another model
@@ -29,6 +30,7 @@ __all__ = [
     "NonFiniteFeatureError",
     "NothingRecordedError",
     "PatternError",
+    "PredictionError",
     "ProbeError",
     "RecordedWithoutGradError",
     "SettingError",
@@ -99,6 +101,10 @@ class EngineInputError(ISWError, ValueError):
 
 class NonFiniteFeatureError(ISWError, ValueError):
     """A feature map holds NaN or infinity."""
+
+
+class PredictionError(ISWError, ValueError):
+    """Norms cannot be predicted: too few images, a gate that reads the map, or heads of another model."""
 
 
 class MissingExtraError(ISWError, ModuleNotFoundError, RuntimeError):

@@ -7,7 +7,7 @@ tensors on copy and pickle, so that a copied model (EMA) has hooks and memory of
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, SettingError, UnsupportedError
 from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate, keeps_all
+from isw_plugin.heads import UNSEEN, Statistics, positions, statistics
 from isw_plugin.masking import Part, column_keep, reader_parts, size
 from isw_plugin.memory import Call, Memory
 from isw_plugin.places import Hook, Step, hooks_in, steps_to
@@ -162,11 +163,24 @@ class _Observe(Hook):
         if not recording and call.gates is None:
             return feature
         _require_map(feature, site)
-        # What the gradient of the norms needs must outlive the forward.
-        norms = memory.channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
-        if recording and call.whole:  # a checkpoint's recompute repeats the arithmetic, not the record
-            self._record(call, norms)
-        return feature if call.gates is None else self._gate(call, call.gates[site.name], feature, norms.detach())
+        head = call.heads.get(site.name) if call.gates is not None else None
+        if recording or head is None:
+            # What the gradient of the norms needs must outlive the forward.
+            norms = memory.channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
+            if recording and call.whole:  # a checkpoint's recompute repeats the arithmetic, not the record
+                self._record(call, norms)
+        if call.gates is None:
+            return feature
+        if head is not None:
+            known = {source: call.known(source, site.name) for source in head.sources}
+            _require_instances(known, feature, site)
+            norms = head.norms(known, positions(feature, site.axis))
+        seen = feature.detach() if head is None else UNSEEN
+        gated = self._gate(call, call.gates[site.name], feature, norms.detach(), seen)
+        if site.name in call.watched:
+            left = torch.where(call.keep[site.name][-1], norms.detach(), 0) if head is None else None
+            call.statistics[site.name] = statistics(gated.detach(), site.axis, left)
+        return gated
 
     def _record(self, call: Call, norms: Tensor) -> None:
         if not torch.is_grad_enabled():
@@ -177,12 +191,12 @@ class _Observe(Hook):
             )
         call.recorded[self.site.name] = [*call.recorded.get(self.site.name, ()), norms]
 
-    def _gate(self, call: Call, gate: Gate, feature: Tensor, norms: Tensor) -> Tensor:
+    def _gate(self, call: Call, gate: Gate, feature: Tensor, norms: Tensor, seen: Any) -> Tensor:
         name = self.site.name
         if keeps_all(gate):
             call.decide(name, norms, torch.ones_like(norms, dtype=torch.bool))
             return feature
-        keep = gate(feature.detach(), norms)
+        keep = gate(seen, norms)
         _require_mask(keep, gate, norms, name)
         if self.memory.min_keep:
             largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices
@@ -210,6 +224,15 @@ def _require_map(feature: Any, site: Site) -> None:
             "instance), keep the instance axis in forward (no bare .squeeze()), or exclude the site. After a change "
             "of the model call pruner.update_regularizer()"
         )
+
+
+def _require_instances(known: Mapping[str, Statistics], feature: Tensor, site: Site) -> None:
+    for source, of_map in known.items():
+        if not is_tracing() and of_map.rms.shape[0] != feature.shape[0]:
+            raise UnsupportedError(
+                f"{site.name} runs on {feature.shape[0]} instances, and {source}, from which its norms are predicted, "
+                f"ran on {of_map.rms.shape[0]}: pruner.drop_predictors() measures again"
+            )
 
 
 def _require_mask(keep: Any, gate: Gate, norms: Tensor, name: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -17,10 +17,19 @@ from torch.utils.hooks import RemovableHandle
 from isw_plugin.errors import AttachError, UnsupportedError
 from isw_plugin.functional import channel_norm, mask
 from isw_plugin.gates import Gate
+from isw_plugin.heads import Head, Statistics
 
 __all__ = ["Call", "Memory"]
 
+_NO_HEADS: Mapping[str, Head] = {}
 _FORGOTTEN = 100  # training forwards without a penalty taken, after which something is surely wrong
+
+
+class _Decided(NamedTuple):
+    """What a forward decided and saw that a checkpoint repeats; empty where that is not known."""
+
+    keep: Mapping[str, list[Tensor]]
+    statistics: Mapping[str, Statistics]
 
 
 class Call:
@@ -30,9 +39,12 @@ class Call:
         gates: By site name, as they were when the call began; None: gates are off.
         records: Whether norms enter the penalty.
         before: In a checkpoint's recompute, what the forward that it repeats decided, where that is known.
+        heads: By site name, what predicts its norms.
+        watched: Sites whose statistics are kept.
         alone: No earlier forward with gradients waits for its backward, as far as is known.
         recorded: Site name -> norms (N, C) of every time that the site ran, in the graph.
         norms, keep: Site name -> what was decided, every time, detached.
+        statistics: Site name -> of its map after the mask, the last time.
     """
 
     def __init__(
@@ -41,10 +53,14 @@ class Call:
         records: bool,
         *,
         outer: "Call | None" = None,
-        before: Mapping[str, list[Tensor]] | None = None,
+        before: _Decided | None = None,
         whole: bool = False,
+        heads: Mapping[str, Head] = _NO_HEADS,
+        watched: frozenset[str] = frozenset(),
     ) -> None:
         self.gates = gates
+        self.heads = heads
+        self.watched = watched
         self.records = records
         self.outer = outer
         self.before = before
@@ -58,6 +74,7 @@ class Call:
         self.recorded: dict[str, list[Tensor]] = {}
         self.norms: dict[str, list[Tensor]] = {}
         self.keep: dict[str, list[Tensor]] = {}
+        self.statistics: dict[str, Statistics] = {}
         self._made: dict[str, int] = {}  # decisions, by site
         self._read: dict[tuple[str, str], int] = {}  # and how many of them a reader has seen the last of
 
@@ -73,16 +90,28 @@ class Call:
         Raises:
             UnsupportedError: It cannot be told which that is.
         """
+        return self._of(site, reader).keep[site][-1]
+
+    def known(self, site: str, reader: str) -> Statistics:
+        """Statistics of the map of a site that the layer of another, which is predicted, reads now.
+
+        Raises:
+            UnsupportedError: It cannot be told which they are.
+        """
+        return self._of(site, reader).statistics[site]
+
+    def _of(self, site: str, reader: str) -> "Call | _Decided":
+        """Whose last decision on a site is that on the map which a reader gets now."""
         made, seen = self._made.get(site, 0), self._read.get((reader, site), 0)
         self._read[reader, site] = made
         if made - seen == 1 or (made and made == seen and self.whole):
-            return self.keep[site][-1]
+            return self
         if self.before is not None:
-            if made == seen and len(self.before.get(site, ())) == 1:
-                return self.before[site][0]
+            if made == seen and len(self.before.keep.get(site, ())) == 1:
+                return self.before
             raise UnsupportedError(
                 f"a checkpoint recomputes {reader}, which reads {site}, and several forwards wait for their backward: "
-                'with gates on call backward after each forward, or attach with scope="all"'
+                'with gates on call backward after each forward, or attach with scope="all" and without heads'
             )
         raise UnsupportedError(
             f"{reader} reads {site}, which decided {made - seen} times since {reader} last ran, so it is not known "
@@ -97,6 +126,8 @@ class Memory:
         gates: By site name; which channels to keep.
         recording: By site name; whether its norms enter the penalty.
         enabled: Whether gates act.
+        heads: By site name; what predicts norms. Sites without one are measured.
+        watched: Sites whose statistics calls keep: those that heads read.
         min_keep: Channels that every instance keeps at every site, the largest.
         channel_norm, mask: What takes a map's norms (Eq. 3), and what drops its channels; operators while it is traced.
         tape: The training forwards whose penalty has not been taken.
@@ -106,6 +137,8 @@ class Memory:
     def __init__(self, owner: Any = None) -> None:
         self.owner = owner
         self.gates: dict[str, Gate] = {}
+        self.heads: dict[str, Head] = {}
+        self.watched: frozenset[str] = frozenset()
         self.recording: dict[str, bool] = {}
         self.enabled = False
         self.min_keep = 0
@@ -151,6 +184,12 @@ class Memory:
         last = getattr(self._mine, "last", None) or self._last
         return {name: _joined(keep) for name, keep in last.keep.items()} if last else {}
 
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """Of the maps that were watched in it, the last time that each ran."""
+        last = getattr(self._mine, "last", None) or self._last
+        return dict(last.statistics) if last else {}
+
     def take(self) -> list[dict[str, list[Tensor]]]:
         """Take off the tape what this thread's forwards have recorded, or if there were none, any thread's."""
         thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
@@ -166,7 +205,7 @@ class Memory:
         """A forward of the whole model starts, in training mode or not."""
         grad = torch.is_grad_enabled()
         records = training and grad and any(self.recording.values())
-        call = Call(self.gates if self.enabled else None, records, outer=self.running, whole=True)
+        call = self._call(records, outer=self.running, whole=True)
         self._mine.running, self._mine.loose = call, None
         if self.enabled:
             self._mine.last = self._last = call
@@ -183,6 +222,10 @@ class Memory:
                     stacklevel=2,
                 )
         return call
+
+    def _call(self, records: bool, **of_it: Any) -> Call:
+        gates = self.gates if self.enabled else None
+        return Call(gates, records, heads=self.heads, watched=self.watched, **of_it)
 
     def end(self) -> None:
         """The forward has ended; what one that raised has recorded goes."""
@@ -212,12 +255,14 @@ class Memory:
             graded: Call | None = getattr(self._mine, "graded", None) or self._graded
             if graded is not None and (graded.gates is gates or not compiling):
                 if graded.again is None:
-                    before = graded.keep if graded.alone else {}
-                    graded.again = Call(graded.gates, graded.records, before=before)
+                    before = _Decided(graded.keep, graded.statistics) if graded.alone else _Decided({}, {})
+                    graded.again = Call(
+                        graded.gates, graded.records, before=before, heads=graded.heads, watched=graded.watched
+                    )
                 return graded.again
         loose: Call | None = getattr(self._mine, "loose", None)
         if loose is None or loose.gates is not gates:
-            loose = self._mine.loose = Call(gates, False)
+            loose = self._mine.loose = self._call(False)
         if gates is not None:
             if not compiling:
                 _require_no_trace()

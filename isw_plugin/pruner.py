@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from isw_plugin.accelerate import BACKENDS, Accelerated, accelerate
 from isw_plugin.decay import decay
-from isw_plugin.errors import AttachError, NothingRecordedError, SettingError
+from isw_plugin.errors import AttachError, NothingRecordedError, SettingError, UnsupportedError
 from isw_plugin.gates import Gate
+from isw_plugin.heads import Head, stored
 from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of, orphaned_memory
 from isw_plugin.inputs import device_of
 from isw_plugin.places import without_hooks
@@ -22,7 +23,9 @@ from isw_plugin.values import as_count
 from isw_plugin.wrappers import attachable, unwrapped
 
 if TYPE_CHECKING:
-    from isw_plugin.static import Batches, Conversion
+    from isw_plugin.batches import Batches
+    from isw_plugin.predict import Predictors
+    from isw_plugin.static import Conversion
 
 __all__ = ["InstanceWisePruner"]
 
@@ -150,15 +153,26 @@ class InstanceWisePruner:
             1 sites, 8 channels
         """
         rows = [("layer", "channels", "gated at", "read by")]
+        heads = self._settings.heads
         for site in self.sites:
             readers = ", ".join(consumer.layer for consumer in site.consumers)
             taps = ", ".join(str(tap) for tap in site.taps)
-            rows.append((" + ".join(site.layers), str(site.channels), taps, readers))
+            norms = f"; {self._known_by(site)}" if heads else ""
+            rows.append((" + ".join(site.layers), str(site.channels), taps, readers + norms))
         rows += [(name, "", "-", f"left out: {reason}") for name, reason in self._found.left_out.items()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
         channels = sum(site.channels for site in self.sites)
-        return "\n".join([*lines, f"{len(self.sites)} sites, {channels:,} channels"])
+        predicted = f", {len(heads)} sites predicted" if heads else ""
+        return "\n".join([*lines, f"{len(self.sites)} sites, {channels:,} channels{predicted}"])
+
+    def _known_by(self, site: Site) -> str:
+        """Whether a site's norms are predicted, and why not."""
+        settings = self._settings
+        if site.name in settings.heads:
+            return f"predicted from {', '.join(settings.heads[site.name].sources)}"
+        reason = site.making.reason or settings.unpredicted.get(site.name)
+        return f"measured: {reason}" if reason else "measured"
 
     def update_regularizer(self) -> None:
         """Find the sites again, after a static pruning step has changed the model.
@@ -188,6 +202,7 @@ class InstanceWisePruner:
         self._memory.clear()
         self._settings.found = None
         self._settings.inputs = None
+        self._settings.heads = {}
 
     # -- training: Eq. 5 ---------------------------------------------------------------------------
 
@@ -375,6 +390,77 @@ class InstanceWisePruner:
             self._configure()
             self._memory.enabled = enabled
 
+    # -- norms known before the layer runs -----------------------------------------------------------
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """What predicts norms, by site name."""
+        return dict(self._settings.heads)
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """Names of the sites whose norms are predicted, which is decided before their layers run."""
+        return tuple(self._settings.heads)
+
+    def fit_predictors(self, batches: "Batches", *, max_instances: int = 6000) -> "Predictors":
+        """Predict norms from the maps that a site's layers read, so that what is dropped need not be computed.
+
+        A head for every site that can have one, ``norms = sqrt(P) relu(A phi + b)``, is fitted in closed form
+        (docs/predicting.md) to what gates measure at their present thresholds, in eval mode. Every fifth image judges
+        the heads. Sites that read the image, or whose head does not pay, go on measuring. Heads that there were go.
+        Under torch.distributed every rank must call this, and all get the same heads.
+
+        Args:
+            batches: Images, with labels or without, in any form that ``evaluate`` takes.
+            max_instances: Images to use at most, of each rank's loader.
+
+        Returns:
+            How well each head predicts, what it keeps and what it costs.
+
+        Raises:
+            PredictionError: Fewer images than a head needs, a site that is zero for all of them, a gate that needs
+                more than norms, no site that can be predicted, or scope="consumers". Nothing is changed.
+            NonFiniteFeatureError: A map holds NaN or infinity.
+            SettingError: No loader, or another number.
+            AttachError: The pruner was removed, or its sites are not known yet.
+
+        Example:
+            >>> from isw_plugin.errors import PredictionError
+            >>> try:
+            ...     pruner.fit_predictors([images])
+            ... except PredictionError as error:  # it has one site
+            ...     print(error)
+            no site can be predicted; 0: 0 reads the image
+        """
+        from isw_plugin.predict import fit  # closed forms are of no use to those who only gate
+
+        self._require_attached()
+        most = as_count("max_instances", max_instances, "a number of images", least=1)
+        settings, before = self._settings, self._settings.heads
+        settings.require_scope_all()
+        sites = self.sites
+        settings.heads = {}
+        try:
+            with self.gating():
+                heads, found = fit(self.model, self._memory, sites, batches, most)
+        finally:
+            settings.heads = before
+            self._configure()
+        settings.take_heads(heads, {name: head.reason for name, head in found.sites.items()})
+        self._configure()
+        return found
+
+    def drop_predictors(self) -> None:
+        """Measure at every site again.
+
+        Example:
+            >>> pruner.drop_predictors()
+            >>> pruner.predicted
+            ()
+        """
+        self._settings.take_heads({})
+        self._configure()
+
     # -- static pruning ----------------------------------------------------------------------------
 
     def to_static(self, batches: "Batches", threshold: float = 0.0) -> "Conversion":
@@ -400,9 +486,9 @@ class InstanceWisePruner:
 
         Raises:
             SettingError: Another threshold, or no images.
-            UnsupportedError: torch-pruning cannot trace the model; or a gate at threshold 0 of which it is
-                not known how it decides on fewer channels (known are CVGate and MinNorm). Nothing is
-                changed then.
+            UnsupportedError: Norms are predicted; torch-pruning cannot trace the model; or a gate at threshold
+                0 of which it is not known how it decides on fewer channels (known are CVGate and MinNorm).
+                Nothing is changed then.
 
         Example:
             >>> print(pruner.to_static([images[:1]]))  # a loader, or a list of batches
@@ -411,6 +497,11 @@ class InstanceWisePruner:
         from isw_plugin.static import convert  # torch-pruning is imported only where it is needed
 
         self._require_attached()
+        if self.predicted:
+            raise UnsupportedError(
+                f"norms of {len(self.predicted)} sites are predicted from maps that would lose channels, so equal "
+                "outputs cannot be promised: drop_predictors() first, and fit new ones afterwards"
+            )
         with self.gating():
             conversion = convert(self.model, self._memory, self.sites, self._settings.inputs, batches, threshold)
         for site, parameters in conversion.parameters.items():
@@ -463,20 +554,22 @@ class InstanceWisePruner:
     # -- saving ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and sites as plain JSON values; the model's weights are not in it.
+        """Settings and sites as plain JSON values, but for the tensors of heads; the model's weights are not in it.
 
         Example:
             >>> pruner.state_dict()["gate"]
             {'type': 'MinNorm', 'parameters': {'ratio': 0.5}}
         """
-        return self._settings.state() | {"min_keep": self._memory.min_keep, "enabled": self.enabled}
+        settings = self._settings
+        return settings.state() | {"min_keep": self._memory.min_keep, "enabled": self.enabled} | stored(settings.heads)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the settings of a pruner on the same architecture.
 
         Raises:
-            StateMismatchError: Another version, other sites, another scope, an unknown gate; nothing is
-                changed then.
+            StateMismatchError: Another version, other sites, another scope, an unknown gate, heads of another
+                model; nothing is changed then.
+            PredictionError: Heads, and a gate that needs more than norms; nothing is changed then.
 
         Example:
             >>> saved = pruner.state_dict()
@@ -548,6 +641,9 @@ class InstanceWisePruner:
         held = {name: settings.lambda_and_gate(override) for name, override in settings.overrides.items()}
         self._memory.recording = {name: lambda_ > 0 for name, (lambda_, _) in held.items()}
         self._memory.gates = {name: gate for name, (_, gate) in held.items()}
+        device = device_of(self.model)
+        self._memory.heads = {name: head.to(device) for name, head in settings.heads.items()}
+        self._memory.watched = frozenset(source for head in settings.heads.values() for source in head.sources)
 
 
 def _resolve_and_attach(model: nn.Module, inputs: Inputs) -> None:

@@ -15,20 +15,21 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isw_plugin.errors import StateMismatchError, UnsupportedError
-from isw_plugin.stored import FILE, VERSION, WEIGHTS, path_of, weights_named_by
+from isw_plugin.heads import heads_tensors
+from isw_plugin.stored import FILE, TENSORS, VERSION, files_named_by, path_of
 from isw_plugin.structure import describe, differences
 
 __all__ = ["encoded_inputs", "origin", "rebuilt", "write"]
 
 _LOCK = ".pruner.lock"
-_DRAFT = re.compile(rf"\.(({re.escape(FILE)})|{WEIGHTS.pattern})\.\d+(\.old)?\.draft")
+_DRAFT = re.compile(rf"\.(({re.escape(FILE)})|{TENSORS.pattern})\.\d+(\.old)?\.draft")
 _OPTIONS = ("in_chans", "drop_rate", "global_pool")  # what timm models remember of how they were made
 _LARGE = 1 << 20  # elements; buffers that a constructor computes have fewer
 _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
@@ -54,19 +55,18 @@ def write(
         OSError: It cannot be written; what was saved before is still there.
     """
     path = path_of(folder)
-    weights = _safetensors(model)
-    digest = hashlib.sha256(weights).hexdigest()
-    name = f"model-{digest[:16]}.safetensors"
+    state, heads = heads_tensors(pruner["state"])
+    files = {"weights": _file("model", model.state_dict())} | ({"heads": _file("heads", heads)} if heads else {})
     facts = {
         "version": VERSION,
         "model": {"name": type(model).__name__, **origin(model), "modules": describe(model)},
-        "weights": {"file": name, "sha256": digest},
-        "pruner": {**pruner, "state": _plain(_without_expressions(pruner["state"], per_site))},
+        **{part: {"file": file.name, "sha256": file.digest} for part, file in files.items()},
+        "pruner": {**pruner, "state": _plain(_without_expressions(state, per_site))},
     }
     document = json.dumps(facts, indent=1, allow_nan=False).encode()
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        _replace(path, name, weights, document)
+        _replace(path, {file.name: file.content for file in files.values()}, document)
 
 
 def origin(model: nn.Module) -> dict[str, Any]:
@@ -149,10 +149,21 @@ def _options(model: nn.Module, default: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _safetensors(model: nn.Module) -> bytes:
+class _File(NamedTuple):
+    name: str
+    digest: str
+    content: bytes
+
+
+def _file(kind: str, state: Mapping[str, Any]) -> _File:
+    content = _safetensors(state)
+    digest = hashlib.sha256(content).hexdigest()
+    return _File(f"{kind}-{digest[:16]}.safetensors", digest, content)
+
+
+def _safetensors(state: Mapping[str, Any]) -> bytes:
     from safetensors.torch import save
 
-    state = model.state_dict()
     other = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise UnsupportedError(f"only tensors can be saved without pickle, and the state_dict holds {', '.join(other)}")
@@ -190,17 +201,19 @@ def _plain(value: Any) -> Any:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def _replace(path: Path, name: str, weights: bytes, document: bytes) -> None:
-    """Replace the pair in a locked folder."""
+def _replace(path: Path, files: Mapping[str, bytes], document: bytes) -> None:
+    """Replace all in a locked folder."""
     _clear(path)
     try:
         # What is to go and what is to come is named by drafts: wherever this stops, the rest can be found.
         if (path / FILE).is_file():
             _write(_draft(path / FILE, ".old"), (path / FILE).read_bytes())
-        new, facts = _draft(path / name), _draft(path / FILE)
+        facts = _draft(path / FILE)
         _write(facts, document)
-        _write(new, weights)
-        new.replace(path / name)
+        for name, content in files.items():
+            _write(_draft(path / name), content)
+        for name in files:
+            _draft(path / name).replace(path / name)
         facts.replace(path / FILE)
     finally:
         _clear(path)
@@ -209,9 +222,9 @@ def _replace(path: Path, name: str, weights: bytes, document: bytes) -> None:
 def _clear(path: Path) -> None:
     """Remove drafts of ours, and weights that drafts name and ``pruner.json`` does not."""
     drafts = [file for file in path.iterdir() if _DRAFT.fullmatch(file.name)]
-    kept = weights_named_by(path / FILE)
-    for weights in {weights_named_by(draft) for draft in drafts} - {kept, None}:
-        (path / str(weights)).unlink(missing_ok=True)
+    named = {name for draft in drafts for name in files_named_by(draft)}
+    for name in named - files_named_by(path / FILE):
+        (path / name).unlink(missing_ok=True)
     for draft in drafts:
         draft.unlink(missing_ok=True)
 

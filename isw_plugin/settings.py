@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isw_plugin.decay import REDUCTIONS, first_norms, relative_weights
-from isw_plugin.errors import AttachError, PatternError, SettingError, StateMismatchError
+from isw_plugin.errors import AttachError, PatternError, PredictionError, SettingError, StateMismatchError
 from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate, named_gate, stored_gate, with_parameters
+from isw_plugin.heads import Head, require_norms_only, restored
 from isw_plugin.sites import Found, Inputs, Patterns, find_sites
 from isw_plugin.sites.patterns import select
 from isw_plugin.values import as_number
@@ -40,6 +42,8 @@ class Settings:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # per_site, by site name
     references: dict[str, float] = field(default_factory=dict)  # mean norm at the start of training, by site
     calibration: dict[str, Any] | None = None  # of the last ``calibrate``, plain values
+    heads: dict[str, Head] = field(default_factory=dict)  # of the sites whose norms are predicted
+    unpredicted: dict[str, str] = field(default_factory=dict)  # why others have none, beside how they are made
 
     def __post_init__(self) -> None:
         self.lambda_ = check_lambda(self.lambda_)
@@ -102,12 +106,31 @@ class Settings:
     def resolve(self, model: nn.Module, inputs: Inputs) -> None:
         """Find the sites, and which of them ``per_site`` means."""
         found = find_sites(model, inputs, self.layers, self.exclude, self.scope)
+        self._keep_heads(found)
         self.overrides = _by_site(model, found, self.per_site)
         before = {site.name: site.channels for site in self.found.sites} if self.found else {}
         same = {site.name for site in found.sites if before.get(site.name) == site.channels}
         self.references = {name: norm for name, norm in self.references.items() if name in same}
         self.found = found
         self.inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
+
+    def _keep_heads(self, found: Found) -> None:
+        """Heads whose site and sources are as they were stay."""
+        before = {site.name: site for site in self.found.sites} if self.found else {}
+        here = {site.name: site for site in found.sites}
+        same = {name for name, site in here.items() if name in before and site.channels == before[name].channels}
+        kept = {
+            name: head
+            for name, head in self.heads.items()
+            if {name, *head.sources} <= same and here[name].making.sources == head.sources
+        }
+        if gone := [name for name in self.heads if name not in kept]:
+            warnings.warn(
+                f"{', '.join(gone)}: measured again, since they or the maps that their heads read have changed. "
+                "fit_predictors fits new heads",
+                stacklevel=4,
+            )
+        self.heads = kept
 
     def set_thresholds(
         self, model: nn.Module, parameters: Mapping[str, Any], per_site: Mapping[str, Mapping[str, Any]] | None
@@ -174,7 +197,29 @@ class Settings:
             calibration=state.get("calibration"),
         )
         settings.overrides = _by_site(model, settings.known(), settings.per_site)
+        settings.take_heads(restored(state.get("heads", {}), settings.known().sites))
         return settings
+
+    def take_heads(self, heads: dict[str, Head], unpredicted: Mapping[str, str] | None = None) -> None:
+        """Predict the norms of these sites, and measure all others.
+
+        Raises:
+            PredictionError: A gate needs more than norms, or others than readers see the maps.
+        """
+        if heads:
+            self.require_scope_all()
+        for site in self.known().sites:
+            if site.name in heads:
+                require_norms_only(self.lambda_and_gate(self.overrides[site.name])[1], site)
+        self.heads, self.unpredicted = heads, dict(unpredicted or {})
+
+    def require_scope_all(self) -> None:
+        """Raise PredictionError where others than readers see whole maps, so that nothing can be left undone."""
+        if self.scope != "all":
+            raise PredictionError(
+                f'under scope="{self.scope}" others see the whole map, so that none of it can be left undone: attach '
+                'with scope="all"'
+            )
 
     def _stored_gate(self, stored: Mapping[str, Any]) -> Gate:
         if stored["type"] == _gate_type(self.gate):

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from isw_plugin.errors import SettingError, StateMismatchError
+from isw_plugin.heads import heads_of
 from isw_plugin.structure import WIDTHS
 
-__all__ = ["FILE", "VERSION", "WEIGHTS", "decoded_inputs", "path_of", "stored", "weights_named_by"]
+__all__ = ["FILE", "TENSORS", "VERSION", "decoded_inputs", "files_named_by", "path_of", "stored"]
 
 VERSION = 1
 FILE = "pruner.json"
-WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+TENSORS = re.compile(r"(?:model|heads)-[0-9a-f]{16}\.safetensors")
+_FILES = ("weights", "heads")  # parts that name a file; there are heads only where norms are predicted
 
 _PARTS = {
     "model": ("name", "architecture", "options", "edited", "modules"),
@@ -50,7 +52,7 @@ def path_of(folder: str | os.PathLike[str]) -> Path:
 
 
 def stored(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The facts of a folder and the weights that belong to them.
+    """The facts of a folder, heads among the pruner's state, and the weights that belong to them.
 
     Raises:
         FileNotFoundError: Nothing was saved there.
@@ -58,20 +60,26 @@ def stored(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     while True:
         facts = _read(folder / FILE)
+        named = {part: facts[part] for part in _FILES if part in facts}
         try:
-            return facts, _tensors(folder / facts["weights"]["file"], facts["weights"]["sha256"])
+            tensors = {part: _tensors(folder / file["file"], file["sha256"]) for part, file in named.items()}
         except StateMismatchError:
-            if _read(folder / FILE)["weights"] == facts["weights"]:  # else somebody saved in between
+            later = _read(folder / FILE)
+            if {part: later[part] for part in _FILES if part in later} == named:  # else somebody saved in between
                 raise
+            continue
+        facts["pruner"]["state"] = heads_of(facts["pruner"]["state"], tensors.get("heads", {}))
+        return facts, tensors["weights"]
 
 
-def weights_named_by(path: Path) -> str | None:
-    """The weights file of ours that a ``pruner.json``, or a draft of one, names."""
+def files_named_by(path: Path) -> set[str]:
+    """The files of tensors of ours that a ``pruner.json``, or a draft of one, names."""
     try:
-        name = _parsed(path)["weights"]["file"]
+        facts = _parsed(path)
+        names = [facts[part]["file"] for part in _FILES if part in facts]
     except (OSError, StateMismatchError, KeyError, TypeError):
-        return None
-    return name if isinstance(name, str) and WEIGHTS.fullmatch(name) else None
+        return set()
+    return {name for name in names if isinstance(name, str) and TENSORS.fullmatch(name)}
 
 
 def decoded_inputs(encoded: Mapping[str, Any]) -> Any:
@@ -115,6 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise StateMismatchError(f"{path} is damaged: it has no {', '.join(lacking)}")
     for part, checks in _CHECKS.items():
         _require(path, part, parts[part], checks)
+    if not _is_file(facts.get("heads", facts["weights"])):
+        raise StateMismatchError(f"{path} is damaged: heads cannot be {_short(facts['heads'])}")
     for name, module in facts["model"]["modules"].items():
         _require(path, f"model.modules.{_short(name)}", module, _MODULE)
     state = facts["pruner"]["state"] = _with_infinities(facts["pruner"]["state"])
@@ -226,6 +236,16 @@ def _is_file_name(value: Any) -> bool:
     return isinstance(value, str) and len(value) < 200 and Path(value).name == value != ".."
 
 
+def _is_file(value: Any) -> bool:
+    return isinstance(value, dict) and _is_file_name(value.get("file")) and _is_text(value.get("sha256"))
+
+
+def _is_head(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"sources"} or not isinstance(value["sources"], list):
+        return False
+    return all(map(_is_text, value["sources"]))
+
+
 def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_count, value)) and math.prod(value) <= _LARGEST_INPUTS
 
@@ -301,5 +321,6 @@ _STATE: dict[str, Check] = {
     "references": _mapping_to(lambda norm: _is_number(norm) and 0 < norm < math.inf),
     "calibration": _or_none(_is_mapping),
     "min_keep": _is_count,
+    "heads": _mapping_to(_is_head),
     "enabled": lambda value: isinstance(value, bool),
 }

@@ -2,8 +2,10 @@
 
 One multiply-add is one MAC. Convolutions and linear layers are counted, as in the paper; norms,
 activations and biases are not. A dropped channel saves the work of its readers on that input channel,
-so the saving is linear in the number of dropped channels. Projections that are no module of their own
-(``nn.MultiheadAttention``) and products of activations (attention) are not counted.
+so the saving is linear in the number of dropped channels. Where norms are predicted, it saves its own layers'
+work on it too, as far as their inputs are kept (MACs * keep_in * keep_out is left, group by group), less the
+head's. Projections that are no module of their own (``nn.MultiheadAttention``) and products of activations
+(attention) are not counted.
 """
 
 from collections import Counter
@@ -18,7 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from isw_plugin.accelerate import Accelerated, Record
 from isw_plugin.errors import AttachError, SettingError
-from isw_plugin.hooks import has_hooks, memory_of
+from isw_plugin.heads import Head
+from isw_plugin.hooks import Part, column_keep, has_hooks, memory_of, reader_parts
 from isw_plugin.inputs import call, instances_in, measuring
 from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.sites import LAYERS, Inputs, Site
@@ -45,6 +48,7 @@ class DenseMacs:
         per_layer: Layer name -> MACs, of all its calls.
         calls: Layer name -> calls in one forward.
         columns: Layer name -> input channels or features.
+        groups: Layer name -> groups of its channels.
         gate: The gates' own multiply-adds: a square for every element of a site, and 4 a channel for
             mean and CV (section 3.4).
     """
@@ -52,6 +56,7 @@ class DenseMacs:
     per_layer: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     columns: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
     gate: int = 0
 
     @property
@@ -60,7 +65,11 @@ class DenseMacs:
 
     def per_column(self, layer: str) -> float:
         """MACs that one input column takes in one call of a layer (the mean call, where sizes differ)."""
-        return self.per_layer[layer] / max(self.calls[layer], 1) / self.columns[layer]
+        return self.per_call(layer) / self.columns[layer]
+
+    def per_call(self, layer: str) -> float:
+        """MACs of the mean call of a layer."""
+        return self.per_layer[layer] / max(self.calls[layer], 1)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,8 @@ class MacReport:
     Attributes:
         dense: Of one image with every channel kept.
         gated: Of each image with its dropped channels skipped, (N,) float64.
-        per_site: Site name -> MACs saved in the readers of this map, (N,) float64; they add up.
+        per_site: Site name -> MACs saved in the readers of this map, and where its norms are predicted in the layers
+            that make it, less the head's own; (N,) float64. They add up.
         per_layer: Layer name -> dense MACs of one image.
         gate: The gates' own multiply-adds for one image, not in ``gated``.
 
@@ -125,7 +135,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
         keep = decided.keep
         require_decided(pruner.sites, keep, instances)
     dense = count_dense(model, inputs, call, instances)  # with gates off
-    saved = saved_by_site(pruner.sites, keep, dense) if pruner else {}
+    saved = saved_by_site(pruner.sites, keep, dense, pruner.heads) if pruner else {}
     total = torch.full((instances,), float(dense.total), dtype=torch.float64)
     return MacReport(dense.total, total - sum(saved.values()), saved, dict(dense.per_layer), dense.gate)
 
@@ -142,16 +152,31 @@ def require_decided(sites: Sequence[Site], keep: Mapping[str, Tensor], instances
             )
 
 
-def saved_by_site(sites: Sequence[Site], keep: Mapping[str, Tensor], dense: DenseMacs) -> dict[str, Tensor]:
-    """MACs that each image saves in the readers of each site, (N,) float64 on the CPU."""
+def saved_by_site(
+    sites: Sequence[Site], keep: Mapping[str, Tensor], dense: DenseMacs, heads: Mapping[str, Head]
+) -> dict[str, Tensor]:
+    """MACs that each image saves by each site (see ``MacReport.per_site``), (N,) float64 on the CPU."""
+    keep = {name: mask.cpu() for name, mask in keep.items()}
+    parts = reader_parts(sites) if heads else {}
     saved = {}
     for site in sites:
         per_channel = torch.zeros(site.channels, dtype=torch.float64)
         for reader in site.consumers:
             held = torch.tensor([channel for _, channel in reader.columns(site.channels)])
             per_channel += dense.per_column(reader.layer) * held.bincount(minlength=site.channels)
-        saved[site.name] = (~keep[site.name]).double().cpu() @ per_channel
+        saved[site.name] = (~keep[site.name]).double() @ per_channel
+        if site.name in heads:
+            undone = (_undone(site, layer, parts.get(layer, ()), keep, dense) for layer in site.making.layers)
+            saved[site.name] = saved[site.name] + sum(undone) - heads[site.name].macs
     return saved
+
+
+def _undone(site: Site, layer: str, parts: Sequence[Part], keep: dict[str, Tensor], dense: DenseMacs) -> Tensor:
+    """MACs of dropped output channels of a layer on its kept inputs, (N,)."""
+    dropped, columns = ~keep[site.name], dense.columns[layer]
+    read = column_keep(parts, keep, columns) if parts else torch.ones(len(dropped), columns, dtype=torch.bool)
+    shares = [mask.double().view(len(dropped), dense.groups[layer], -1).mean(2) for mask in (read, dropped)]
+    return dense.per_call(layer) * (shares[0] * shares[1]).mean(1)
 
 
 @contextmanager
@@ -207,10 +232,14 @@ def count_dense(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any
     _require_readers(sites, layers)
     handles = []
     for name, module in layers.items():
+        counted.groups[name] = module.groups if isinstance(module, _ConvNd) else 1
         counted.columns[name] = module.in_channels if isinstance(module, _ConvNd) else module.in_features
         handles.append(module.register_forward_hook(_LayerCounter(counted, name, instances), with_kwargs=True))
+    squared = _squared(pruner) if pruner else ()
     for site in sites:
         counted.gate += 4 * site.channels
+        if site.name not in squared:
+            continue
         handles.append(_count_gate(model, site, counted, instances))
     try:
         if pruner:
@@ -223,6 +252,13 @@ def count_dense(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any
         for handle in handles:
             handle.remove()
     return counted
+
+
+def _squared(pruner: InstanceWisePruner) -> set[str]:
+    """Sites whose squares are summed: all that are measured, and those that heads read."""
+    heads = pruner.heads
+    read = {source for head in heads.values() for source in head.sources}
+    return read | {site.name for site in pruner.sites if site.name not in heads}
 
 
 def _require_readers(sites: Sequence[Site], layers: Mapping[str, nn.Module]) -> None:

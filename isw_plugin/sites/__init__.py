@@ -3,6 +3,6 @@
 from isw_plugin.sites.find import Found, find_sites
 from isw_plugin.sites.patterns import Patterns
 from isw_plugin.sites.probe import LAYERS, Inputs, default_inputs
-from isw_plugin.sites.site import Consumer, Site, Tap
+from isw_plugin.sites.site import Consumer, Making, Site, Tap
 
-__all__ = ["LAYERS", "Consumer", "Found", "Inputs", "Patterns", "Site", "Tap", "default_inputs", "find_sites"]
+__all__ = ["LAYERS", "Consumer", "Found", "Inputs", "Making", "Patterns", "Site", "Tap", "default_inputs", "find_sites"]

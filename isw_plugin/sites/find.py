@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from isw_plugin.errors import NoSitesError
+from isw_plugin.sites.making import Makings
 from isw_plugin.sites.patterns import Patterns, select
 from isw_plugin.sites.probe import Graph, Inputs, probe
 from isw_plugin.sites.readers import Readers
@@ -54,7 +55,9 @@ def find_sites(
             f"them reads from another{_because(reasons)}"
         )
     chosen = set(select(nameable, layers, exclude))
-    sites = tuple(_site(graph, ends, value, readers, taps) for value, names in makers.items() if chosen & set(names))
+    values = {value: names[0] for value, names in makers.items() if chosen & set(names)}
+    makings = Makings(readers, values)
+    sites = tuple(_site(graph, ends, value, readers, taps, makings) for value in values)
     for site_names in makers.values():
         if not chosen & set(site_names):
             reasons |= {name: "not selected by layers / exclude" for name in site_names if name in graph.layers}
@@ -73,7 +76,7 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def _site(graph: Graph, ends: Ends, value: int, readers: Readers, taps: Taps) -> Site:
+def _site(graph: Graph, ends: Ends, value: int, readers: Readers, taps: Taps, makings: Makings) -> Site:
     axis, names = ends.axes[value], ends.layers[value]
     return Site(
         name=names[0],
@@ -84,6 +87,7 @@ def _site(graph: Graph, ends: Ends, value: int, readers: Readers, taps: Taps) ->
         taps=taps.of(value, axis),
         consumers=tuple(readers.of(value, axis)),
         overwritten=any(value in call.inputs and _drops_in_place(graph.modules[call.name]) for call in graph.calls),
+        making=makings.of(value, axis, names),
     )
 
 

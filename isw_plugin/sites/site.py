@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import gcd
 
-__all__ = ["Consumer", "Site", "Tap"]
+__all__ = ["Consumer", "Making", "Site", "Tap"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,21 @@ class Consumer:
 
 
 @dataclass(frozen=True)
+class Making:
+    """How a map is made, which is what its norms can be predicted from and what a dropped channel saves before it.
+
+    Attributes:
+        sources: Names of the sites that the layers read, and of those that are added to what they make (shortcuts).
+        layers: Those whose output channel c is needed for channel c of the map and for nothing else.
+        reason: Why channels cannot be decided on before the layers run; "" where they can.
+    """
+
+    sources: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    reason: str = "not looked for"
+
+
+@dataclass(frozen=True)
 class Site:
     """One feature map that a convolution or linear layer reads.
 
@@ -63,6 +78,7 @@ class Site:
         taps: Where the map passes, in the order of execution; the first sees it first.
         consumers: Its readers.
         overwritten: Whether a dropout in place changes the map in training.
+        making: How it is made.
     """
 
     name: str
@@ -73,3 +89,4 @@ class Site:
     taps: tuple[Tap, ...]
     consumers: tuple[Consumer, ...]
     overwritten: bool = False
+    making: Making = Making()

@@ -1,0 +1,206 @@
+"""Norms of a map before its layer runs: one linear map of what is known of the maps that the layer reads.
+
+docs/predicting.md has the definition and what it was measured against.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from isw_plugin.errors import PredictionError, StateMismatchError
+from isw_plugin.functional import channel_norm, is_tracing
+from isw_plugin.gates import Gate
+from isw_plugin.sites import Site
+
+__all__ = [
+    "UNSEEN",
+    "Head",
+    "Statistics",
+    "features",
+    "heads_of",
+    "heads_tensors",
+    "positions",
+    "require_norms_only",
+    "restored",
+    "statistics",
+    "stored",
+]
+
+_SEEN = "this gate reads the map itself, which does not exist yet where norms are predicted: go on measuring"
+
+
+class _Unseen:
+    """What a gate gets for the map where norms are predicted."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise PredictionError(f"{_SEEN} (it asks for .{name})")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise PredictionError(_SEEN)
+
+
+UNSEEN: Any = _Unseen()
+
+
+class Statistics(NamedTuple):
+    """What a head knows of a map after its own mask: root mean square and mean of every channel, (N, C) each.
+
+    ``positions``: elements of a channel of one instance.
+    """
+
+    rms: Tensor
+    mean: Tensor
+    positions: int
+
+
+def positions(feature: Tensor, axis: int) -> int:
+    """Elements of a channel of one instance."""
+    if not is_tracing():
+        return math.prod(feature.shape[1:]) // feature.shape[axis]
+    with warnings.catch_warnings(action="ignore"):  # all sizes but the number of instances are constants
+        return math.prod(map(int, feature.shape[1:])) // int(feature.shape[axis])
+
+
+def statistics(feature: Tensor, axis: int, norms: Tensor | None = None) -> Statistics:
+    """Statistics of a map (N, C, H, W), (N, T, C) or (N, C), C on ``axis``; float32 (float64 for float64).
+
+    Args:
+        norms: Its channel norms (N, C), where they are known.
+    """
+    others = [dim for dim in range(1, feature.dim()) if dim != axis % feature.dim()]
+    wide = torch.promote_types(feature.dtype, torch.float32)
+    mean = feature.mean(others, dtype=wide) if others else feature.to(wide)
+    size = positions(feature, axis)
+    norms = channel_norm(feature, axis) if norms is None else norms
+    return Statistics(norms / math.sqrt(size), mean, size)
+
+
+def features(read: Mapping[str, Statistics], sources: Sequence[str]) -> Tensor:
+    """phi: the inputs of a head that reads these sites, in this order, (N, 2 * sum of their channels)."""
+    return torch.cat([part for source in sources for part in (read[source].rms, read[source].mean)], 1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Predicts the norms of one site: ``norms = sqrt(P) relu(A phi + b)``, P positions of the map.
+
+    Attributes:
+        sources: The sites that it reads.
+        weight: A, (C, F).
+        bias: b, (C,).
+    """
+
+    sources: tuple[str, ...]
+    weight: Tensor
+    bias: Tensor
+
+    def norms(self, read: Mapping[str, Statistics], size: int) -> Tensor:
+        """Predicted channel norms (N, C) of a map of ``size`` positions, from statistics by site."""
+        phi = features(read, self.sources)
+        with torch.autocast(phi.device.type, enabled=False):
+            rms: Tensor = torch.addmm(self.bias.to(phi), phi, self.weight.to(phi).T).relu()
+        return rms * math.sqrt(size)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one image."""
+        return self.weight.numel()
+
+    def to(self, device: torch.device) -> Self:
+        """The same head with its tensors on a device."""
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
+
+
+def require_norms_only(gate: Gate, site: Site) -> None:
+    """Raise PredictionError where a gate needs the map of a site to decide on it."""
+    try:
+        gate(UNSEEN, torch.ones(2, site.channels))
+    except Exception as error:  # whatever a gate makes of it
+        raise PredictionError(
+            f"{site.name} cannot be predicted with {gate}, which needs more than norms ({error}): go on measuring, or "
+            "take a gate that decides on norms alone"
+        ) from error
+
+
+# -- saving ----------------------------------------------------------------------------------------
+
+
+def stored(heads: Mapping[str, Head]) -> dict[str, Any]:
+    """Heads as a part of a pruner's state; nothing where there are none."""
+    held = {
+        name: {"sources": list(head.sources), "weight": head.weight.cpu(), "bias": head.bias.cpu()}
+        for name, head in heads.items()
+    }
+    return {"heads": held} if held else {}
+
+
+def restored(heads: Any, sites: Sequence[Site]) -> dict[str, Head]:
+    """What ``stored`` gave under "heads", for these sites.
+
+    Raises:
+        StateMismatchError: They are another model's, or no heads.
+    """
+    if not isinstance(heads, Mapping):
+        raise StateMismatchError(f"heads are a {type(heads).__name__}, and not a dict by site name")
+    here = {site.name: site for site in sites}
+    found = {}
+    for name, head in heads.items():
+        if name not in here:
+            raise StateMismatchError(f"a head of another model: there is no site {name!r} here")
+        found[name] = _restored(head, here[name], here)
+    return found
+
+
+def _restored(head: Any, site: Site, sites: Mapping[str, Site]) -> Head:
+    lacking = [key for key in ("sources", "weight", "bias") if not isinstance(head, Mapping) or key not in head]
+    if lacking:
+        raise StateMismatchError(f"the head of {site.name} is damaged: it has no {', '.join(lacking)}")
+    sources = tuple(head["sources"]) if isinstance(head["sources"], list | tuple) else (head["sources"],)
+    tensors = {key: head[key] for key in ("weight", "bias")}
+    if site.making.reason or sources != site.making.sources:
+        here = site.making.reason or f"its layers read {', '.join(site.making.sources)}"
+        raise StateMismatchError(f"the head of {site.name} reads {', '.join(map(str, sources))}, and here {here}")
+    inputs = 2 * sum(sites[source].channels for source in sources)
+    for (key, tensor), shape in zip(tensors.items(), ((site.channels, inputs), (site.channels,)), strict=True):
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or not tensor.is_floating_point():
+            what = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise StateMismatchError(f"the {key} of the head of {site.name} is {what}, and {shape} floats here")
+        if not tensor.isfinite().all():
+            raise StateMismatchError(f"the {key} of the head of {site.name} holds NaN or infinity")
+    return Head(sources, *(tensor.detach().clone() for tensor in tensors.values()))
+
+
+def heads_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A pruner's state as plain values, its heads as their sources, and the heads' tensors by name."""
+    held = state.get("heads", {})
+    if not held:
+        return dict(state), {}
+    tensors = {f"{name}.{key}": head[key] for name, head in held.items() for key in ("weight", "bias")}
+    return {**state, "heads": {name: {"sources": head["sources"]} for name, head in held.items()}}, tensors
+
+
+def heads_of(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state of which ``heads_tensors`` made the two.
+
+    Raises:
+        StateMismatchError: Tensors are missing, or there are others.
+    """
+    held = state.get("heads", {})
+    names = {f"{name}.{key}" for name in held for key in ("weight", "bias")}
+    if other := sorted(names ^ tensors.keys()):
+        raise StateMismatchError(f"the stored heads and their tensors differ: {', '.join(other[:5])}")
+    if not held:
+        return dict(state)
+    return {
+        **state,
+        "heads": {
+            name: {**head, "weight": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]}
+            for name, head in held.items()
+        },
+    }
