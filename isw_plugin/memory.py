@@ -18,6 +18,7 @@ from isw_plugin.errors import AttachError, UnsupportedError
 from isw_plugin.functional import channel_norm, mask
 from isw_plugin.gates import Gate
 from isw_plugin.heads import Head, Statistics
+from isw_plugin.settings import Settings
 
 __all__ = ["Call", "Memory"]
 
@@ -131,11 +132,11 @@ class Memory:
         min_keep: Channels that every instance keeps at every site, the largest.
         channel_norm, mask: What takes a map's norms (Eq. 3), and what drops its channels; operators while it is traced.
         tape: The training forwards whose penalty has not been taken.
-        owner: What the pruner of a copied model is rebuilt from; holds no module either.
+        settings: What the pruner of a copied model is rebuilt from; holds no module either.
     """
 
-    def __init__(self, owner: Any = None) -> None:
-        self.owner = owner
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings
         self.gates: dict[str, Gate] = {}
         self.heads: dict[str, Head] = {}
         self.watched: frozenset[str] = frozenset()

@@ -104,7 +104,7 @@ class InstanceWisePruner:
         if inputs is not None:
             settings.resolve(model, inputs)
         self.model = model
-        self._memory = Memory(owner=settings)
+        self._memory = Memory(settings)
         self._memory.min_keep = min_keep
         self._attach()
 
@@ -580,7 +580,7 @@ class InstanceWisePruner:
         """
         self._require_attached()
         min_keep = as_count("min_keep", state.get("min_keep", 0), "a number of channels")
-        self._memory.owner = self._settings.restored(state, self.model)
+        self._memory.settings = self._settings.restored(state, self.model)
         self._memory.min_keep = min_keep
         self._memory.enabled = state.get("enabled", False)
         self._configure()
@@ -612,7 +612,9 @@ class InstanceWisePruner:
 
     @property
     def _settings(self) -> Settings:
-        settings: Settings = self._memory.owner  # one for all pruners of a model that ``of`` made
+        settings = self._memory.settings  # one for all pruners of a model that ``of`` made
+        if settings is None:
+            raise AttachError("this memory belongs to no pruner")
         return settings
 
     def _require_attached(self) -> None:
