@@ -58,7 +58,7 @@ def test_a_failed_write_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_second_process_is_refused_in_one_line(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", {"seed": 0})
     code = "import sys, pathlib, run_folder as r; r.RunFolder(pathlib.Path(sys.argv[1]), {'seed': 0})"
-    examples = Path(__file__).parent.parent / "examples"
+    examples = Path(__file__).parents[2] / "examples"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=examples)
     assert done.returncode == 1

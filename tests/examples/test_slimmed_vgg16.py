@@ -17,7 +17,7 @@ from slimmed_vgg16 import arguments, main, vgg16
 from isw_plugin.errors import SettingError
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slimmed_vgg16.py"
-SMALL = "--width 0.125 --epochs-dense 2 --epochs-finetune 1 --prune-ratio 0.2 --max-drop 0.9 --device cpu".split()  # noqa: SIM905
+SMALL = "--width 0.125 --epochs-dense 2 --epochs-finetune 1 --prune-ratio 0.2 --max-drop 0.49 --device cpu".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ FEW = [
     "--accumulate=2",
     "--bf16",
     "--ema=0.5",
-    "--max-drop=1",
+    "--max-drop=0.49",
     "--max-instances=20",
     "--cpu",
 ]

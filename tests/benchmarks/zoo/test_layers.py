@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[Make, int, tuple[str, ...]]] = {
     "ScaledStdConv2dSame": (lambda: around(layers.ScaledStdConv2dSame(8, 16, 3, stride=2)), 9, ("0", "2", "3")),
     "grouped": (lambda: around(nn.Conv2d(8, 16, 3, groups=4)), 8, ("0", "2", "3")),
     "depthwise": (lambda: around(nn.Conv2d(8, 8, 3, groups=8), channels=8), 8, ("0", "2", "3")),
-    "MixedConv2d": (lambda: around(layers.MixedConv2d(8, 16, [3, 5])), 8, ("2.0", "2.1", "3")),
+    "MixedConv2d": (lambda: around(layers.MixedConv2d(8, 16, [3, 5])), 8, ("0", "2.0", "2.1", "3")),
     "CondConv2d": (lambda: around(Routed()), 8, ("0", "3")),
     "BatchNormAct2d": (lambda: normed(layers.BatchNormAct2d(16)), 8, ("0", "2.0", "3")),
     "GroupNormAct": (lambda: normed(layers.GroupNormAct(16, 4)), 8, ("0", "2.0", "3")),
