@@ -328,10 +328,9 @@ def _by_site(model: nn.Module, found: Found, per_site: Mapping[str, Mapping[str,
 
 def _require_same_model(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     missing = sorted(here.keys() - state.keys() - _ADDED)
-    if state.get("version", _VERSION) != _VERSION:
-        raise StateMismatchError(f"no state_dict of version {_VERSION}: it is of version {state['version']!r}")
-    if missing:
-        raise StateMismatchError(f"no state_dict of version {_VERSION}: it has no {', '.join(missing)}")
+    if missing or state["version"] != _VERSION:
+        lacking = f", and it has no {', '.join(missing)}" if missing else ""
+        raise StateMismatchError(f"no state_dict of version {_VERSION}: version {state.get('version')!r}{lacking}")
     if state["scope"] != here["scope"]:
         raise StateMismatchError(f"saved with scope={state['scope']!r}: attach with that scope first")
     names = dict.fromkeys([*here["sites"], *state["sites"]])

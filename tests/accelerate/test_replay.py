@@ -302,6 +302,7 @@ def test_a_tape_dropped_by_another_thread_harms_nobody() -> None:
     assert len(replayed._tapes) == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some fall into a destructor
 def test_interrupts_at_any_moment_change_no_later_call() -> None:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -26,7 +26,7 @@ def test_a_stored_vgg16_is_built_at_its_own_widths(tmp_path: Path) -> None:
 
 def test_the_pair_and_single_sites_are_written_for_every_budget(tmp_path: Path) -> None:
     models = [str(store(tmp_path / name)) for name in ("vgg16-0", "vgg16-1e-07")]
-    options = ["--data", "digits", "--images", "20", "--thin", "18", "--max-drops", "1", "--out", str(tmp_path)]
+    options = ["--data", "digits", "--images", "20", "--thin", "18", "--max-drops", "0.49", "--out", str(tmp_path)]
     results = sites.main(sites.arguments([*models, *options]))
     assert json.loads((tmp_path / "sites.json").read_text()) == results
     assert [row["model"] for row in results["rows"]] == ["vgg16-0/trained"] * 2 + ["vgg16-1e-07/trained"] * 2
@@ -37,7 +37,7 @@ def test_the_pair_and_single_sites_are_written_for_every_budget(tmp_path: Path) 
 
 
 def test_the_aim_may_be_channels(tmp_path: Path) -> None:
-    options = ["--data", "digits", "--images", "20", "--thin", "18", "--max-drops", "1", "--out", str(tmp_path)]
+    options = ["--data", "digits", "--images", "20", "--thin", "18", "--max-drops", "0.49", "--out", str(tmp_path)]
     arguments = sites.arguments([str(store(tmp_path / "vgg16-0")), *options, "--by-channels"])
     pair, own = sites.main(arguments)["rows"]
     assert pair["held_out"]["dropped"] <= own["held_out"]["dropped"]
