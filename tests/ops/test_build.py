@@ -220,6 +220,7 @@ def test_building_is_announced_and_finding_is_not(compiler: Path, caplog: pytest
     assert len(caplog.records) == 1
 
 
+@pytest.mark.slow  # half a minute of compiling
 def test_two_real_builds_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISW_PLUGIN_CACHE", str(tmp_path))
     command = [sys.executable, "-m", "isw_plugin.ops", "build"]
