@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.speed import handover
-from benchmarks.speed.networks import gate_at, gate_by, network
+from benchmarks.speed.networks import gate_at, gate_by, network, noise
+from benchmarks.speed.runtimes import frozen
 from benchmarks.speed.steady import Probe, taken_rounds
 from isw_plugin import InstanceWisePruner, count_macs
 from isw_plugin.accelerate.accelerated import Accelerated
@@ -100,7 +101,7 @@ def measure(
         A row for each of ``masks``.
     """
     model = network(name, side)
-    images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+    images = noise(batch, side)
     with torch.inference_mode():
         probe.wait(_PATIENCE)
         gatings = {str(ratio): _gating(model, images, ratio, name) for ratio in masks}
@@ -130,20 +131,8 @@ def _dense(model: nn.Module, images: Tensor, compiles: bool) -> dict[str, Run]:
         "prepacked": lambda: prepacked(images),
     }
     if compiles:
-        compiled = _frozen(channels_last, last)
-        runs["compiled"] = lambda: compiled(last)
+        runs["compiled"] = frozen(channels_last, last)
     return runs
-
-
-def _frozen(model: nn.Module, images: Tensor) -> Callable[[Tensor], object]:
-    import torch._inductor.config as config
-
-    config.freezing = True
-    torch.compiler.reset()
-    compiled: Callable[[Tensor], object] = torch.compile(model)
-    with torch.no_grad():
-        compiled(images)
-    return compiled
 
 
 def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> _Gating:
