@@ -75,6 +75,9 @@ class Apart:
         taken: list[float] = self._answer(_START)
         return taken
 
+    def __call__(self) -> None:
+        self.seconds(1)
+
     def _answer(self, patience: float) -> Any:
         if not self._pipe.poll(patience):
             raise RuntimeError(f"a process gave no answer in {patience:.0f} s")
