@@ -16,10 +16,12 @@ from isw_plugin.errors import PredictionError, StateMismatchError
 from isw_plugin.functional import channel_norm, is_tracing
 from isw_plugin.gates import Gate
 from isw_plugin.sites import Site
+from isw_plugin.values import as_count
 
 __all__ = [
     "UNSEEN",
     "Head",
+    "Lesson",
     "Statistics",
     "features",
     "heads_of",
@@ -59,6 +61,9 @@ class Statistics(NamedTuple):
     positions: int
 
 
+Lesson = tuple[Mapping[str, Statistics], Tensor]  # what a head read, and the root mean squares (N, C) that there were
+
+
 def positions(feature: Tensor, axis: int) -> int:
     """Elements of a channel of one instance."""
     if not is_tracing():
@@ -94,11 +99,15 @@ class Head:
         sources: The sites that it reads.
         weight: A, (C, F).
         bias: b, (C,).
+        moments: Where it follows a network, what was seen so far, as ``predict.ridge.moments`` has it.
+        followed: Calls of ``follow_predictors`` since it was fitted.
     """
 
     sources: tuple[str, ...]
     weight: Tensor
     bias: Tensor
+    moments: Tensor | None = None
+    followed: int = 0
 
     def norms(self, read: Mapping[str, Statistics], size: int) -> Tensor:
         """Predicted channel norms (N, C) of a map of ``size`` positions, from statistics by site."""
@@ -113,8 +122,8 @@ class Head:
         return self.weight.numel()
 
     def to(self, device: torch.device) -> Self:
-        """The same head with its tensors on a device."""
-        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
+        """The same head with what predicts on a device."""
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device), moments=None)
 
 
 def require_norms_only(gate: Gate, site: Site) -> None:
@@ -133,11 +142,12 @@ def require_norms_only(gate: Gate, site: Site) -> None:
 
 def stored(heads: Mapping[str, Head]) -> dict[str, Any]:
     """Heads as a part of a pruner's state; nothing where there are none."""
-    held = {
-        name: {"sources": list(head.sources), "weight": head.weight.cpu(), "bias": head.bias.cpu()}
-        for name, head in heads.items()
-    }
-    return {"heads": held} if held else {}
+    return {"heads": {name: _stored(head) for name, head in heads.items()}} if heads else {}
+
+
+def _stored(head: Head) -> dict[str, Any]:
+    held = {"sources": list(head.sources), "weight": head.weight.cpu(), "bias": head.bias.cpu()}
+    return held if head.moments is None else held | {"moments": head.moments.cpu(), "followed": head.followed}
 
 
 def restored(heads: Any, sites: Sequence[Site]) -> dict[str, Head]:
@@ -162,18 +172,23 @@ def _restored(head: Any, site: Site, sites: Mapping[str, Site]) -> Head:
     if lacking:
         raise StateMismatchError(f"the head of {site.name} is damaged: it has no {', '.join(lacking)}")
     sources = tuple(head["sources"]) if isinstance(head["sources"], list | tuple) else (head["sources"],)
-    tensors = {key: head[key] for key in ("weight", "bias")}
     if site.making.reason or sources != site.making.sources:
         here = site.making.reason or f"its layers read {', '.join(site.making.sources)}"
         raise StateMismatchError(f"the head of {site.name} reads {', '.join(map(str, sources))}, and here {here}")
     inputs = 2 * sum(sites[source].channels for source in sources)
-    for (key, tensor), shape in zip(tensors.items(), ((site.channels, inputs), (site.channels,)), strict=True):
+    shapes = {"weight": (site.channels, inputs), "bias": (site.channels,)}
+    if followed := head.get("followed", 0):
+        as_count(f"followed of the head of {site.name}", followed, "a number of calls")
+        shapes["moments"] = (1 + inputs, 1 + inputs + site.channels)
+    tensors = {key: head.get(key) for key in shapes}
+    for key, tensor in tensors.items():
+        shape = shapes[key]
         if not isinstance(tensor, Tensor) or tensor.shape != shape or not tensor.is_floating_point():
             what = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
             raise StateMismatchError(f"the {key} of the head of {site.name} is {what}, and {shape} floats here")
         if not tensor.isfinite().all():
             raise StateMismatchError(f"the {key} of the head of {site.name} holds NaN or infinity")
-    return Head(sources, *(tensor.detach().clone() for tensor in tensors.values()))
+    return Head(sources, **{key: tensor.detach().clone() for key, tensor in tensors.items()}, followed=followed)
 
 
 def heads_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

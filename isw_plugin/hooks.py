@@ -5,6 +5,7 @@ tensors on copy and pickle, so that a copied model (EMA) has hooks and memory of
 """
 
 import inspect
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -174,7 +175,11 @@ class _Observe(Hook):
         if head is not None:
             known = {source: call.known(source, site.name) for source in head.sources}
             _require_instances(known, feature, site)
-            norms = head.norms(known, positions(feature, site.axis))
+            size = positions(feature, site.axis)
+            if call.learns:
+                true = norms if recording else memory.channel_norm(feature.detach(), site.axis)
+                call.lessons.setdefault(site.name, []).append((known, true.detach() / math.sqrt(size)))
+            norms = head.norms(known, size)
         seen = feature.detach() if head is None else UNSEEN
         gated = self._gate(call, call.gates[site.name], feature, norms.detach(), seen)
         if site.name in call.watched:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from isw_plugin.errors import AttachError, UnsupportedError
 from isw_plugin.functional import channel_norm, mask
 from isw_plugin.gates import Gate
-from isw_plugin.heads import Head, Statistics
+from isw_plugin.heads import Head, Lesson, Statistics
 from isw_plugin.settings import Settings
 
 __all__ = ["Call", "Memory"]
@@ -46,6 +46,8 @@ class Call:
         recorded: Site name -> norms (N, C) of every time that the site ran, in the graph.
         norms, keep: Site name -> what was decided, every time, detached.
         statistics: Site name -> of its map after the mask, the last time.
+        learns: Whether it shows heads what they should have predicted.
+        lessons: Site name -> what its head read, and the root mean squares that there were, every time.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class Call:
         whole: bool = False,
         heads: Mapping[str, Head] = _NO_HEADS,
         watched: frozenset[str] = frozenset(),
+        learns: bool = False,
     ) -> None:
         self.gates = gates
         self.heads = heads
         self.watched = watched
         self.records = records
+        self.learns = learns
         self.outer = outer
         self.before = before
         self.whole = whole
@@ -76,6 +80,7 @@ class Call:
         self.norms: dict[str, list[Tensor]] = {}
         self.keep: dict[str, list[Tensor]] = {}
         self.statistics: dict[str, Statistics] = {}
+        self.lessons: dict[str, list[Lesson]] = {}
         self._made: dict[str, int] = {}  # decisions, by site
         self._read: dict[tuple[str, str], int] = {}  # and how many of them a reader has seen the last of
 
@@ -191,6 +196,14 @@ class Memory:
         last = getattr(self._mine, "last", None) or self._last
         return dict(last.statistics) if last else {}
 
+    def take_lessons(self) -> dict[str, list[Lesson]]:
+        """Take what the last forward with gradients, this thread's if there was one, has shown to heads."""
+        graded: Call | None = getattr(self._mine, "graded", None) or self._graded
+        if graded is None:
+            return {}
+        lessons, graded.lessons = graded.lessons, {}
+        return lessons
+
     def take(self) -> list[dict[str, list[Tensor]]]:
         """Take off the tape what this thread's forwards have recorded, or if there were none, any thread's."""
         thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
@@ -206,7 +219,7 @@ class Memory:
         """A forward of the whole model starts, in training mode or not."""
         grad = torch.is_grad_enabled()
         records = training and grad and any(self.recording.values())
-        call = self._call(records, outer=self.running, whole=True)
+        call = self._call(records, outer=self.running, whole=True, learns=training and grad)
         self._mine.running, self._mine.loose = call, None
         if self.enabled:
             self._mine.last = self._last = call

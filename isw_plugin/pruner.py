@@ -450,6 +450,39 @@ class InstanceWisePruner:
         self._configure()
         return found
 
+    def follow_predictors(self, *, decay: float = 0.99, every: int = 10) -> None:
+        """Let heads follow the network while it trains with gates on; call it once after every training step.
+
+        Each call takes the last training forward with gates on (the model in training mode, with gradients): outputs
+        are computed there before they are masked, so it is known what heads should have predicted. Sums of products
+        of all forwards, weighed by ``decay`` a call, are solved for new heads at every ``every``-th call, once they
+        hold two images for each input of a head; until then heads stay. A checkpoint's recompute does not count. Sums
+        and count are part of ``state_dict``, so training goes on where it stopped; ``fit_predictors`` forgets them.
+        Under torch.distributed every rank must call this: sums are averaged, and heads are equal on all ranks.
+
+        Args:
+            decay: Weight of the past at each call, in [0, 1): 0.99 remembers the last 100 batches.
+            every: Calls from one solution to the next.
+
+        Raises:
+            PredictionError: There are no heads.
+            NothingRecordedError: No training forward with gates on since the last call.
+            SettingError: A number outside its range, or a decay that forgets sooner than a head has seen enough.
+            AttachError: The pruner was removed.
+
+        Example:
+            >>> try:
+            ...     pruner.follow_predictors()
+            ... except PredictionError as error:
+            ...     print(error)
+            there are no heads to follow the network: fit_predictors first
+        """
+        from isw_plugin.predict import follow
+
+        self._require_attached()
+        self._settings.heads = follow(self._settings.heads, self._memory, decay, every)
+        self._configure()
+
     def drop_predictors(self) -> None:
         """Measure at every site again.
 

@@ -22,7 +22,7 @@ from isw_plugin.values import as_number
 __all__ = ["Settings", "check_inputs", "check_lambda", "choose_gate"]
 
 _VERSION = 1
-_ADDED = {"calibration", "references"}  # to a state of this version, after some were saved without
+_ADDED = {"calibration", "references", "budget"}  # to a state of this version, after some were saved without
 _BUILT_IN = {gate.__name__: gate for gate in (CVGate, MinNorm, RandomGate)}
 
 
@@ -42,6 +42,8 @@ class Settings:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # per_site, by site name
     references: dict[str, float] = field(default_factory=dict)  # mean norm at the start of training, by site
     calibration: dict[str, Any] | None = None  # of the last ``calibrate``, plain values
+    budget: float | None = None  # share of the MACs that steered thresholds aim at now
+    counted: Any = None  # MACs of the layers, once thresholds were steered by them
     heads: dict[str, Head] = field(default_factory=dict)  # of the sites whose norms are predicted
     unpredicted: dict[str, str] = field(default_factory=dict)  # why others have none, beside how they are made
 
@@ -111,7 +113,7 @@ class Settings:
         before = {site.name: site.channels for site in self.found.sites} if self.found else {}
         same = {site.name for site in found.sites if before.get(site.name) == site.channels}
         self.references = {name: norm for name, norm in self.references.items() if name in same}
-        self.found = found
+        self.found, self.counted = found, None
         self.inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
 
     def _keep_heads(self, found: Found) -> None:
@@ -177,6 +179,7 @@ class Settings:
             "sites": {site.name: site.channels for site in self.known().sites},
             "references": dict(self.references),
             "calibration": self.calibration,
+            "budget": self.budget,
         }
 
     def restored(self, state: Mapping[str, Any], model: nn.Module) -> "Settings":
@@ -195,6 +198,7 @@ class Settings:
             per_site={pattern: dict(override) for pattern, override in state["per_site"].items()},
             references=dict(state.get("references", {})),
             calibration=state.get("calibration"),
+            budget=state.get("budget"),
         )
         settings.overrides = _by_site(model, settings.known(), settings.per_site)
         settings.take_heads(restored(state.get("heads", {}), settings.known().sites))

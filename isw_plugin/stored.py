@@ -320,6 +320,7 @@ _STATE: dict[str, Check] = {
     "sites": _mapping_to(_is_count),
     "references": _mapping_to(lambda norm: _is_number(norm) and 0 < norm < math.inf),
     "calibration": _or_none(_is_mapping),
+    "budget": _or_none(lambda share: _is_number(share) and 0 < share <= 1),
     "min_keep": _is_count,
     "heads": _mapping_to(_is_head),
     "enabled": lambda value: isinstance(value, bool),

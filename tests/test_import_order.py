@@ -24,7 +24,8 @@ ORDER = [
     {"wrappers", "static", "saving", "predict"},
     {"pruner"},
     {"measure", "loading"},
-    {"calibrate", "steering"},
+    {"calibrate", "budget"},
+    {"steering"},
     {"report", "toolkits"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}

@@ -86,6 +86,7 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
         masked.memory.enabled = False
         wanted = masked.wanted(call)
     fast.fitted, fast.choices = chosen.fitted, chosen.choices
+    plans.by_runtime = chosen.plan.runtime is not None
     fast.reason = plans.check(chosen.plan, wanted, call)
     if fast.reason:
         masked.memory.enabled = True

@@ -27,7 +27,8 @@ def summary(
 
 def _conclusion(execution: str, reason: str, fitted: Fitted) -> str:
     where = f"batch {fitted.instances}, {fitted.threads} threads"
-    seconds = {"gated": fitted.gated, "with all channels kept": fitted.all_kept, "best dense form": fitted.dense}
+    best = "best dense form" if fitted.runtime == "PyTorch" else f"best dense form, by {fitted.runtime},"
+    seconds = {"gated": fitted.gated, "with all channels kept": fitted.all_kept, best: fitted.dense}
     if reason or None in seconds.values():
         return f"{execution}{': ' if reason else ''}{reason} ({where})"
     times = ", ".join(f"{form} {1e3 * taken:.2f} ms" for form, taken in seconds.items() if taken is not None)

@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, the penalty chosen on rows that were not fitted."""
+"""Ridge regression in closed form, from sums of products; the penalty is chosen on rows that were not fitted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Fit", "r_squared", "ridge"]
+__all__ = ["Fit", "moments", "r_squared", "ridge", "solved"]
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a row, for inputs of unit deviation
+_VARIES = 1e-6  # deviations below this share of the largest, or of their own mean, are rounding
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,37 @@ class Fit:
     r_squared: float
 
 
+def moments(x: Tensor, y: Tensor) -> Tensor:
+    """All that least squares need of inputs (rows, F) and targets (rows, C): sums over rows of products.
+
+    Returns:
+        Of (1, x) with (1, x, y), float64, (1 + F, 1 + F + C). Those of more rows are their sum.
+    """
+    known = torch.cat([x.new_ones(len(x), 1), x], 1).double()
+    return known.T @ torch.cat([known, y.double()], 1)
+
+
+def solved(of_rows: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weight (C, F) and bias (C,), float32, from moments; inputs that never vary get weight 0."""
+    size = len(of_rows)
+    means = of_rows[0] / of_rows[0, 0]
+    mean, centre = means[1:size], means[size:]
+    products = of_rows[1:, 1:] / of_rows[0, 0] - torch.outer(mean, means[1:])
+    deviation = products.diagonal().clamp_min(0).sqrt()
+    varies = (deviation > _VARIES * deviation.max()) & (deviation > _VARIES * mean.abs())
+    scale = torch.where(varies, 1 / deviation, 0.0)
+    gram = products[:, : size - 1] * torch.outer(scale, scale)
+    gram.diagonal().add_(penalty)
+    solution = torch.cholesky_solve(products[:, size - 1 :] * scale[:, None], torch.linalg.cholesky(gram))
+    weight = (solution * scale[:, None]).T
+    return weight.float(), (centre - weight @ mean).float()
+
+
 def ridge(x: Tensor, y: Tensor, held_out: tuple[Tensor, Tensor], penalties: Sequence[float] = _PENALTIES) -> Fit:
     """Least squares with a penalty on weights; targets are not negative, and neither are predictions.
 
     Args:
-        x: Inputs (rows, F). Those that never vary get weight 0.
+        x: Inputs (rows, F).
         y: Targets (rows, C).
         held_out: Inputs and targets that choose the penalty.
         penalties: To choose from.
@@ -32,21 +59,13 @@ def ridge(x: Tensor, y: Tensor, held_out: tuple[Tensor, Tensor], penalties: Sequ
     Returns:
         Float32. Deterministic: sums and the solution are float64.
     """
-    x, y = x.double(), y.double()
-    mean, deviation = x.mean(0), x.std(0, correction=0)
-    scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0.0)
-    scaled, centre = (x - mean) * scale, y.mean(0)
-    gram, moments = scaled.T @ scaled, scaled.T @ (y - centre)
-    diagonal = torch.eye(len(gram), dtype=gram.dtype)
+    of_rows = moments(x, y)
     best: Fit | None = None
     for penalty in penalties:
-        solved = torch.cholesky_solve(moments, torch.linalg.cholesky(gram + penalty * len(x) * diagonal))
-        weight = (solved * scale[:, None]).T
-        bias = centre - weight @ mean
-        found = Fit(weight.float(), bias.float(), 0.0)
-        score = r_squared((held_out[0].float() @ found.weight.T + found.bias).relu(), held_out[1])
+        weight, bias = solved(of_rows, penalty)
+        score = r_squared((held_out[0].float() @ weight.T + bias).relu(), held_out[1])
         if best is None or score > best.r_squared:
-            best = Fit(found.weight, found.bias, score)
+            best = Fit(weight, bias, score)
     assert best is not None
     return best
 

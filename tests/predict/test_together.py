@@ -13,7 +13,7 @@ from isw_plugin.calibrate.trial import Measured, Trial
 from isw_plugin.functional import coefficient_of_variation
 from isw_plugin.report import write
 from tests.conftest import Net, made
-from tests.predict.nets import PREDICTED, Down, Inverted, Stack, predicting
+from tests.predict.nets import PREDICTED, Down, Inverted, Residual, Stack, predicted_by_hand, predicting
 
 
 def labelled(net: Net, images: int = 64) -> list[tuple[Tensor, Tensor]]:
@@ -145,7 +145,66 @@ def test_an_exported_program_predicts() -> None:
     torch.testing.assert_close(program.module()(images), expected)
 
 
+@pytest.mark.slow
+def test_a_model_compiled_by_inductor_predicts() -> None:
+    net, pruner = predicting(Down)
+    images = net.images(4)
+    with torch.no_grad():
+        expected = net(images)
+        keep = pruner.keep
+        torch.testing.assert_close(torch.compile(net)(images), expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(mask, keep[name]) for name, mask in pruner.keep.items())
+
+
 # -- static pruners --------------------------------------------------------------------------------
+
+
+def test_frequencies_are_those_of_predicted_decisions() -> None:
+    pytest.importorskip("torch_pruning")
+    from isw_plugin.toolkits.torch_pruning import InstanceFrequencyImportance
+
+    net, pruner = predicting(Stack)
+    images = net.images(32)
+    read: list[Tensor] = []
+    handle = net.fc.register_forward_pre_hook(lambda module, args: read.append(args[0].ne(0)))
+    net(images)
+    handle.remove()
+    assert not (read[0] & ~pruner.keep["c2"]).any()
+    used = InstanceFrequencyImportance(pruner, [images]).columns["fc"].used
+    assert used.tolist() == read[0].sum(0).tolist()
+    assert pruner.predicted == ("c2",)
+
+
+def test_heads_go_through_nni() -> None:
+    """Training by its evaluator, whose penalty is of measured norms, and small models from its masks."""
+    pytest.importorskip("nni", reason="needs isw_plugin[nni]")
+    from isw_plugin.toolkits.nni import InstanceWisePruner as Pruner
+    from isw_plugin.toolkits.nni import compact
+    from tests.toolkits.test_nni import ALL, LAMBDA, evaluator, task_loss
+
+    net, images = made(Residual), made(Residual).images()
+    losses: list[Tensor] = []
+    pruner = Pruner(net, ALL, evaluator(net, losses), lambda_=LAMBDA, alpha=0.0, beta=0.6)
+    heads = predicting(Residual)[1].state_dict()["heads"]
+    pruner.gates.load_state_dict(pruner.gates.state_dict() | {"heads": heads})
+    pruner.gates.step()
+    pruner.compress(max_steps=1)
+    pruner.gates.disable()
+    assert losses[0] > task_loss(net.eval()(images))
+    pruner.unwrap_model()
+    pruner.gates.step()
+    expected, kept = predicted_by_hand(made(Residual), pruner.gates, images)
+    torch.testing.assert_close(net(images), expected)
+    assert all(torch.equal(pruner.gates.keep[name], mask) for name, mask in kept.items())
+    silent = torch.ones_like(net.block.c1.weight)
+    silent[:2] = 0
+    with torch.no_grad():
+        net.block.bn1.bias[:2] = -9.0
+    pruner.gates.disable()
+    with pytest.warns(UserWarning, match=r"^block\.c1, block\.c2: measured again"):
+        compact(net, {"block.c1": {"weight": silent, "bias": None}}, images)
+    assert net.block.c1.out_channels == 4
+    assert pruner.gates.predicted == ()
 
 
 def test_torch_pruning_drops_heads_of_what_it_changes() -> None:
