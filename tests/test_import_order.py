@@ -11,8 +11,8 @@ import isw_plugin
 
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
-    {"errors", "ranks"},
-    {"functional", "inputs", "copies", "values"},
+    {"errors", "ranks", "machine"},
+    {"functional", "inputs", "copies", "values", "folders"},
     {"ops"},
     {"sites", "gates", "structure", "decay", "batches"},
     {"heads"},
