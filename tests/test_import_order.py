@@ -25,7 +25,7 @@ ORDER = [
     {"pruner"},
     {"measure", "loading"},
     {"calibrate", "steering"},
-    {"report", "toolkits"},
+    {"report", "toolkits", "export"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 PARTS = sorted({path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")} - {"__init__"})

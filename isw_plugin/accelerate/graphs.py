@@ -150,7 +150,7 @@ def _function(name: str) -> Callable[..., Any]:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     found = re.fullmatch(r"(aten|isw)\.([a-z_0-9A-Z]+)\.([a-z_0-9A-Z]+)", name)
-    packet = getattr(getattr(torch.ops, found[1]), found[2], None) if found else None
+    packet: Any = getattr(getattr(torch.ops, found[1]), found[2], None) if found else None
     overloads = [each or "default" for each in packet._overload_names] if _is_operator(packet) else []
     if not found or found[3] not in overloads:
         raise StateMismatchError(f"a graph calls {name[:80]!r}, which this torch {torch.__version__} does not have")
