@@ -1,5 +1,6 @@
 """Instance-wise sparsity: each image computes only the channels it needs."""
 
+from isw_plugin.accelerate import load_accelerated
 from isw_plugin.calibrate import Calibration, calibrate
 from isw_plugin.errors import ISWError
 from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate
@@ -23,8 +24,9 @@ __all__ = [
     "calibrate",
     "count_macs",
     "evaluate",
+    "load_accelerated",
     "load_pretrained",
     "register",
     "steer_thresholds",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -64,6 +64,7 @@ def test_the_surface_is_this() -> None:
         "calibrate",
         "count_macs",
         "evaluate",
+        "load_accelerated",
         "load_pretrained",
         "register",
         "steer_thresholds",

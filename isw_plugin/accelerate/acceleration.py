@@ -19,7 +19,7 @@ from isw_plugin.errors import SettingError, UnsupportedError
 from isw_plugin.hooks import memory_of
 from isw_plugin.sites import Inputs, Site
 
-__all__ = ["BACKENDS", "accelerate"]
+__all__ = ["BACKENDS", "accelerate", "masked_copy"]
 
 BACKENDS = ("auto", "gated", "dense")
 _HOOKS = (
@@ -51,7 +51,7 @@ def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backen
         UnsupportedError: A copy of the model loses its pruner.
     """
     call = Call.of(inputs, "accelerate")
-    masked = Masked(_masked_copy(model))
+    masked = Masked(masked_copy(model))
     call.check(masked.devices)
     if not call.instances:
         raise SettingError(f"accelerate: {call} has no instances to time layers on")
@@ -96,7 +96,7 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
     plans.take(size, call.form(masked.kind), chosen.plan)
 
 
-def _masked_copy(model: nn.Module) -> nn.Module:
+def masked_copy(model: nn.Module) -> nn.Module:
     """In eval mode, with gates on."""
     memo: dict[int, Any] = {}
     masked = copy_of(model, memo)

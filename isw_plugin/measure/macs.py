@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from isw_plugin.accelerate import Accelerated, Record
-from isw_plugin.errors import AttachError, SettingError
+from isw_plugin.accelerate import Accelerated, LoadedModel, Record
+from isw_plugin.errors import AttachError, SettingError, UnsupportedError
 from isw_plugin.heads import Head
 from isw_plugin.hooks import Part, column_keep, has_hooks, memory_of, reader_parts
 from isw_plugin.inputs import call, instances_in, measuring
@@ -204,6 +204,10 @@ def gated_pruner(model: nn.Module) -> InstanceWisePruner | None:
         hint = ": pass pruner.model" if hasattr(model, "model") else ""
         raise SettingError(f"a model is measured, and this is a {type(model).__name__}{hint}")
     model = unwrapped(model)
+    if isinstance(model, LoadedModel):
+        raise UnsupportedError(
+            "a model of load_accelerated has graphs and no layers to count: measure the one that it was made from"
+        )
     if isinstance(model, Accelerated):
         return InstanceWisePruner.of(model.masked) if model.execution != "dense" else None
     memory = memory_of(model)
