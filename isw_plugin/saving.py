@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from isw_plugin.errors import StateMismatchError, UnsupportedError
 from isw_plugin.heads import heads_tensors
+from isw_plugin.learned import learned_tensors
 from isw_plugin.stored import FILE, TENSORS, VERSION, files_named_by, path_of
 from isw_plugin.structure import describe, differences
 
@@ -56,7 +57,9 @@ def write(
     """
     path = path_of(folder)
     state, heads = heads_tensors(pruner["state"])
-    files = {"weights": _file("model", model.state_dict())} | ({"heads": _file("heads", heads)} if heads else {})
+    state, learned = learned_tensors(state)
+    held = {"weights": ("model", model.state_dict()), "heads": ("heads", heads), "learned": ("gates", learned)}
+    files = {part: _file(*named) for part, named in held.items() if part == "weights" or named[1]}
     facts = {
         "version": VERSION,
         "model": {"name": type(model).__name__, **origin(model), "modules": describe(model)},
