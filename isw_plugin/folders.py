@@ -23,7 +23,7 @@ from isw_plugin.errors import SettingError, StateMismatchError, UnsupportedError
 __all__ = ["DOCUMENTS", "File", "files_named_by", "parsed", "path_of", "replace", "short", "tensor_file", "tensors_in"]
 
 DOCUMENTS = ("pruner.json", "accelerated.json")
-_TENSORS = re.compile(r"(?:model|heads|graphs)-[0-9a-f]{16}\.safetensors")
+_TENSORS = re.compile(r"(?:model|heads|gates|graphs)-[0-9a-f]{16}\.safetensors")
 _DRAFT = re.compile(rf"\.({'|'.join(map(re.escape, DOCUMENTS))}|{_TENSORS.pattern})\.\d+(\.old)?\.draft")
 _LOCK = ".pruner.lock"
 _LARGEST_FILE = 1 << 26  # bytes; of timm's models none needs 4 MB

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from isw_plugin.errors import StateMismatchError, UnsupportedError
 from isw_plugin.folders import path_of, replace, tensor_file
 from isw_plugin.heads import heads_tensors
+from isw_plugin.learned import learned_tensors
 from isw_plugin.stored import FILE, VERSION
 from isw_plugin.structure import describe, differences
 
@@ -45,9 +46,9 @@ def write(
     """
     path = path_of(folder)
     state, heads = heads_tensors(pruner["state"])
-    files = {"weights": tensor_file("model", model.state_dict())} | (
-        {"heads": tensor_file("heads", heads)} if heads else {}
-    )
+    state, learned = learned_tensors(state)
+    held = {"weights": ("model", model.state_dict()), "heads": ("heads", heads), "learned": ("gates", learned)}
+    files = {part: tensor_file(*named) for part, named in held.items() if part == "weights" or named[1]}
     facts = {
         "version": VERSION,
         "model": {"name": type(model).__name__, **origin(model), "modules": describe(model)},

@@ -12,13 +12,14 @@ from torch import Tensor
 from isw_plugin.errors import StateMismatchError
 from isw_plugin.folders import DOCUMENTS, parsed, short, tensors_in
 from isw_plugin.heads import heads_of
+from isw_plugin.learned import learned_of
 from isw_plugin.structure import WIDTHS
 
 __all__ = ["FILE", "VERSION", "decoded_inputs", "stored"]
 
 VERSION = 1
 FILE = DOCUMENTS[0]
-_FILES = ("weights", "heads")  # parts that name a file; there are heads only where norms are predicted
+_FILES = ("weights", "heads", "learned")  # parts that name a file; the latter two only of pruners that have some
 
 _PARTS = {
     "model": ("name", "architecture", "options", "edited", "modules"),
@@ -49,7 +50,8 @@ def stored(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if {part: later[part] for part in _FILES if part in later} == named:  # else somebody saved in between
                 raise
             continue
-        facts["pruner"]["state"] = heads_of(facts["pruner"]["state"], tensors.get("heads", {}))
+        state = heads_of(facts["pruner"]["state"], tensors.get("heads", {}))
+        facts["pruner"]["state"] = learned_of(state, tensors.get("learned", {}))
         return facts, tensors["weights"]
 
 
@@ -94,8 +96,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise StateMismatchError(f"{path} is damaged: it has no {', '.join(lacking)}")
     for part, checks in _CHECKS.items():
         _require(path, part, parts[part], checks)
-    if not _is_file(facts.get("heads", facts["weights"])):
-        raise StateMismatchError(f"{path} is damaged: heads cannot be {short(facts['heads'])}")
+    for part in _FILES[1:]:
+        if part in facts and not _is_file(facts[part]):
+            raise StateMismatchError(f"{path} is damaged: {part} cannot be {short(facts[part])}")
     for name, module in facts["model"]["modules"].items():
         _require(path, f"model.modules.{short(name)}", module, _MODULE)
     state = facts["pruner"]["state"] = _with_infinities(facts["pruner"]["state"])
@@ -153,6 +156,10 @@ def _is_head(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"sources"} or not isinstance(value["sources"], list):
         return False
     return all(map(_is_text, value["sources"]))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value)) and len(value) == len(set(value))
 
 
 def _is_shape(value: Any) -> bool:
@@ -232,5 +239,6 @@ _STATE: dict[str, Check] = {
     "budget": _or_none(lambda share: _is_number(share) and 0 < share <= 1),
     "min_keep": _is_count,
     "heads": _mapping_to(_is_head),
+    "learned": _mapping_to(_are_names),
     "enabled": lambda value: isinstance(value, bool),
 }

@@ -15,7 +15,7 @@ ORDER = [
     {"functional", "inputs", "copies", "values", "folders"},
     {"ops"},
     {"sites", "gates", "structure", "decay", "batches"},
-    {"heads"},
+    {"heads", "learned"},
     {"settings"},
     {"memory", "masking"},
     {"places"},

@@ -51,9 +51,12 @@ def is_for_typing(value: object) -> bool:
 
 def test_the_surface_is_this() -> None:
     assert isw_plugin.__all__ == [
+        "FBS",
+        "LCCL",
         "PRUNERS",
         "CVGate",
         "Calibration",
+        "ChannelGating",
         "Gate",
         "GateReport",
         "ISWError",
