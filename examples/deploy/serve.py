@@ -30,7 +30,7 @@ _LOG = logging.getLogger("isw_plugin.serve")
 class Gated(litserve.LitAPI):
     """One worker's model."""
 
-    def __init__(self, folder: Path, size: int, threads: int, batch: int) -> None:
+    def __init__(self, folder: Path, size: int | None, threads: int, batch: int) -> None:
         super().__init__(max_batch_size=batch, batch_timeout=0.005)
         self.folder, self.size, self.threads = folder, size, threads
 
@@ -42,7 +42,7 @@ class Gated(litserve.LitAPI):
         else:
             self.pruner = load_pretrained(self.folder)
             self.model = self.pruner.model
-        self.prepare = preparation(self.model, self.size)
+        self.prepare = preparation(self.model, self.size, self.folder)
 
     def decode_request(self, request: Any) -> torch.Tensor:
         try:
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=int, help="of images; None: as isw gate wrote it")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
