@@ -5,7 +5,9 @@
 
 DIR holds train/CLASS/*.jpg and val/CLASS or test/CLASS. Thresholds are chosen on training images and
 reported on the others; where the model was trained on the former, they look too easy, so compare the loss
-on the others with --max-drop. Weights come from the hub, or from a local file with --checkpoint.
+on the others with --max-drop. DIR may hold some of the model's classes, folders named by WordNet id (n01855672)
+or class name (goose): those rows of the classifier are taken. Weights come from the hub, or from a local file
+with --checkpoint.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import timm
 import torch
+from classes import keep_classes, some_rows
 from images import UNREADABLE, DataError
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -48,24 +51,43 @@ def folders(root: Path) -> tuple[ImageFolder, ImageFolder]:
         raise DataError(f"{root}: no class folders with images in it ({error})") from error
 
 
-def load_model(name: str, checkpoint: Path | None, classes: int) -> nn.Module:
-    """A pretrained timm model for so many classes."""
-    if checkpoint is not None:
-        if not checkpoint.is_file():
-            raise DataError(f"{checkpoint}: no such checkpoint")
+def load_model(name: str, checkpoint: Path | None, folders: list[str]) -> nn.Module:
+    """A pretrained timm model for the classes of these folders, which may be some of those that it knows."""
+    if checkpoint is None:
         try:
-            return timm.create_model(name, num_classes=classes, checkpoint_path=str(checkpoint))
+            model = timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{checkpoint}: no weights of {name} for {classes} classes ({error})") from error
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{name}: no pretrained weights from the hub ({error}); give a file with --checkpoint"
-        ) from error
-    if model.num_classes != classes:
-        raise DataError(f"{name} knows {model.num_classes} classes and the folder has {classes}")
+            raise DataError(
+                f"{name}: no pretrained weights from the hub ({error}); give a file with --checkpoint"
+            ) from error
+    else:
+        model = _from_file(name, checkpoint, len(folders))
+    if rows := some_rows(model, folders):
+        knows = model.num_classes
+        keep_classes(model, rows)
+        if len(rows) < knows:
+            print(f"{name} knows {knows} classes, the folder has {len(rows)}: rows {_shortened(rows)} are taken")
+    if model.num_classes != len(folders):
+        raise DataError(f"{name} knows {model.num_classes} classes and the folder has {len(folders)}")
     return model
+
+
+def _from_file(name: str, checkpoint: Path, classes: int) -> nn.Module:
+    """For so many classes, or for as many as timm's model of that name has."""
+    if not checkpoint.is_file():
+        raise DataError(f"{checkpoint}: no such checkpoint")
+    try:
+        return timm.create_model(name, num_classes=classes, checkpoint_path=str(checkpoint))
+    except (OSError, RuntimeError) as error:
+        try:
+            return timm.create_model(name, checkpoint_path=str(checkpoint))
+        except (OSError, RuntimeError):
+            raise DataError(f"{checkpoint}: no weights of {name} for {classes} classes ({error})") from error
+
+
+def _shortened(rows: list[int]) -> str:
+    shown = [str(row) for row in rows[:5]]
+    return ", ".join([*shown, "..."] if len(rows) > 5 else shown)
 
 
 def sample(folder: ImageFolder, count: int, seed: int) -> Subset[tuple[torch.Tensor, int]]:
@@ -79,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     if choose.classes != report.classes:
         raise DataError(f"{args.data}: the classes of train/ are not those of {Path(report.root).name}/")
     device = torch.device(args.device)
-    model = load_model(args.model, args.checkpoint, len(choose.classes)).eval().to(device)
+    model = load_model(args.model, args.checkpoint, choose.classes).eval().to(device)
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     choose.transform = report.transform = transform
     loaders = [

@@ -239,6 +239,12 @@ def on_meta(name: str, **options: object) -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
+def only_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forms are compared must not depend on what is installed."""
+    monkeypatch.setattr("isw_plugin.accelerate.plan.is_installed", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def forget_accelerate() -> Iterator[None]:
     """Accelerate keeps the precision of its first user for the whole process."""
     yield

@@ -108,6 +108,7 @@ WRONG = {
     "folder": lambda m: m.pruner.save_pretrained(None),
     "steer": lambda m: steer_thresholds(m.pruner, {"nothing": 0.5}),
     "share": lambda m: steer_thresholds(m.pruner, {m.pruner.sites[0].name: 1.5}),
+    "budget": lambda m: steer_thresholds(m.pruner, macs_left=45),
     "threshold": lambda m: m.pruner.to_static([m.images], threshold=1.0),
 }
 

@@ -1,4 +1,4 @@
-"""Whole networks: the accelerated gated model against the best dense execution, in one process, taking turns.
+"""Whole networks: the accelerated gated model against the best dense execution, taking turns.
 
     python -m benchmarks.speed --quick                      # under two minutes: batch 8, no compiling
     python -m benchmarks.speed --out benchmarks/speed/results    # everything; what is in the table already is left out
@@ -8,9 +8,11 @@ Columns: milliseconds of a batch (median of rounds), and ratios (median of per-r
 turn is not counted: it finds memory and caches as another network left them. Rounds count in which the machine was
 not seen to be disturbed (speed/steady.py): "steady" says how many there were, "x, all rounds" what all give.
 best eager: the faster of NCHW and channels_last; prepacked: batch norms folded, weights reordered once by oneDNN,
-channels_last; compiled: torch.compile with freezing; floor: the convolutions alone, each dense and prepacked on a ready
-map of as many channels as gates kept on average; all kept: the accelerated model with gates that drop nothing;
-gated: with the gates. "x" is the fastest dense time over gated, "bound" dense over gated MACs, "share" x / bound.
+channels_last; compiled: torch.compile with freezing; OpenVINO, onnxruntime (extra ``benchmarks``): in processes of
+their own, in float32, with as many threads, of one ONNX file of torch.export; floor: the convolutions alone, each dense
+and prepacked on a ready map of as many channels as gates kept on average; all kept: the accelerated model with gates
+that drop nothing; gated: with the gates. "x" is the fastest dense time over gated, "bound" dense over gated MACs,
+"share" x / bound.
 takes: a process can be slow as a whole, so a row of several is that of the middle speed-up; "takes" has all of them.
 hand-over: what a cache line takes from core to core (speed/handover.py); above 100 ns they had no cache in common.
 masks: the keep ratio that thresholds were set for, or "trained", the stored decisions of that network on test images,
@@ -25,12 +27,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.speed.networks import NETWORKS, trained_networks
+from benchmarks.speed.runtimes import installed
 from benchmarks.speed.steady import Probe
 from benchmarks.speed.ways import TRAINED, Row, measure
 from isw_plugin.measure import hardware
@@ -39,15 +43,20 @@ from isw_plugin.ops import cpu
 __all__ = ["line", "main", "middle", "write"]
 
 HEADER = (
-    "network side batch masks | keep | best eager ms | prepacked ms | compiled ms | floor ms | all kept ms | "
+    "network side batch masks | keep | best eager ms | prepacked ms | compiled ms | OpenVINO ms | onnxruntime ms | "
+    "floor ms | all kept ms | "
     "gated ms | x best dense | bound | share | all kept / dense | gated / floor | x, all rounds | error | auto | "
     "steady | takes | hand-over ns"
 )
 
 
+_WITHOUT = 'A dash under OpenVINO or onnxruntime: that row\'s "x best dense" is without them.'
+
+
 def line(row: Row) -> str:
     """A row of the table in Markdown."""
-    times = (row.best_eager, row.prepacked, row.compiled, row.floor, row.all_kept, row.gated)
+    dense = (row.best_eager, row.prepacked, row.compiled, row.openvino, row.onnxruntime)
+    times = (*dense, row.floor, row.all_kept, row.gated)
     cells = [f"{row.network} {row.side} b{row.batch} {row.masks}", f"{row.keep:.2f}"]
     cells += ["-" if time is None else f"{time:.2f}" for time in times]
     ratios = (row.speedup, row.bound, row.share, row.all_kept_over_dense, row.gated_over_floor, row.all_rounds)
@@ -69,6 +78,7 @@ def facts(rounds: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": cpu.active(),
         "torch": torch.__version__,
+        "date": date.today().isoformat(),
         "rounds": rounds,
     }
 
@@ -91,7 +101,7 @@ def write(rows: Sequence[Row], rounds: int, out: Path) -> None:
     (out / "engine.json").write_text(json.dumps(data, indent=1) + "\n")
     heads = HEADER.split(" | ")
     table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(line(row) for row in rows)]
-    (out / "engine.md").write_text(f"{about}\n\n" + "\n".join(table) + "\n")
+    (out / "engine.md").write_text(f"{about}\n\n{_WITHOUT}\n\n" + "\n".join(table) + "\n")
     _plot(rows, out / "engine.png")
 
 
@@ -114,6 +124,7 @@ def take_apart(args: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "benchmarks.speed", "--networks", name, "--out", str(folder)]
         command += ["--sides", str(side), "--batches", str(batch), "--rounds", str(args.rounds)]
         command += [*(["--keeps", *keeps] if keeps else []), *(["--no-compile"] if args.no_compile else [])]
+        command += ["--runtimes", *args.runtimes]
         subprocess.run(command, check=True)
         write(middle([read(folder) for folder in folders]), args.rounds, args.out)
 
@@ -154,7 +165,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keeps", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled column out")
-    quick = "batch 8 at 32 pixels, keep 0.5, 3 rounds, no compile, no trained masks"
+    runtimes, which = installed(), "other runtimes to compare with (those installed)"
+    parser.add_argument("--runtimes", nargs="*", choices=runtimes or None, default=runtimes, help=which)
+    quick = "batch 8 at 32 pixels, keep 0.5, 3 rounds, no compile, no other runtimes, no trained masks"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--takes", type=int, default=1, help="processes a row; above 1 they need --out")
     parser.add_argument("--out", type=Path, help="folder for the table, JSON and plot")
@@ -165,6 +178,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--takes: say where the takes go, with --out")
     if args.quick:
         args.sides, args.batches, args.keeps, args.rounds, args.no_compile = [32], [8], [0.5], 3, True
+        args.runtimes = []
     args.networks = args.networks or (list(NETWORKS) if args.quick else everything)
     return args
 
@@ -182,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     probe = Probe()
     for name, side, batch, masks in _settings(args):
         missing = [ratio for ratio in masks if (name, side, batch, str(ratio)) not in known]
-        for row in measure(name, side, batch, missing, args.rounds, not args.no_compile, probe) if missing else ():
+        settings = (args.rounds, not args.no_compile, probe, args.runtimes)
+        for row in measure(name, side, batch, missing, *settings) if missing else ():
             print(line(row), flush=True)
             rows.append(row)
         if args.out and missing:

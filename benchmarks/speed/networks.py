@@ -13,7 +13,7 @@ from benchmarks.lab import decisions
 from benchmarks.lab.networks import WIDTHS, vgg16
 from isw_plugin import InstanceWisePruner
 
-__all__ = ["NETWORKS", "Stored", "gate_at", "gate_by", "network", "trained_networks"]
+__all__ = ["NETWORKS", "Stored", "gate_at", "gate_by", "network", "noise", "trained_networks"]
 
 _DECISIONS = Path(__file__).parents[1] / "paper" / "results" / "decisions"
 
@@ -75,6 +75,11 @@ def network(name: str, side: int) -> nn.Module:
             nn.init.normal_(module.bias, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
     return model.eval()
+
+
+def noise(batch: int, side: int) -> Tensor:
+    """The images that everything is timed on, (N, 3, H, W)."""
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def gate_at(pruner: InstanceWisePruner, images: Tensor, keep_ratio: float, passes: int = 4) -> InstanceWisePruner:

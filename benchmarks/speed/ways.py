@@ -4,14 +4,19 @@ import copy
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.speed import handover
-from benchmarks.speed.networks import gate_at, gate_by, network
+from benchmarks.speed.apart import Apart, Task
+from benchmarks.speed.networks import gate_at, gate_by, network, noise
+from benchmarks.speed.runtimes import frozen
 from benchmarks.speed.steady import Probe, taken_rounds
 from isw_plugin import InstanceWisePruner, count_macs
 from isw_plugin.accelerate.accelerated import Accelerated
@@ -25,6 +30,7 @@ from isw_plugin.gates import Gate
 __all__ = ["TRAINED", "Row", "measure"]
 
 _SECONDS = 0.04  # a timing repeats a short run for about this long
+_TOLERANCE = 1e-3  # of the largest output
 _PATIENCE = 20.0  # seconds to wait for other guests of the machine
 TRAINED = "trained"  # instead of a keep ratio: the masks of a trained network
 Run = Callable[[], object]
@@ -38,6 +44,8 @@ class Row:
         steady: Rounds in which nothing else disturbed (``speed/steady.py``); figures are of these, if there are any.
         all_rounds: ``speedup`` over all rounds.
         takes: ``speedup`` in each process of several; the row is that of the middle one.
+        openvino, onnxruntime: Milliseconds, like the others; None: not among the dense ways, as in rows before
+            2026-11-30.
         handover: Nanoseconds in which a core handed a cache line to another, median over the rounds; None: one thread,
             or not measured.
     """
@@ -63,6 +71,8 @@ class Row:
     all_rounds: float
     takes: list[float] = dataclasses.field(default_factory=list)
     handover: float | None = None
+    openvino: float | None = None
+    onnxruntime: float | None = None
 
     @property
     def key(self) -> tuple[str, int, int, str]:
@@ -86,7 +96,14 @@ class _Gating:
 
 
 def measure(
-    name: str, side: int, batch: int, masks: Sequence[float | str], rounds: int, compiles: bool, probe: Probe
+    name: str,
+    side: int,
+    batch: int,
+    masks: Sequence[float | str],
+    rounds: int,
+    compiles: bool,
+    probe: Probe,
+    others: Sequence[str] = (),
 ) -> list[Row]:
     """Time the network's dense ways and its gated ones, all in turns.
 
@@ -95,16 +112,17 @@ def measure(
         masks: Keep ratios, and TRAINED for the decisions stored with the network.
         rounds: Timed while the machine was steady, after one that warms up; a turn's first call is not counted.
         compiles: Whether torch.compile with freezing is among the dense ways.
+        others: Of runtimes.RUNTIMES: also among them, each in a process of its own.
 
     Returns:
         A row for each of ``masks``.
     """
     model = network(name, side)
-    images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
+    images = noise(batch, side)
+    with torch.inference_mode(), ExitStack() as stack:
         probe.wait(_PATIENCE)
         gatings = {str(ratio): _gating(model, images, ratio, name) for ratio in masks}
-        dense = _dense(model, images, compiles)
+        dense = _dense(model, images, compiles) | _apart(name, images, others, stack)
         runs = dense | {f"{way} {key}": run for key, gating in gatings.items() for way, run in gating.runs.items()}
         probe.wait(_PATIENCE)
         handovers: list[float] = []
@@ -120,7 +138,8 @@ def measure(
 
 def _dense(model: nn.Module, images: Tensor, compiles: bool) -> dict[str, Run]:
     pruner = InstanceWisePruner(model, images[:1])
-    prepacked = pruner.accelerate(images, backend="dense")
+    (plan,) = pruner.accelerate(images, backend="dense").plans.values()
+    prepacked = Replayed(plan.graph)  # PyTorch's, whatever runtime won
     pruner.remove()
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     last = images.contiguous(memory_format=torch.channels_last)
@@ -130,20 +149,24 @@ def _dense(model: nn.Module, images: Tensor, compiles: bool) -> dict[str, Run]:
         "prepacked": lambda: prepacked(images),
     }
     if compiles:
-        compiled = _frozen(channels_last, last)
-        runs["compiled"] = lambda: compiled(last)
+        runs["compiled"] = frozen(channels_last, last)
     return runs
 
 
-def _frozen(model: nn.Module, images: Tensor) -> Callable[[Tensor], object]:
-    import torch._inductor.config as config
+def _apart(name: str, images: Tensor, others: Sequence[str], stack: ExitStack) -> dict[str, Run]:
+    """Runtimes, whose threads would disturb PyTorch's in one process.
 
-    config.freezing = True
-    torch.compiler.reset()
-    compiled: Callable[[Tensor], object] = torch.compile(model)
-    with torch.no_grad():
-        compiled(images)
-    return compiled
+    Raises:
+        ValueError: One gives something else than the model.
+    """
+    runs: dict[str, Run] = {}
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    for way in others:
+        task = Task(way, name, images.shape[-1], len(images), torch.get_num_threads(), models=folder)
+        runs[way] = process = stack.enter_context(Apart(task))
+        if process.error > _TOLERANCE:
+            raise ValueError(f"{way} is {process.error:.0e} off on {name}")
+    return runs
 
 
 def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> _Gating:
@@ -262,4 +285,6 @@ def _row(about: tuple[str, int, int, str], gating: _Gating, dense: Sequence[str]
         steady=sum(timing.steady),
         all_rounds=timing.ratio(best, f"gated {key}", every=True),
         handover=statistics.median(timing.handovers) if timing.handovers else None,
+        openvino=middle.get("openvino"),
+        onnxruntime=middle.get("onnxruntime"),
     )

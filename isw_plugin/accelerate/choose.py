@@ -1,5 +1,6 @@
 """Which layers skip, and whether the gated graph runs at all: whatever was seen to be the fastest."""
 
+import dataclasses
 import math
 import statistics
 import time
@@ -20,6 +21,7 @@ __all__ = ["Chosen", "Fitted", "choose"]
 _LEAST, _CONFIRMED, _MOST = 7, 14, 41  # rounds: at least, before gates are said to lose, at most
 _LIMIT = 20.0  # seconds, after which no more than the least are timed
 _TURN = 25e-3  # seconds of one form, at least
+_REST = 0.02  # seconds before each turn where forms have threads of their own: idle ones still look for work
 _CHANCE = 0.02  # of such a split of rounds where neither form is the faster
 _WORST = 1.15  # times the best dense form, with every channel kept
 
@@ -35,6 +37,7 @@ class Fitted:
         dense, gated, all_kept: Of the whole model in its best dense form, with its gates, and with gates that drop
             nothing; None: not measured.
         rounds: In which the whole model was timed.
+        runtime: What runs the best dense form, "PyTorch" or "onnxruntime".
         gains: Whether gates gain, and lose little should every channel be kept; None: not measured, or rounds
             contradict each other.
     """
@@ -47,6 +50,7 @@ class Fitted:
     all_kept: float | None = None
     rounds: int = 0
     gains: bool | None = None
+    runtime: str = "PyTorch"
 
     @property
     def wins(self) -> bool:
@@ -74,6 +78,8 @@ def choose(traced: Traced, inputs: Sequence[Any], backend: str, tell: Callable[[
     instances = instances_of(inputs)
     all_dense = traced.executions(instances, lambda name: False)
     dense = [traced.dense(all_dense, channels_last) for channels_last in (False, True)]
+    if (other := traced.by_runtime(dense[0])) is not None:
+        dense.append(other)
     if backend == "dense":
         tell("timing the model")
         return _best_dense(dense, inputs)
@@ -94,14 +100,14 @@ def choose(traced: Traced, inputs: Sequence[Any], backend: str, tell: Callable[[
         plans = [gated, traced.all_kept(executions), *dense]
         rounds = _timed(plans, inputs, limit, _is_settled if backend == "auto" else _at_once)
         seconds = _medians(rounds)
-        best, best_dense = min(zip(seconds[2:], dense, strict=True), key=lambda timed: timed[0])
+        best, best_dense = _fastest(seconds[2:], dense)
         fewer = spare(costs, skipping, seconds[1] - _WORST * best)
         if fewer == skipping:
             break
         skipping, dense = fewer, [best_dense]
     choices = {cost.layer: node in skipping for node, cost in costs.items()}
-    threads, gains = torch.get_num_threads(), _gains(rounds)
-    fitted = Fitted(instances, threads, list(costs.values()), best, seconds[0], seconds[1], len(rounds), gains)
+    taken = (best, seconds[0], seconds[1], len(rounds), _gains(rounds), _runtime_of(best_dense))
+    fitted = Fitted(instances, torch.get_num_threads(), list(costs.values()), *taken)
     if backend == "gated" or fitted.wins:
         return Chosen(gated, "accelerated", fitted, choices)
     return Chosen(best_dense, "dense", fitted, choices)
@@ -109,9 +115,21 @@ def choose(traced: Traced, inputs: Sequence[Any], backend: str, tell: Callable[[
 
 def _best_dense(plans: Sequence[Plan], inputs: Sequence[Any]) -> Chosen:
     rounds = _timed(plans, inputs, time.monotonic() + _LIMIT, _at_once)
-    best, plan = min(zip(_medians(rounds), plans, strict=True), key=lambda timed: timed[0])
-    fitted = Fitted(instances_of(inputs), torch.get_num_threads(), dense=best, rounds=len(rounds))
+    best, plan = _fastest(_medians(rounds), plans)
+    threads, runtime = torch.get_num_threads(), _runtime_of(plan)
+    fitted = Fitted(instances_of(inputs), threads, dense=best, rounds=len(rounds), runtime=runtime)
     return Chosen(plan, "dense", fitted)
+
+
+def _fastest(seconds: Sequence[float], plans: Sequence[Plan]) -> tuple[float, Plan]:
+    """What a runtime does faster has PyTorch's fastest graph, too, for torch.compile."""
+    timed = sorted(zip(seconds, plans, strict=True), key=lambda timed: timed[0])
+    graph = next((plan.graph for _, plan in timed if plan.runtime is None), timed[0][1].graph)
+    return timed[0][0], dataclasses.replace(timed[0][1], graph=graph)
+
+
+def _runtime_of(plan: Plan) -> str:
+    return "PyTorch" if plan.runtime is None else "onnxruntime"
 
 
 # -- rounds ----------------------------------------------------------------------------------------
@@ -126,7 +144,8 @@ def _timed(plans: Sequence[Plan], inputs: Sequence[Any], limit: float, settled: 
         late = len(rounds) == _MOST or time.monotonic() > limit
         return len(rounds) >= _LEAST and (late or settled(rounds))
 
-    return take_turns([partial(plan.run, *inputs) for plan in plans], _TURN, enough)
+    rest = _REST if any(plan.runtime for plan in plans) else 0.0
+    return take_turns([partial(plan.run, *inputs) for plan in plans], _TURN, enough, rest)
 
 
 def _medians(rounds: _Rounds) -> list[float]:

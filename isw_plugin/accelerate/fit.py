@@ -169,15 +169,19 @@ def spare(costs: Mapping[str, Cost], skipping: Collection[str], excess: float) -
 
 
 def take_turns(
-    runs: Sequence[Callable[[], object]], least: float, enough: Callable[[list[list[float]]], bool]
+    runs: Sequence[Callable[[], object]],
+    least: float,
+    enough: Callable[[list[list[float]]], bool],
+    rest: float = 0.0,
 ) -> list[list[float]]:
     """Seconds of each run in every round in which they took turns, after one that warms up.
 
     Args:
         least: Seconds of a turn, at least.
         enough: Whether these rounds are.
+        rest: Seconds of sleep before each turn.
     """
-    turns = Turns(runs, least)
+    turns = Turns(runs, least, rest)
     turns.round()
     taken: list[list[float]] = []
     while not enough(taken):
@@ -191,18 +195,20 @@ class Turns:
     The first call of a turn is not counted: it finds caches, and memory that malloc gave back, as another left them.
     """
 
-    def __init__(self, runs: Sequence[Callable[[], object]], least: float) -> None:
+    def __init__(self, runs: Sequence[Callable[[], object]], least: float, rest: float = 0.0) -> None:
         self.runs = runs
+        self.rest = rest
         self.repeats = [max(1, min(100, int(least / max(_seconds(run, 1), 1e-7)))) for run in runs]
 
     def round(self) -> list[float]:
         """Seconds of each run."""
-        return [_turn(run, count) for run, count in zip(self.runs, self.repeats, strict=True)]
+        return [self.turn(run, count) for run, count in zip(self.runs, self.repeats, strict=True)]
 
-
-def _turn(run: Callable[[], object], repeats: int) -> float:
-    run()
-    return _seconds(run, repeats)
+    def turn(self, run: Callable[[], object], repeats: int) -> float:
+        """Seconds of one call of so many."""
+        time.sleep(self.rest)
+        run()
+        return _seconds(run, repeats)
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:

@@ -1,5 +1,6 @@
 """Graphs that run: what was traced, once for every way to run its layers."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from isw_plugin.accelerate.execution import DenseConv, DenseLinear, GatedConv, c
 from isw_plugin.accelerate.layers import Layer, Linear, conv, linear
 from isw_plugin.accelerate.lower import Decision, lower, lower_all_kept, lower_dense
 from isw_plugin.accelerate.replay import Replayed
+from isw_plugin.accelerate.runtime import OnnxRuntime, is_installed
 from isw_plugin.accelerate.simplify import constants_of, simplify
 from isw_plugin.accelerate.trace import trace_call
 from isw_plugin.accelerate.weights import Weights
@@ -46,11 +48,18 @@ class Plan:
     outputs: Outputs
     decisions: list[Decision]
     guards: Callable[[Sequence[Any]], str] | None = None  # why the graph does not hold for flat inputs, or ""
+    runtime: OnnxRuntime | None = None  # runs the same instead; under torch.compile the graph does
 
     def __post_init__(self) -> None:
-        self.run = Replayed(self.graph)
+        self.run: Callable[..., Sequence[Any]] = self.runtime or Replayed(self.graph)
         self.used = time.monotonic()
-        self.alone = False  # whether it was seen to hold for one instance: export supposes that there are more
+        self.example: Call | None = None  # what it was made for, without instances
+        self.right_for: set[int] = set()  # instances, in contiguous tensors
+
+    @property
+    def alone(self) -> bool:
+        """Whether it was seen to hold for one instance: export supposes that there are more."""
+        return 1 in self.right_for
 
     def decided(self, given: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Keep masks and norms by site, from what the graph gave."""
@@ -106,6 +115,16 @@ class Traced:
         graph = lower_dense(self.graph, executions, self.outputs.count, channels_last)
         return Plan(graph, self.outputs, [], self.guards)
 
+    def by_runtime(self, dense: Plan) -> Plan | None:
+        """A dense plan by onnxruntime; None: that is not installed, or does not take the graph."""
+        if not is_installed():
+            return None
+        try:
+            runtime = OnnxRuntime(lower_dense(self.graph, {}, self.outputs.count, channels_last=False))
+        except Exception:  # of any kind, onnxruntime's own too: one form less to compare
+            return None
+        return dataclasses.replace(dense, runtime=runtime)
+
     def executions(self, instances: int, skips: Callable[[str], bool]) -> dict[str, nn.Module]:
         """By node, a module for every layer: one that skips where it can and ``skips`` says so of its name."""
         executions: dict[str, nn.Module] = {}
@@ -121,10 +140,11 @@ class Traced:
         self.weights.share(executions.values())
         return executions
 
-    def plan(self, execution: str, choices: dict[str, bool], instances: int) -> Plan:
+    def plan(self, execution: str, choices: dict[str, bool], instances: int, by_runtime: bool) -> Plan:
         """Without timing anything."""
         if execution == "dense":
-            return self.dense(self.executions(instances, lambda name: False))
+            dense = self.dense(self.executions(instances, lambda name: False))
+            return (self.by_runtime(dense) if by_runtime else None) or dense
         return self.gated(self.executions(instances, lambda name: choices.get(name, True)))
 
 

@@ -29,6 +29,7 @@ class Plans:
         limit: How many are, at most.
         refused: Inputs that run masked, and why.
         weights: What plans hold together.
+        by_runtime: Whether dense ones run by onnxruntime where they can.
     """
 
     def __init__(self, masked: Masked, sites: tuple[Site, ...]) -> None:
@@ -40,6 +41,7 @@ class Plans:
         self._forms: dict[Any, Any] = {}  # by size; None: it runs masked
         self._without: dict[Any, None] = {}  # forms that cannot be exported
         self.weights = Weights()
+        self.by_runtime = False
 
     def known(self, size: Any) -> Plan | None:
         return self.by_form.get(self._forms.get(size, _NEW))
@@ -72,7 +74,7 @@ class Plans:
                 _put(self._without, form, None)
                 self._refuse(call, size, str(error).splitlines()[0])
                 return
-            plan = traced.plan(execution, choices, call.instances)
+            plan = traced.plan(execution, choices, call.instances, self.by_runtime)
         problem = self.check(plan, wanted, call)
         if problem:
             self._refuse(call, size, problem)
@@ -105,7 +107,9 @@ class Plans:
         except Exception as error:  # of whatever operator
             return f"the graph does not run: {(str(error) or type(error).__name__).splitlines()[0]}"
         problem = self.masked.differs(found, wanted, call)
-        plan.alone = plan.alone or (not problem and call.instances == 1)
+        if not problem:
+            plan.right_for.add(call.instances)
+            plan.example = plan.example or call.emptied()
         return problem
 
     def _refuse(self, call: Call, size: Any, reason: str) -> None:

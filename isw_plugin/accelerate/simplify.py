@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from isw_plugin.accelerate.layers import conv, linear, mask
+from isw_plugin.accelerate.padding import own_padding
 
 __all__ = ["constants_of", "simplify"]
 
@@ -55,6 +56,7 @@ def simplify(graph_module: fx.GraphModule) -> fx.GraphModule:
     _fold_constants(graph_module)
     _fold_batch_norms(graph_module)
     _fold_scales(graph_module)
+    _fold_paddings(graph_module)
     for step in (_name_layers, _name_masks, _fuse_residuals, _fuse_activations, _drop_open_gates, _link):
         step(graph)
     for node in _calls(graph, _aten.view.default):
@@ -202,13 +204,37 @@ def _is_foldable(layer: Any, known: dict[fx.Node, Tensor]) -> bool:
     return all(held is None or held in known for held in layer.args[1:3])
 
 
+# -- padding ---------------------------------------------------------------------------------------
+
+
+def _fold_paddings(graph_module: fx.GraphModule) -> None:
+    for layer in _calls(graph_module.graph, _aten.conv2d.default):
+        known = constants_of(graph_module)
+        pad, weight, bias, stride, padding, dilation, groups = _window_of(layer)
+        if getattr(pad, "target", None) is not _aten.pad.default or weight not in known:
+            continue
+        if any(padding) or any(size != 1 for size in dilation):
+            continue
+        own = own_padding(pad, known[weight])
+        if own is not None:
+            padding, longer = own
+            held = weight if longer is known[weight] else _constant(graph_module, layer, longer)
+            layer.args = (pad.args[0], held, bias, stride, padding, dilation, groups)
+    graph_module.graph.eliminate_dead_code()
+
+
+def _window_of(node: Any) -> list[Any]:
+    """Arguments of a convolution, all of them."""
+    defaults = [None, None, None, (1, 1), (0, 0), (1, 1), 1]
+    return list(node.args) + defaults[len(node.args) :]
+
+
 # -- layers ----------------------------------------------------------------------------------------
 
 
 def _name_layers(graph: fx.Graph) -> None:
-    defaults = [None, None, None, (1, 1), (0, 0), (1, 1), 1]
     for node in _calls(graph, _aten.conv2d.default):
-        x, weight, bias, stride, padding, dilation, groups = list(node.args) + defaults[len(node.args) :]
+        x, weight, bias, stride, padding, dilation, groups = _window_of(node)
         with graph.inserting_before(node):
             args = (x, weight, bias, None, None, None, stride, padding, dilation, groups, "none")
             layer = graph.call_function(conv, args)

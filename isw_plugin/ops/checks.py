@@ -1,6 +1,7 @@
 """What the engine's functions accept; everything else is an EngineInputError that says what to do."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,15 +9,16 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from isw_plugin.errors import EngineInputError
-from isw_plugin.ops.reference import ACTS, BLOCK, Gating, Statistics
+from isw_plugin.ops.reference import ACTS, BLOCK, DTYPES, Gating, Statistics
 
 __all__ = [
-    "check_act",
-    "check_gating",
-    "check_packed",
-    "check_tensor",
-    "check_thresholds",
-    "check_window",
+    "check_conv2d",
+    "check_depthwise",
+    "check_keep_mask",
+    "check_linear",
+    "check_map",
+    "check_max_pool",
+    "check_pooled",
     "output_size",
     "pair",
 ]
@@ -24,7 +26,89 @@ __all__ = [
 _MOST = 1 << 24  # of a kernel, stride or padding, as in csrc: no size overflows
 
 
-def check_tensor(
+def check_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str,
+    gating: Gating,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    residual_gating: Gating = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> None:
+    """A convolution of any kind but depthwise."""
+    check_map(x, dtypes)
+    _check_packed(weight, bias, x.shape[1], x, groups)
+    _check_window(x, weight.shape[2:4], stride, padding)
+    _check_decided(x, x.shape[1], act, gating)
+    if residual is not None:
+        size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
+        _check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device, (x.dtype,))
+        _check_gating(residual_gating, "residual_gating", x.shape[0], bias.shape[0], x.device)
+    elif residual_gating is not None:
+        raise EngineInputError("residual_gating: there is no residual; give both or neither")
+
+
+def check_pooled(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], **others: Any) -> None:
+    """A convolution whose output is large enough to be pooled."""
+    check_conv2d(x, weight, stride=stride, padding=padding, **others)
+    if min(output_size(x.shape[2:], weight.shape[2:4], stride, padding)) < 2:
+        raise EngineInputError(f"x: the output of a map of {x.shape[2]}x{x.shape[3]} is too small to pool")
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor, act: str, gating: Gating) -> None:
+    """A layer on the last axis."""
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        raise EngineInputError("x: expected a tensor (N, ..., C_in)")
+    _check_tensor(x, "x", x.shape, dtypes=DTYPES)
+    _check_packed(weight, bias, x.shape[-1], x)
+    if tuple(weight.shape[2:4]) != (1, 1):
+        raise EngineInputError(f"weight: packed from a {tuple(weight.shape[2:4])} kernel, a linear layer has none")
+    _check_decided(x, x.shape[-1], act, gating)
+
+
+def check_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, gating: Gating
+) -> None:
+    """A convolution of every channel by itself."""
+    check_map(x)
+    _check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
+    _check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
+    _check_window(x, weight.shape[2:4], stride, padding)
+    _check_decided(x, x.shape[1], act, gating)
+
+
+def check_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
+    """A window whose padding torch takes, too."""
+    check_map(x)
+    _check_window(x, kernel, stride, padding)
+    if any(2 * pad > k for pad, k in zip(padding, kernel, strict=True)):
+        raise EngineInputError(f"padding {padding} is more than half the kernel {kernel}")
+
+
+def check_keep_mask(squares: Tensor, alpha: float, beta: float) -> None:
+    """What Statistics hold."""
+    _check_tensor(squares, "squares", (None,) * 3)
+    if squares.shape[1] == 0:
+        raise EngineInputError(f"squares: no slot, shape {tuple(squares.shape)}")
+    _check_thresholds(alpha, beta, "keep_mask")
+
+
+def check_map(x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """(N, C, H, W)."""
+    _check_tensor(x, "x", (None,) * 4, dtypes=dtypes)
+
+
+def _check_decided(x: Tensor, channels: int, act: str, gating: Gating) -> None:
+    if not isinstance(act, str) or act not in ACTS:
+        raise EngineInputError(f"act={act!r}: expected one of {', '.join(ACTS)}")
+    _check_gating(gating, "gating", x.shape[0], channels, x.device)
+
+
+def _check_tensor(
     tensor: object,
     name: str,
     shape: Sequence[int | None],
@@ -62,9 +146,9 @@ def _check_shape(tensor: Tensor, name: str, shape: Sequence[int | None]) -> None
     raise EngineInputError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
 
 
-def check_packed(weight: object, bias: Tensor, channels: int, x: Tensor, groups: int = 1) -> None:
+def _check_packed(weight: object, bias: Tensor, channels: int, x: Tensor, groups: int = 1) -> None:
     """A bias, and weights that `pack_weight` made for it and for so many channels of x, of the type of x."""
-    check_tensor(bias, "bias", (None,), x.device, (torch.float32, x.dtype))
+    _check_tensor(bias, "bias", (None,), x.device, (torch.float32, x.dtype))
     if isinstance(weight, Tensor) and weight.dim() in (2, 4):
         raise EngineInputError(f"weight: shape {tuple(weight.shape)} is not packed; call pack_weight once, at set-up")
     if channels == 0 or bias.shape[0] == 0:
@@ -74,18 +158,18 @@ def check_packed(weight: object, bias: Tensor, channels: int, x: Tensor, groups:
             f"groups={groups!r}: does not divide {channels} input and {bias.shape[0]} output channels"
         )
     blocks = groups * -(-bias.shape[0] // groups // BLOCK)
-    check_tensor(weight, "weight", (blocks, channels // groups, None, None, BLOCK), x.device, (x.dtype,))
+    _check_tensor(weight, "weight", (blocks, channels // groups, None, None, BLOCK), x.device, (x.dtype,))
 
 
-def check_gating(gating: Gating, name: str, n: int, channels: int, device: torch.device) -> None:
+def _check_gating(gating: Gating, name: str, n: int, channels: int, device: torch.device) -> None:
     """Statistics of, or a keep mask for, a map of n instances and so many channels."""
     if gating is None:
         return
     if isinstance(gating, Statistics):
-        check_tensor(gating.squares, f"{name}.squares", (n, None, channels), device)
+        _check_tensor(gating.squares, f"{name}.squares", (n, None, channels), device)
         if gating.squares.shape[1] == 0:
             raise EngineInputError(f"{name}.squares: no slot, shape {tuple(gating.squares.shape)}")
-        return check_thresholds(gating.alpha, gating.beta, name)
+        return _check_thresholds(gating.alpha, gating.beta, name)
     if not isinstance(gating, Tensor) or gating.dtype != torch.bool:
         found = gating.dtype if isinstance(gating, Tensor) else type(gating).__name__
         raise EngineInputError(f"{name}: expected Statistics or a bool keep mask, got {found}")
@@ -95,20 +179,14 @@ def check_gating(gating: Gating, name: str, n: int, channels: int, device: torch
     _check_shape(gating, name, (n, channels))
 
 
-def check_thresholds(alpha: object, beta: object, name: str) -> None:
+def _check_thresholds(alpha: object, beta: object, name: str) -> None:
     """Two numbers."""
     for key, value in (("alpha", alpha), ("beta", beta)):
         if not isinstance(value, int | float | torch.SymFloat) or isinstance(value, bool) or value != value:
             raise EngineInputError(f"{name}: expected a number as {key}, got {value!r}")
 
 
-def check_act(act: str) -> None:
-    """An activation that kernels have in their epilogue."""
-    if not isinstance(act, str) or act not in ACTS:
-        raise EngineInputError(f"act={act!r}: expected one of {', '.join(ACTS)}")
-
-
-def check_window(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
+def _check_window(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
     """A kernel that fits the padded map of x."""
     if min(*kernel, *stride) < 1 or min(padding) < 0 or max(*kernel, *stride, *padding) > _MOST:
         raise EngineInputError(

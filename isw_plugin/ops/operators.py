@@ -1,13 +1,14 @@
 """The engine's functions on `torch.ops.isw`: kernels where they can be built, else the reference.
 
-Same signatures and results as reference.py, which documents them. Inference only.
+Signatures, results and documentation are those of reference.py. Inference only.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
 from itertools import islice
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,16 +18,17 @@ import isw_plugin.ops.cpu as cpu
 import isw_plugin.ops.reference as reference
 from isw_plugin.errors import EngineInputError
 from isw_plugin.ops.checks import (
-    check_act,
-    check_gating,
-    check_packed,
-    check_tensor,
-    check_thresholds,
-    check_window,
+    check_conv2d,
+    check_depthwise,
+    check_keep_mask,
+    check_linear,
+    check_map,
+    check_max_pool,
+    check_pooled,
     output_size,
     pair,
 )
-from isw_plugin.ops.reference import DTYPES, Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
+from isw_plugin.ops.reference import Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
 
 __all__ = [
     "Gating",
@@ -43,6 +45,8 @@ __all__ = [
     "unpack_weight",
 ]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _library: Any = torch.library.Library("isw", "DEF")  # type: ignore[no-untyped-call]
 _TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
 _TYPES |= {"groups": "int", "act": "str", "residual": "Tensor?"}  # others are tensors
@@ -90,10 +94,14 @@ def _gating(gate: Tensor | None, alpha: float, beta: float) -> Gating:
     return gate if gate is None or gate.dtype == torch.bool else Statistics(gate, alpha, beta)
 
 
-def _flat(gating: Gating) -> tuple[Tensor | None, float, float]:
-    if isinstance(gating, Statistics):
-        return gating.squares, gating.alpha, gating.beta
-    return gating, 0.0, 0.0
+def _flat(arguments: dict[str, Any]) -> Iterator[Any]:
+    for name, value in arguments.items():
+        if not _gates(name):
+            yield value
+        elif isinstance(value, Statistics):
+            yield from (value.squares, value.alpha, value.beta)
+        else:
+            yield from (value, 0.0, 0.0)
 
 
 def _fake_outputs(x: Tensor, channels: int, size: tuple[int, int], slots: int) -> tuple[Tensor, Tensor]:
@@ -161,154 +169,41 @@ def _pooled_flops(
     return 2 * positions * math.prod(weight[1:4])
 
 
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    act: str = "none",
-    gating: Gating = None,
-    residual: Tensor | None = None,
-    residual_gating: Gating = None,
-) -> tuple[Tensor, Tensor]:
-    """reference.conv2d."""
-    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
-    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
-    check_packed(weight, bias, x.shape[1], x)
-    check_window(x, weight.shape[2:4], strides, paddings)
-    check_act(act)
-    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
-    if residual is not None:
-        size = output_size(x.shape[2:], weight.shape[2:4], strides, paddings)
-        check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device, (x.dtype,))
-        check_gating(residual_gating, "residual_gating", x.shape[0], bias.shape[0], x.device)
-    elif residual_gating is not None:
-        raise EngineInputError("residual_gating: there is no residual; give both or neither")
-    y, squares = torch.ops.isw.conv2d(
-        x, weight, bias, strides, paddings, act, *_flat(gating), residual, *_flat(residual_gating)
-    )
-    return y, squares
+def _public(
+    plain: Callable[_P, _R], check: Callable[..., None], run: Callable[..., Any] | None = None
+) -> Callable[_P, _R]:
+    """`plain` for users: its arguments are checked, then its operator runs, or what is given."""
+    signature = inspect.signature(plain)
+    defaults = {name: each.default for name, each in signature.parameters.items()}
+    pairs = [name for name in defaults if _TYPES.get(name) == "int[2]"]
+
+    @wraps(plain)
+    def public(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        named = defaults | signature.bind(*args, **kwargs).arguments  # in the order of the signature
+        for name in pairs:
+            as_kernel = named[name] is None is defaults[name]  # pooling's stride
+            named[name] = named["kernel"] if as_kernel else pair(named[name], name)
+        check(**named)
+        result: _R = run(**named) if run else getattr(torch.ops.isw, plain.__name__)(*_flat(named))
+        return result
+
+    public.__module__ = __name__  # where pickle finds it
+    return public
 
 
-def grouped_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    act: str = "none",
-    gating: Gating = None,
-) -> tuple[Tensor, Tensor]:
-    """reference.grouped_conv2d."""
-    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
-    check_tensor(x, "x", (None,) * 4)
-    check_packed(weight, bias, x.shape[1], x, groups)
-    check_window(x, weight.shape[2:4], strides, paddings)
-    check_act(act)
-    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
-    y, squares = torch.ops.isw.grouped_conv2d(x, weight, bias, groups, strides, paddings, act, *_flat(gating))
-    return y, squares
-
-
-def pooled_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    act: str = "none",
-    gating: Gating = None,
-) -> tuple[Tensor, Tensor]:
-    """reference.pooled_conv2d."""
-    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
-    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
-    check_packed(weight, bias, x.shape[1], x)
-    check_window(x, weight.shape[2:4], strides, paddings)
-    check_act(act)
-    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
-    if min(output_size(x.shape[2:], weight.shape[2:4], strides, paddings)) < 2:
-        raise EngineInputError(f"x: the output of a map of {x.shape[2]}x{x.shape[3]} is too small to pool")
-    y, squares = torch.ops.isw.pooled_conv2d(x, weight, bias, strides, paddings, act, *_flat(gating))
-    return y, squares
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, *, act: str = "none", gating: Gating = None
-) -> tuple[Tensor, Tensor]:
-    """reference.linear: a 1x1 convolution whose pixels are the axes between."""
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        raise EngineInputError("x: expected a tensor (N, ..., C_in)")
-    check_tensor(x, "x", x.shape, dtypes=DTYPES)
-    check_packed(weight, bias, x.shape[-1], x)
-    if tuple(weight.shape[2:4]) != (1, 1):
-        raise EngineInputError(f"weight: packed from a {tuple(weight.shape[2:4])} kernel, a linear layer has none")
-    check_act(act)
-    check_gating(gating, "gating", x.shape[0], x.shape[-1], x.device)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, act: str, gating: Gating) -> tuple[Tensor, Tensor]:
+    """A 1x1 convolution whose pixels are the axes between."""
     if 0 in x.shape[1:-1]:
         return reference.linear(x, weight, bias, act=act, gating=gating)
-    y, squares = torch.ops.isw.conv2d(
-        as_pixels(x), weight, bias, (1, 1), (0, 0), act, *_flat(gating), None, None, 0.0, 0.0
-    )
+    y, squares = conv2d(as_pixels(x), weight, bias, act=act, gating=gating)
     return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], bias.shape[0]), squares
 
 
-def depthwise_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    act: str = "none",
-    gating: Gating = None,
-) -> tuple[Tensor, Tensor]:
-    """reference.depthwise_conv2d."""
-    strides, paddings = pair(stride, "stride"), pair(padding, "padding")
-    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
-    check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
-    check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
-    check_window(x, weight.shape[2:4], strides, paddings)
-    check_act(act)
-    check_gating(gating, "gating", x.shape[0], x.shape[1], x.device)
-    y, squares = torch.ops.isw.depthwise_conv2d(x, weight, bias, strides, paddings, act, *_flat(gating))
-    return y, squares
-
-
-def max_pool2d(
-    x: Tensor,
-    kernel: int | tuple[int, int],
-    *,
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
-) -> Tensor:
-    """reference.max_pool2d."""
-    kernels, paddings = pair(kernel, "kernel"), pair(padding, "padding")
-    strides = kernels if stride is None else pair(stride, "stride")
-    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
-    check_window(x, kernels, strides, paddings)
-    if any(2 * pad > k for pad, k in zip(paddings, kernels, strict=True)):
-        raise EngineInputError(f"padding {paddings} is more than half the kernel {kernels}")
-    y: Tensor = torch.ops.isw.max_pool2d(x, kernels, strides, paddings)
-    return y
-
-
-def sum_squares(x: Tensor) -> Tensor:
-    """reference.sum_squares."""
-    check_tensor(x, "x", (None,) * 4, dtypes=DTYPES)
-    squares: Tensor = torch.ops.isw.sum_squares(x)
-    return squares
-
-
-def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
-    """reference.keep_mask."""
-    check_tensor(squares, "squares", (None,) * 3)
-    if squares.shape[1] == 0:
-        raise EngineInputError(f"squares: no slot, shape {tuple(squares.shape)}")
-    check_thresholds(alpha, beta, "keep_mask")
-    keep: Tensor = torch.ops.isw.keep_mask(squares, alpha, beta)
-    return keep
+conv2d = _public(reference.conv2d, check_conv2d)
+grouped_conv2d = _public(reference.grouped_conv2d, partial(check_conv2d, dtypes=(torch.float32,)))
+pooled_conv2d = _public(reference.pooled_conv2d, check_pooled)
+linear = _public(reference.linear, check_linear, _linear)
+depthwise_conv2d = _public(reference.depthwise_conv2d, check_depthwise)
+max_pool2d = _public(reference.max_pool2d, check_max_pool)
+sum_squares = _public(reference.sum_squares, check_map)
+keep_mask = _public(reference.keep_mask, check_keep_mask)

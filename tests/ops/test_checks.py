@@ -1,5 +1,7 @@
 """Wrong input: an error that names the argument and says what to do, never a crash."""
 
+import inspect
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from isw_plugin import ops
 from isw_plugin.errors import EngineInputError, ISWError
-from isw_plugin.ops import Statistics, pack_weight
+from isw_plugin.ops import Statistics, pack_weight, reference
 
 
 def conv(**changed: Any) -> Any:
@@ -240,3 +242,13 @@ def test_tensors_that_are_more_than_tensors_are_right() -> None:
         assert torch.equal(conv(x=same, weight=weight, bias=bias)[0], wanted[0])
     meta = conv(x=x.to("meta"), weight=weight.to("meta"), bias=bias.to("meta"))
     assert [each.shape for each in meta] == [each.shape for each in wanted]
+
+
+@pytest.mark.parametrize("name", sorted(set(ops.__all__) & set(dir(torch.ops.isw)) | {"linear"}))
+def test_signature_and_words_are_those_of_the_reference(name: str) -> None:
+    public, plain = getattr(ops, name), getattr(reference, name)
+    assert inspect.signature(public) == inspect.signature(plain)
+    assert public.__doc__ == plain.__doc__
+    assert pickle.loads(pickle.dumps(public)) is public
+    with pytest.raises(TypeError, match="argument"):
+        public(torch.zeros(1), nothing=1)

@@ -55,7 +55,7 @@ def test_a_second_run_goes_on(row: Row, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(engine, "measure", lambda *args: asked.append(args) or [])
     only = ["--networks", "slimmed vgg16", "--sides", "32", "--batches", "2", "--out", str(tmp_path)]
     engine.main([*only, "--keeps", "0.5", "0.7"])
-    assert [call[:-1] for call in asked] == [("slimmed vgg16", 32, 2, [0.7], 15, True)]
+    assert [call[:-2] for call in asked] == [("slimmed vgg16", 32, 2, [0.7], 15, True)]
     assert engine.read(tmp_path) == [row]
 
 

@@ -1,0 +1,85 @@
+// How many threads of this process can run at once: its affinity mask and the quotas of its control groups. More would
+// wait for each other. Needs no torch header.
+#pragma once
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <fstream>
+#include <limits>
+#include <string>
+
+namespace isw {
+namespace {
+
+constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
+
+// Whole processors of time within a period, at least one; a quota that is spent stops every thread.
+inline int64_t whole_processors(double quota, double period) {
+  return quota > 0 && period > 0 ? std::max<int64_t>(1, static_cast<int64_t>(quota / period)) : unlimited;
+}
+
+// "max 100000" or "150000 100000" (version 2 of control groups).
+inline int64_t quota_of(const std::string& folder) {
+  std::string quota;
+  double period = 0;
+  std::ifstream(folder + "/cpu.max") >> quota >> period;
+  return quota.empty() || quota == "max" ? unlimited : whole_processors(std::atof(quota.c_str()), period);
+}
+
+// The same of version 1, where -1 is no quota.
+inline int64_t old_quota_of(const std::string& folder) {
+  double quota = 0, period = 0;
+  std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;
+  std::ifstream(folder + "/cpu.cfs_period_us") >> period;
+  return whole_processors(quota, period);
+}
+
+// The least of a group and those that hold it. A container may see its group as the root.
+template <typename Quota>
+int64_t least_quota(const std::string& root, std::string group, Quota quota) {
+  int64_t least = quota(root);
+  for (; group.size() > 1; group.erase(group.rfind('/'))) least = std::min(least, quota(root + group));
+  return least;
+}
+
+inline int64_t quota_of_groups() {
+  int64_t least = unlimited;
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {  // "0::/group" or "4:cpu,cpuacct:/group"
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string kinds = "," + line.substr(first + 1, second - first - 1) + ",", group = line.substr(second + 1);
+    if (kinds == ",,") least = std::min(least, least_quota("/sys/fs/cgroup", group, quota_of));
+    if (kinds.find(",cpu,") != std::string::npos)
+      least = std::min(least, least_quota("/sys/fs/cgroup/cpu", group, old_quota_of));
+  }
+  return least;
+}
+
+inline int64_t affinity() {
+#if defined(__linux__)
+  cpu_set_t mask;
+  if (sched_getaffinity(0, sizeof mask, &mask) == 0) return CPU_COUNT(&mask);  // fails above 1024 processors
+#endif
+  return unlimited;
+}
+
+// Looked up again after a second: masks and quotas change while a process runs.
+inline int64_t usable_processors() {
+  using Clock = std::chrono::steady_clock;
+  static std::atomic<int64_t> known{0}, until{0};
+  const int64_t now = Clock::now().time_since_epoch() / std::chrono::milliseconds(1);
+  if (now >= until) {
+    known = std::min(affinity(), quota_of_groups());
+    until = now + 1000;
+  }
+  return known;
+}
+
+}  // namespace
+}  // namespace isw
