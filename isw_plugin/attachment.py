@@ -28,6 +28,7 @@ def configure(model: nn.Module, memory: Memory) -> None:
     memory.gates = {name: gate for name, (_, gate) in held.items()}
     device = device_of(model)
     memory.heads = {name: head.to(device) for name, head in settings.heads.items()}
+    memory.learned = settings.learned
     memory.watched = frozenset(source for head in settings.heads.values() for source in head.sources)
 
 

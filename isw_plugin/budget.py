@@ -105,7 +105,7 @@ class Budget:
         require_decided(pruner.sites, self.keep, len(next(iter(self.keep.values()))))
         self.curves = {site: _Curve.of(norms, self.gates[site].alpha) for site, norms in self.norms.items()}
         self.works = self._works()
-        saved = sum(saved_by_site(pruner.sites, self.keep, self.dense, self.heads).values())
+        saved = sum(saved_by_site(pruner, self.keep, self.norms, self.dense).values())
         self.measured = 1 - float(torch.as_tensor(saved).mean()) / max(1, self.dense.total)
 
     def _works(self) -> list[_Work]:

@@ -16,7 +16,8 @@ ISWError
 ├── PredictionError (ValueError)           heads that cannot be fitted, or do not fit
 ├── MissingExtraError (RuntimeError, ImportError)  a toolkit that is not installed
 ├── BudgetError (ValueError)              thresholds within the budget do not exist
-└── StateMismatchError (ValueError)       a state_dict of another model
+└── StateMismatchError (ValueError)       a state_dict of another model, or a saved folder that is damaged
+    └── NothingSavedError (FileNotFoundError)  a folder in which nothing was saved
 """
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "NoSitesError",
     "NonFiniteFeatureError",
     "NothingRecordedError",
+    "NothingSavedError",
     "PatternError",
     "PredictionError",
     "ProbeError",
@@ -117,3 +119,7 @@ class BudgetError(ISWError, ValueError):
 
 class StateMismatchError(ISWError, ValueError):
     """A state_dict belongs to another model or another version."""
+
+
+class NothingSavedError(StateMismatchError, FileNotFoundError):
+    """A folder holds nothing that was saved, or something else."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, SettingError, UnsupportedError
 from isw_plugin.functional import is_tracing
-from isw_plugin.gates import Gate, keeps_all
+from isw_plugin.gates import Decision, Gate, LearnedGate, keeps_all
 from isw_plugin.heads import UNSEEN, Statistics, positions, statistics
 from isw_plugin.masking import Part, column_keep, reader_parts, size
 from isw_plugin.memory import Call, Memory
@@ -166,14 +166,18 @@ class _Observe(Hook):
         if not recording and call.gates is None:
             return feature
         _require_map(feature, site)
-        head = call.heads.get(site.name) if call.gates is not None else None
-        if recording or head is None:
+        gate = call.gates[site.name] if call.gates is not None else None
+        head = call.heads.get(site.name) if gate is not None else None
+        learns = isinstance(gate, LearnedGate)
+        if recording or not (head or learns):
             # What the gradient of the norms needs must outlive the forward.
             norms = memory.channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
             if recording and call.whole:  # a checkpoint's recompute repeats the arithmetic, not the record
                 self._record(call, norms)
-        if call.gates is None:
+        if gate is None:
             return feature
+        if isinstance(gate, LearnedGate):
+            return self._learned(call, gate, feature)
         if head is not None:
             known = {source: call.known(source, site.name) for source in head.sources}
             _require_instances(known, feature, site)
@@ -183,7 +187,7 @@ class _Observe(Hook):
                 call.lessons.setdefault(site.name, []).append((known, true.detach() / math.sqrt(size)))
             norms = head.norms(known, size)
         seen = feature.detach() if head is None else UNSEEN
-        gated = self._gate(call, call.gates[site.name], feature, norms.detach(), seen)
+        gated = self._gate(call, gate, feature, norms.detach(), seen)
         if site.name in call.watched:
             left = torch.where(call.keep[site.name][-1], norms.detach(), 0) if head is None else None
             call.statistics[site.name] = statistics(gated.detach(), site.axis, left)
@@ -203,13 +207,40 @@ class _Observe(Hook):
         if keeps_all(gate):
             call.decide(name, norms, torch.ones_like(norms, dtype=torch.bool))
             return feature
-        keep = gate(seen, norms)
-        _require_mask(keep, gate, norms, name)
-        if self.memory.min_keep:
-            largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices
-            keep = keep.scatter(1, largest, True)
+        keep = self._with_largest(gate(seen, norms), gate, norms)
         call.decide(name, norms, keep)
         return self.memory.mask(feature, keep, self.site.axis) if self.applies else feature
+
+    def _with_largest(self, keep: Tensor, gate: Gate, norms: Tensor) -> Tensor:
+        """What a gate keeps, and ``min_keep`` channels at least."""
+        _require_mask(keep, gate, norms, self.site.name)
+        if not self.memory.min_keep:
+            return keep
+        largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices
+        return keep.scatter(1, largest, True)
+
+    def _learned(self, call: Call, gate: LearnedGate, feature: Tensor) -> Tensor:
+        """The map that a gate with parameters makes of it."""
+        site, memory = self.site, self.memory
+        notes = call.notes.pop(site.name, {})
+        if len(notes) != len(site.layers):
+            raise UnsupportedError(
+                f"{site.name} is seen without what its layers ({', '.join(site.layers)}) read, on which its gate "
+                "decides: call the whole model, checkpoint whole blocks, or exclude it"
+            )
+        if not is_tracing() and any(instances != feature.shape[0] for instances, _ in notes.values()):
+            raise UnsupportedError(
+                f"the layers of {site.name} run on other instances than the {feature.shape[0]} of its map (windows, or "
+                "parts of a batch), so its gate cannot decide on what they read: exclude it"
+            )
+        noted = [notes[number][1] for number in range(len(notes))]
+        made = gate.decide(memory.learned[site.name], noted, feature, site.axis)
+        _require_decision(made, gate, feature, site)
+        if call.learns and made.loss is not None:
+            memory.add_loss(call, made.loss)
+        keep = self._with_largest(made.keep, gate, made.scores)
+        call.decide(site.name, made.scores.detach(), keep)
+        return memory.mask(made.feature, keep, site.axis) if gate.whole_channels else made.feature
 
 
 def _require_map(feature: Any, site: Site) -> None:
@@ -255,6 +286,43 @@ def _require_mask(keep: Any, gate: Gate, norms: Tensor, name: str) -> None:
         f"{gate} gave {what} at {name}: a gate gives a dense bool tensor of shape {tuple(norms.shape)} on "
         f"{norms.device}, True where the channel is kept"
     )
+
+
+def _require_decision(made: Any, gate: Gate, feature: Tensor, site: Site) -> None:
+    if is_tracing():
+        return
+    scores = getattr(made, "scores", None)
+    if not isinstance(made, Decision) or not isinstance(scores, Tensor) or made.feature.shape != feature.shape:
+        raise SettingError(f"{gate} gave a {type(made).__name__} at {site.name}: a Decision, with a map as it got")
+    if scores.shape != (feature.shape[0], site.channels):
+        raise SettingError(
+            f"{gate} gave scores of shape {tuple(scores.shape)} at {site.name}: (N, C), "
+            f"{(feature.shape[0], site.channels)}"
+        )
+
+
+class _AtLayer(Hook):
+    """Shows a gate with parameters what a layer of its site reads and makes."""
+
+    def __init__(self, memory: Memory, site: str, number: int) -> None:
+        self.memory = memory
+        self.site = site
+        self.number = number
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        call = self.memory.running or self.memory.outside()
+        gate = call.gates[self.site] if call.gates is not None else None
+        if not isinstance(gate, LearnedGate):
+            return None
+        learned = self.memory.learned[self.site]
+        if learned.training != module.training:
+            learned.train(module.training)
+        if any(parameter.device != output.device for parameter in learned.parameters()):
+            learned.to(output.device)
+        x = _argument(args, 0, self.site)
+        made, note = gate.at_layer(learned, self.number, module, x, output)
+        call.notes.setdefault(self.site, {})[self.number] = (x.shape[0], note)
+        return made
 
 
 class _ObserveOutput(_Observe):
@@ -318,12 +386,14 @@ def attach_hooks(model: nn.Module, memory: Memory, sites: Sequence[Site], scope:
     modules = dict(model.named_modules())
     readers = reader_parts(sites) if scope == "consumers" else {}
     for site in sites:
+        for number, layer in enumerate(site.layers if site.name in memory.learned else ()):
+            modules[layer].register_forward_hook(_AtLayer(memory, site.name, number))
         _observe_site(modules, memory, site, applies=scope == "all")
     for layer, parts in readers.items():
         axis = -1 if isinstance(modules[layer], nn.Linear) else 1
         modules[layer].register_forward_pre_hook(_Apply(memory, layer, parts, axis))
     model.register_forward_hook(_End(memory), always_call=True)
-    begin = _Begin(memory, _places(sites, scope))
+    begin = _Begin(memory, _places(sites, scope, memory))
     begin.paths = steps_to(model, memory, begin.places)
     waiting = [number for number, hook in model._forward_pre_hooks.items() if isinstance(hook, _FirstForward)]
     if not waiting:
@@ -335,10 +405,11 @@ def attach_hooks(model: nn.Module, memory: Memory, sites: Sequence[Site], scope:
         del model._forward_hooks[number]
 
 
-def _places(sites: Sequence[Site], scope: str) -> tuple[str, ...]:
+def _places(sites: Sequence[Site], scope: str, memory: Memory) -> tuple[str, ...]:
     """Names of the modules that get hooks."""
+    layers = [layer for site in sites if site.name in memory.learned for layer in site.layers]
     taps = [tap.module for site in sites for tap in (site.taps if scope == "all" else site.taps[:1])]
-    return tuple(dict.fromkeys([*taps, *(reader_parts(sites) if scope == "consumers" else ())]))
+    return tuple(dict.fromkeys([*layers, *taps, *(reader_parts(sites) if scope == "consumers" else ())]))
 
 
 def _observe_site(modules: dict[str, nn.Module], memory: Memory, site: Site, applies: bool) -> None:
@@ -380,7 +451,7 @@ def orphaned_memory(model: nn.Module) -> Memory | None:
     observed = [hook.site for hook in hooks if isinstance(hook, _Observe)]
     scope = "all" if any(hook.applies for hook in hooks if isinstance(hook, _Observe)) else "consumers"
     try:
-        steps_to(model, memory, _places(observed, scope))
+        steps_to(model, memory, _places(observed, scope, memory))
     except AttachError:
         return None
     return memory if len(observed) == len(memory.gates) else None

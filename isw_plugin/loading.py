@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from isw_plugin.copies import copy_of
-from isw_plugin.errors import AttachError, ProbeError, StateMismatchError, UnsupportedError
+from isw_plugin.errors import AttachError, NothingSavedError, ProbeError, StateMismatchError, UnsupportedError
+from isw_plugin.folders import DOCUMENTS, path_of
 from isw_plugin.gates import Gate, with_parameters
 from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.saving import rebuilt
-from isw_plugin.stored import decoded_inputs, path_of, stored
+from isw_plugin.stored import decoded_inputs, stored
 from isw_plugin.structure import differences, resize
 from isw_plugin.wrappers import attachable
 
@@ -39,7 +40,7 @@ def load_pretrained(
 
     Raises:
         SettingError: The folder is no path.
-        FileNotFoundError: Nothing was saved there.
+        NothingSavedError: Nothing was saved there. A FileNotFoundError, too.
         StateMismatchError: Another version, a damaged file, another architecture, no model where one is needed,
             other sites, a gate that is not known, or weights with which the model does not run. Nothing is
             changed then. Says what does not fit.
@@ -66,7 +67,7 @@ def load_pretrained(
     try:
         facts, tensors = stored(path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(_what_is_there(path, Path(error.filename).name)) from error
+        raise NothingSavedError(_what_is_there(path, Path(error.filename).name)) from error
     if model is None:
         model = _remade(facts["model"])
     model = attachable(model)
@@ -76,6 +77,8 @@ def load_pretrained(
 
 
 def _what_is_there(folder: Path, file: str) -> str:
+    if (folder / DOCUMENTS[1]).is_file():
+        return f"{folder} holds an accelerated model, no gated one: load_accelerated(folder) loads it"
     found = f"has no {file}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
     below = sorted(path.parent.name for path in folder.glob(f"*/{file}")) if folder.is_dir() else []
     nearest = f"; one was saved in its {', '.join(below[:5])}" if below else ""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from isw_plugin.errors import AttachError, UnsupportedError
@@ -20,7 +20,7 @@ from isw_plugin.gates import Gate
 from isw_plugin.heads import Head, Lesson, Statistics
 from isw_plugin.settings import Settings
 
-__all__ = ["Call", "Memory"]
+__all__ = ["Call", "Memory", "Taken"]
 
 _NO_HEADS: Mapping[str, Head] = {}
 _FORGOTTEN = 100  # training forwards without a penalty taken, after which something is surely wrong
@@ -31,6 +31,13 @@ class _Decided(NamedTuple):
 
     keep: Mapping[str, list[Tensor]]
     statistics: Mapping[str, Statistics]
+
+
+class Taken(NamedTuple):
+    """What one training forward has recorded: norms (N, C) by site, every time that it ran, and losses of gates."""
+
+    norms: dict[str, list[Tensor]]
+    losses: list[Tensor]
 
 
 class Call:
@@ -44,9 +51,10 @@ class Call:
         watched: Sites whose statistics are kept.
         alone: No earlier forward with gradients waits for its backward, as far as is known.
         recorded: Site name -> norms (N, C) of every time that the site ran, in the graph.
+        losses: What gates with parameters add to the loss.
         norms, keep: Site name -> what was decided, every time, detached.
         statistics: Site name -> of its map after the mask, the last time.
-        learns: Whether it shows heads what they should have predicted.
+        learns: Whether it shows heads what they should have predicted, and records losses of gates.
         lessons: Site name -> what its head read, and the root mean squares that there were, every time.
     """
 
@@ -77,10 +85,12 @@ class Call:
         self.thread = 0 if compiling else threading.get_ident()
         self.handled = 0 if compiling else id(sys.exception())  # what was being handled when it began
         self.recorded: dict[str, list[Tensor]] = {}
+        self.losses: list[Tensor] = []
         self.norms: dict[str, list[Tensor]] = {}
         self.keep: dict[str, list[Tensor]] = {}
         self.statistics: dict[str, Statistics] = {}
         self.lessons: dict[str, list[Lesson]] = {}
+        self.notes: dict[str, dict[int, tuple[int, Any]]] = {}  # by site and layer: instances, what its gate noted
         self._made: dict[str, int] = {}  # decisions, by site
         self._read: dict[tuple[str, str], int] = {}  # and how many of them a reader has seen the last of
 
@@ -135,6 +145,7 @@ class Memory:
         enabled: Whether gates act.
         heads: By site name; what predicts norms. Sites without one are measured.
         watched: Sites whose statistics calls keep: those that heads read.
+        learned: By site name; the parameters of its gate, where that has some.
         min_keep: Channels that every instance keeps at every site, the largest.
         channel_norm, mask: What takes a map's norms (Eq. 3), and what drops its channels; operators while it is traced.
         tape: The training forwards whose penalty has not been taken.
@@ -146,6 +157,7 @@ class Memory:
         self.gates: dict[str, Gate] = {}
         self.heads: dict[str, Head] = {}
         self.watched: frozenset[str] = frozenset()
+        self.learned: dict[str, nn.Module] = {}
         self.decays = True
         self.weighed: dict[str, bool] = {}
         self.enabled = False
@@ -206,15 +218,15 @@ class Memory:
         lessons, graded.lessons = graded.lessons, {}
         return lessons
 
-    def take(self) -> list[dict[str, list[Tensor]]]:
+    def take(self) -> list[Taken]:
         """Take off the tape what this thread's forwards have recorded, or if there were none, any thread's."""
         thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
         done = [call for call in self.tape if not call.running]
-        taken = [call for call in done if call.recorded and call.thread in (0, thread)] or done
+        taken = [call for call in done if (call.recorded or call.losses) and call.thread in (0, thread)] or done
         self.tape = [call for call in self.tape if not any(call is other for other in taken)]
-        recorded = [call.recorded for call in taken if call.recorded]
+        recorded = [Taken(call.recorded, call.losses) for call in taken if call.recorded or call.losses]
         for call in taken:
-            call.recorded = {}
+            call.recorded, call.losses = {}, []
         return recorded
 
     def begin(self, training: bool) -> Call:
@@ -230,14 +242,23 @@ class Memory:
             call.alone = before is None or before.again is not None or before.gates is None
             self._mine.graded = self._graded = call
         if records:
-            self.tape.append(call)
-            if len(self.tape) == _FORGOTTEN:
-                warnings.warn(
-                    f"{_FORGOTTEN} training forwards were recorded and no penalty taken: their graphs stay in memory. "
-                    "Call pruner.regularize(model, loss) before backward, or set pruner.lambda_ = 0",
-                    stacklevel=2,
-                )
+            self._tape(call)
         return call
+
+    def add_loss(self, call: Call, loss: Tensor) -> None:
+        """What a gate adds to the loss in a training forward."""
+        call.losses.append(loss)
+        if not call.records and len(call.losses) == 1:
+            self._tape(call)
+
+    def _tape(self, call: Call) -> None:
+        self.tape.append(call)
+        if len(self.tape) == _FORGOTTEN:
+            warnings.warn(
+                f"{_FORGOTTEN} training forwards were recorded and no penalty taken: their graphs stay in memory. "
+                "Call pruner.regularize(model, loss) before backward, or set pruner.lambda_ = 0",
+                stacklevel=3,
+            )
 
     def _call(self, records: bool, **of_it: Any) -> Call:
         gates = self.gates if self.enabled else None

@@ -16,6 +16,7 @@ from isw_plugin.gates import Gate
 from isw_plugin.heads import Head, stored
 from isw_plugin.hooks import Memory, detach_hooks, memory_of, orphaned_memory
 from isw_plugin.inputs import device_of
+from isw_plugin.learned import average_after_backward, stored_learned
 from isw_plugin.places import without_hooks
 from isw_plugin.saving import encoded_inputs, write
 from isw_plugin.settings import Settings, check_inputs, check_lambda, choose_gate
@@ -50,7 +51,7 @@ class InstanceWisePruner:
             function (name, module) -> bool.
         exclude: Layers to leave out, in the same form.
         alpha, beta: Short for ``gate=CVGate(alpha, beta)`` (0.5 and 1.0).
-        gate: "cv", the name of an installed gate, or any ``Gate``.
+        gate: "cv", "fbs", "channel_gating", "lccl", the name of an installed gate, or any ``Gate``.
         scope: "all": dropped channels are zero for every user of the map, the literal reading of
             section 3.3. "consumers": only for the convolutions and linear layers; shortcuts and
             squeeze-excite see the whole map.
@@ -102,6 +103,7 @@ class InstanceWisePruner:
         overrides = {} if per_site is None else per_site
         settings = Settings(lambda_, choose_gate(gate, alpha, beta), layers, exclude, scope, reduction, overrides)
         min_keep = as_count("min_keep", min_keep, "a number of channels")
+        settings.require_channels(min_keep)
         inputs = example_inputs if example_inputs is not None else default_inputs(model)
         if inputs is not None:
             settings.resolve(model, inputs)
@@ -184,7 +186,7 @@ class InstanceWisePruner:
         self._memory.clear()
         self._settings.found = None
         self._settings.inputs = None
-        self._settings.heads = {}
+        self._settings.heads, self._settings.learned = {}, {}
 
     # -- training: Eq. 5 ---------------------------------------------------------------------------
 
@@ -203,7 +205,8 @@ class InstanceWisePruner:
         """Take the penalty of the training forwards since it was last taken (second term of Eq. 5).
 
         Returns:
-            lambda times the sum (or as ``reduction`` says) over instances of Eq. 4, a scalar in the graph.
+            lambda times the sum (or as ``reduction`` says) over instances of Eq. 4, a scalar in the graph; and what
+            gates with parameters add.
 
         Raises:
             NothingRecordedError: No training forward was recorded and lambda is not 0.
@@ -213,18 +216,26 @@ class InstanceWisePruner:
             >>> pruner.penalty().shape
             torch.Size([])
         """
-        tape, settings = self._memory.take(), self._settings
+        decayed, own = self._penalties()
+        return decayed + own
+
+    def _penalties(self) -> tuple[Tensor, Tensor]:
+        """Feature decay, and what gates with parameters add."""
+        taken, settings = self._memory.take(), self._settings
+        zero = torch.zeros((), device=device_of(self.model))
+        own = sum((loss for forward in taken for loss in forward.losses), zero)
+        tape = [forward.norms for forward in taken if forward.norms]
         if tape:
             settings.measure(tape[0])
             weights = settings.norm_weights()
-            return torch.stack([decay(norms, weights, settings.reduction) for norms in tape]).sum()
+            return torch.stack([decay(norms, weights, settings.reduction) for norms in tape]).sum(), own
         if self._memory.decays and any((settings.lambdas() or {"unknown yet": self.lambda_}).values()):
             raise NothingRecordedError(
                 "no training forward of the attached model was recorded since the penalty was last taken: it ran in "
                 "eval mode, under no_grad, through a submodule, or was compiled before the pruner was attached; or a "
                 "feature extractor or copied graph ran that does not have all of the pruner's hooks"
             )
-        return torch.zeros((), device=device_of(self.model))
+        return zero, own
 
     def regularize(
         self, model: nn.Module, loss: Tensor, *, world_size: int | None = None, accumulation_steps: int = 1
@@ -255,12 +266,36 @@ class InstanceWisePruner:
             if factor is not None:
                 as_count(name, factor, "a count", least=1)
         _require_loss(loss)
-        penalty = self.penalty()
+        penalty, own = self._penalties()
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._settings.reduction == "sum":
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             ranks = world_size or (torch.distributed.get_world_size() if distributed else 1)
             penalty = penalty * (ranks * accumulation_steps)
-        return loss + penalty
+        total = loss + penalty + own
+        if distributed:
+            average_after_backward(total, self._settings.learned)
+        return total
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """What gates with parameters (``gate="fbs"``, "channel_gating", "lccl") train, for the optimizer.
+
+        They are the pruner's, not in the model's ``parameters()`` and ``state_dict``; those of other gates are none.
+        Train with gates on and call ``regularize``, which adds the gates' own losses, and lets ranks share gradients.
+
+        Raises:
+            AttachError: Sites are not known yet, or the pruner was removed.
+
+        Example:
+            >>> pruner.gate_parameters()
+            []
+        """
+        self._found  # noqa: B018  # raises where there are no sites
+        return [parameter for learned in self._settings.learned.values() for parameter in learned.parameters()]
+
+    @property
+    def learned(self) -> dict[str, nn.Module]:
+        """What holds these parameters, by site name."""
+        return dict(self._settings.learned)
 
     # -- inference: Eq. 6-7 ------------------------------------------------------------------------
 
@@ -578,7 +613,10 @@ class InstanceWisePruner:
             {'type': 'MinNorm', 'parameters': {'ratio': 0.5}}
         """
         settings = self._settings
-        return settings.state() | {"min_keep": self._memory.min_keep, "enabled": self.enabled} | stored(settings.heads)
+        return settings.state() | {"min_keep": self._memory.min_keep, "enabled": self.enabled} | self._tensors()
+
+    def _tensors(self) -> dict[str, Any]:
+        return stored(self._settings.heads) | stored_learned(self._settings.learned)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the settings of a pruner on the same architecture.
@@ -597,10 +635,14 @@ class InstanceWisePruner:
         """
         self._require_attached()
         min_keep = as_count("min_keep", state.get("min_keep", 0), "a number of channels")
+        before = self._settings.learned
         self._memory.settings = self._settings.restored(state, self.model)
         self._memory.min_keep = min_keep
         self._memory.enabled = state.get("enabled", False)
-        self._configure()
+        if before.keys() == self._settings.learned.keys():
+            self._configure()
+        else:  # other layers have hooks
+            self._attach()
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Save model and pruner, to be restored by ``isw_plugin.load_pretrained`` in any process.

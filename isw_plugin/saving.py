@@ -1,35 +1,25 @@
-"""A folder that holds a model, slimmed or not, and its pruner: safetensors and JSON, never pickle.
+"""A folder that holds a model, slimmed or not, and its pruner: safetensors and JSON (``folders``), never pickle."""
 
-``pruner.json`` names the file of the weights by its content and is replaced last and at once, so a reader
-finds the old pair or the new one, whenever writing stops. Whoever saves holds a lock; the files of a save that
-was stopped go with the next one.
-"""
-
-import contextlib
-import hashlib
 import json
 import math
 import os
-import re
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from isw_plugin.errors import StateMismatchError, UnsupportedError
+from isw_plugin.folders import path_of, replace, tensor_file
 from isw_plugin.heads import heads_tensors
-from isw_plugin.stored import FILE, TENSORS, VERSION, files_named_by, path_of
+from isw_plugin.learned import learned_tensors
+from isw_plugin.stored import FILE, VERSION
 from isw_plugin.structure import describe, differences
 
 __all__ = ["encoded_inputs", "origin", "rebuilt", "write"]
 
-_LOCK = ".pruner.lock"
-_DRAFT = re.compile(rf"\.(({re.escape(FILE)})|{TENSORS.pattern})\.\d+(\.old)?\.draft")
 _OPTIONS = ("in_chans", "drop_rate", "global_pool")  # what timm models remember of how they were made
 _LARGE = 1 << 20  # elements; buffers that a constructor computes have fewer
 _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
@@ -56,7 +46,9 @@ def write(
     """
     path = path_of(folder)
     state, heads = heads_tensors(pruner["state"])
-    files = {"weights": _file("model", model.state_dict())} | ({"heads": _file("heads", heads)} if heads else {})
+    state, learned = learned_tensors(state)
+    held = {"weights": ("model", model.state_dict()), "heads": ("heads", heads), "learned": ("gates", learned)}
+    files = {part: tensor_file(*named) for part, named in held.items() if part == "weights" or named[1]}
     facts = {
         "version": VERSION,
         "model": {"name": type(model).__name__, **origin(model), "modules": describe(model)},
@@ -64,9 +56,7 @@ def write(
         "pruner": {**pruner, "state": _plain(_without_expressions(state, per_site))},
     }
     document = json.dumps(facts, indent=1, allow_nan=False).encode()
-    path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        _replace(path, {file.name: file.content for file in files.values()}, document)
+    replace(path, FILE, files.values(), document)
 
 
 def origin(model: nn.Module) -> dict[str, Any]:
@@ -149,32 +139,6 @@ def _options(model: nn.Module, default: nn.Module) -> dict[str, Any]:
     return found
 
 
-class _File(NamedTuple):
-    name: str
-    digest: str
-    content: bytes
-
-
-def _file(kind: str, state: Mapping[str, Any]) -> _File:
-    content = _safetensors(state)
-    digest = hashlib.sha256(content).hexdigest()
-    return _File(f"{kind}-{digest[:16]}.safetensors", digest, content)
-
-
-def _safetensors(state: Mapping[str, Any]) -> bytes:
-    from safetensors.torch import save
-
-    other = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
-    if other:
-        raise UnsupportedError(f"only tensors can be saved without pickle, and the state_dict holds {', '.join(other)}")
-    # Copies, since tied weights share memory and a file has none to share.
-    form = torch.contiguous_format
-    try:
-        return save({key: value.detach().to("cpu", copy=True, memory_format=form) for key, value in state.items()})
-    except (ValueError, KeyError, RuntimeError) as error:  # on meta, sparse, or of a type that the format lacks
-        raise UnsupportedError(f"the weights cannot be saved as safetensors: {error}") from error
-
-
 def _without_expressions(state: Mapping[str, Any], per_site: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The state with site names for regular expressions, which are not evaluated when they come from a file."""
     regular = any(pattern.startswith("re:") for pattern in state["per_site"])
@@ -196,70 +160,3 @@ def _plain(value: Any) -> Any:
     if not isinstance(number, bool | int | float | str | None) or number in ("inf", "-inf", "nan"):
         raise UnsupportedError(f"a setting of the pruner or its gate is {number!r}, which JSON cannot hold")
     return number
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-def _replace(path: Path, files: Mapping[str, bytes], document: bytes) -> None:
-    """Replace all in a locked folder."""
-    _clear(path)
-    try:
-        # What is to go and what is to come is named by drafts: wherever this stops, the rest can be found.
-        if (path / FILE).is_file():
-            _write(_draft(path / FILE, ".old"), (path / FILE).read_bytes())
-        facts = _draft(path / FILE)
-        _write(facts, document)
-        for name, content in files.items():
-            _write(_draft(path / name), content)
-        for name in files:
-            _draft(path / name).replace(path / name)
-        facts.replace(path / FILE)
-    finally:
-        _clear(path)
-
-
-def _clear(path: Path) -> None:
-    """Remove drafts of ours, and weights that drafts name and ``pruner.json`` does not."""
-    drafts = [file for file in path.iterdir() if _DRAFT.fullmatch(file.name)]
-    named = {name for draft in drafts for name in files_named_by(draft)}
-    for name in named - files_named_by(path / FILE):
-        (path / name).unlink(missing_ok=True)
-    for draft in drafts:
-        draft.unlink(missing_ok=True)
-
-
-def _draft(target: Path, kind: str = "") -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}{kind}.draft")
-
-
-def _write(draft: Path, content: bytes) -> None:
-    with draft.open("xb") as file:  # never through a link that somebody put there
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process or thread saves. The lock's file goes afterwards, which filelock's does not everywhere."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    lock = path / _LOCK
-    while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            with contextlib.suppress(OSError):  # of a file system that knows no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not lock.exists() or not os.path.samestat(os.fstat(file), lock.stat()):
-                continue  # of one who was done meanwhile
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-        finally:
-            os.close(file)

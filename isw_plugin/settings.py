@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isw_plugin.decay import REDUCTIONS, first_norms, relative_weights
 from isw_plugin.errors import AttachError, PatternError, PredictionError, SettingError, StateMismatchError
-from isw_plugin.gates import CVGate, Gate, MinNorm, RandomGate, named_gate, stored_gate, with_parameters
+from isw_plugin.gates import BUILT_IN, CVGate, Gate, LearnedGate, named_gate, stored_gate, with_parameters
 from isw_plugin.heads import Head, require_norms_only, restored
+from isw_plugin.learned import kept_learned, made_learned, put_values, restored_learned
 from isw_plugin.sites import Found, Inputs, Patterns, find_sites
 from isw_plugin.sites.patterns import select
 from isw_plugin.values import as_number
@@ -23,7 +24,6 @@ __all__ = ["Settings", "check_inputs", "check_lambda", "choose_gate"]
 
 _VERSION = 1
 _ADDED = {"calibration", "references", "budget"}  # to a state of this version, after some were saved without
-_BUILT_IN = {gate.__name__: gate for gate in (CVGate, MinNorm, RandomGate)}
 
 
 @dataclass
@@ -46,10 +46,15 @@ class Settings:
     counted: Any = None  # MACs of the layers, once thresholds were steered by them
     heads: dict[str, Head] = field(default_factory=dict)  # of the sites whose norms are predicted
     unpredicted: dict[str, str] = field(default_factory=dict)  # why others have none, beside how they are made
+    learned: dict[str, nn.Module] = field(default_factory=dict)  # parameters of gates that have some, by site
 
     def __post_init__(self) -> None:
         self.lambda_ = check_lambda(self.lambda_)
         _check_choice("scope", self.scope, ("all", "consumers"))
+        if isinstance(self.gate, LearnedGate) and self.scope != "all":
+            raise SettingError(
+                f'scope="{self.scope}": {type(self.gate).__name__} makes the map anew for all: scope="all"'
+            )
         _check_choice("reduction", self.reduction, REDUCTIONS)
         _check_patterns("layers", self.layers)
         _check_patterns("exclude", self.exclude)
@@ -74,6 +79,14 @@ class Settings:
         parameters = dict(override)
         lambda_ = check_lambda(parameters.pop("lambda_", self.lambda_))
         return lambda_, with_parameters(self.gate, **parameters)
+
+    def _gates(self, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Gate]:
+        return {name: self.lambda_and_gate(override)[1] for name, override in overrides.items()}
+
+    def require_channels(self, min_keep: int) -> None:
+        """Raise SettingError where channels shall be kept of a gate that drops single elements."""
+        if min_keep and isinstance(self.gate, LearnedGate) and not self.gate.whole_channels:
+            raise SettingError(f"min_keep={min_keep}: {type(self.gate).__name__} drops no channels but elements: 0")
 
     def lambdas(self) -> dict[str, float]:
         """The weight of every site's penalty."""
@@ -108,8 +121,11 @@ class Settings:
     def resolve(self, model: nn.Module, inputs: Inputs) -> None:
         """Find the sites, and which of them ``per_site`` means."""
         found = find_sites(model, inputs, self.layers, self.exclude, self.scope)
+        overrides = _by_site(model, found, self.per_site)
+        learned = made_learned(model, found.sites, self._gates(overrides))
         self._keep_heads(found)
-        self.overrides = _by_site(model, found, self.per_site)
+        self.learned = kept_learned(learned, self.learned)
+        self.overrides = overrides
         before = {site.name: site.channels for site in self.found.sites} if self.found else {}
         same = {site.name for site in found.sites if before.get(site.name) == site.channels}
         self.references = {name: norm for name, norm in self.references.items() if name in same}
@@ -143,6 +159,7 @@ class Settings:
         if per_site is not None:
             changed = dataclasses.replace(changed, per_site=per_site)
             changed.overrides = _by_site(model, self.found, changed.per_site) if self.found else {}
+        _require_fixed(self._gates(self.overrides), changed._gates(changed.overrides))
         self.gate, self.per_site, self.overrides = gate, changed.per_site, changed.overrides
 
     def override(self, site: str, parameters: Mapping[str, Any]) -> None:
@@ -201,7 +218,11 @@ class Settings:
             budget=state.get("budget"),
         )
         settings.overrides = _by_site(model, settings.known(), settings.per_site)
+        settings.require_channels(state.get("min_keep", 0))
+        learned = made_learned(model, settings.known().sites, settings._gates(settings.overrides))
+        learned = restored_learned(state.get("learned", {}), learned)
         settings.take_heads(restored(state.get("heads", {}), settings.known().sites))
+        settings.learned = put_values(self.learned, learned)
         return settings
 
     def take_heads(self, heads: dict[str, Head], unpredicted: Mapping[str, str] | None = None) -> None:
@@ -228,8 +249,9 @@ class Settings:
     def _stored_gate(self, stored: Mapping[str, Any]) -> Gate:
         if stored["type"] == _gate_type(self.gate):
             return with_parameters(self.gate, **stored["parameters"])
-        if stored["type"] in _BUILT_IN:
-            return _BUILT_IN[stored["type"]](**stored["parameters"])
+        if stored["type"] in BUILT_IN:
+            ours: Gate = BUILT_IN[stored["type"]](**stored["parameters"])
+            return ours
         gate = stored_gate(stored["type"], stored["parameters"])
         if gate is None:
             raise StateMismatchError(
@@ -328,6 +350,17 @@ def _by_site(model: nn.Module, found: Found, per_site: Mapping[str, Mapping[str,
         for layer in select(layers, pattern, setting="per_site"):
             overrides[by_layer[layer]] |= override
     return overrides
+
+
+def _require_fixed(before: Mapping[str, Gate], after: Mapping[str, Gate]) -> None:
+    """Settings on which the shapes of a gate's parameters depend stay."""
+    for site, gate in after.items():
+        for name in gate.fixed if isinstance(gate, LearnedGate) and site in before else ():
+            if getattr(gate, name) != getattr(before[site], name):
+                raise SettingError(
+                    f"{name}={getattr(gate, name)!r} at {site}: it is fixed when a pruner is attached, to "
+                    f"{getattr(before[site], name)!r} here; remove() and attach with another"
+                )
 
 
 def _require_same_model(here: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -1,9 +1,6 @@
 """What a saved folder says, checked before anything is made of it: whoever wrote it may have meant harm."""
 
-import hashlib
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,43 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isw_plugin.errors import SettingError, StateMismatchError
+from isw_plugin.errors import StateMismatchError
+from isw_plugin.folders import DOCUMENTS, parsed, short, tensors_in
 from isw_plugin.heads import heads_of
+from isw_plugin.learned import learned_of
 from isw_plugin.structure import WIDTHS
 
-__all__ = ["FILE", "TENSORS", "VERSION", "decoded_inputs", "files_named_by", "path_of", "stored"]
+__all__ = ["FILE", "VERSION", "decoded_inputs", "stored"]
 
 VERSION = 1
-FILE = "pruner.json"
-TENSORS = re.compile(r"(?:model|heads)-[0-9a-f]{16}\.safetensors")
-_FILES = ("weights", "heads")  # parts that name a file; there are heads only where norms are predicted
+FILE = DOCUMENTS[0]
+_FILES = ("weights", "heads", "learned")  # parts that name a file; the latter two only of pruners that have some
 
 _PARTS = {
     "model": ("name", "architecture", "options", "edited", "modules"),
     "weights": ("file", "sha256"),
     "pruner": ("layers", "exclude", "inputs", "state"),
 }
-_LARGEST_FILE = 1 << 26  # bytes; of timm's models none needs 4 MB
-_LARGEST_HEADER = 1 << 23  # bytes of a safetensors header; a tensor takes about 120
 _LARGEST_INPUTS = 1 << 32  # elements of one example input
-_DEEPEST = 64
 _LONGEST_PATTERN = 500
 _INFINITIES = {word: float(word) for word in ("inf", "-inf", "nan")}  # as ``structure`` writes them
 
 Check = Callable[[Any], bool]
-
-
-def path_of(folder: str | os.PathLike[str]) -> Path:
-    """The folder that a user means.
-
-    Raises:
-        SettingError: It names none.
-    """
-    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str) or not os.fspath(folder):
-        raise SettingError(f"folder={folder!r}: the path of a folder, such as 'runs/gated'")
-    if "\0" in os.fspath(folder):
-        raise SettingError(f"folder={folder!r}: no path holds the character 0")
-    return Path(folder)
 
 
 def stored(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -62,24 +44,15 @@ def stored(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         facts = _read(folder / FILE)
         named = {part: facts[part] for part in _FILES if part in facts}
         try:
-            tensors = {part: _tensors(folder / file["file"], file["sha256"]) for part, file in named.items()}
+            tensors = {part: tensors_in(folder / file["file"], file["sha256"]) for part, file in named.items()}
         except StateMismatchError:
             later = _read(folder / FILE)
             if {part: later[part] for part in _FILES if part in later} == named:  # else somebody saved in between
                 raise
             continue
-        facts["pruner"]["state"] = heads_of(facts["pruner"]["state"], tensors.get("heads", {}))
+        state = heads_of(facts["pruner"]["state"], tensors.get("heads", {}))
+        facts["pruner"]["state"] = learned_of(state, tensors.get("learned", {}))
         return facts, tensors["weights"]
-
-
-def files_named_by(path: Path) -> set[str]:
-    """The files of tensors of ours that a ``pruner.json``, or a draft of one, names."""
-    try:
-        facts = _parsed(path)
-        names = [facts[part]["file"] for part in _FILES if part in facts]
-    except (OSError, StateMismatchError, KeyError, TypeError):
-        return set()
-    return {name for name in names if isinstance(name, str) and TENSORS.fullmatch(name)}
 
 
 def decoded_inputs(encoded: Mapping[str, Any]) -> Any:
@@ -103,19 +76,19 @@ def decoded_inputs(encoded: Mapping[str, Any]) -> Any:
             return _INFINITIES[value]
         if kind == "value" and (value is None or isinstance(value, bool | int | float | str)):
             return value
-    raise StateMismatchError(f"{FILE} holds example inputs that were never saved: {_short(encoded)}")
+    raise StateMismatchError(f"{FILE} holds example inputs that were never saved: {short(encoded)}")
 
 
 # -- reading -------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> dict[str, Any]:
-    facts = _parsed(path)
+    facts = parsed(path)
     if type(facts) is not dict or "version" not in facts:
         raise StateMismatchError(f"{path} was not written by save_pretrained, or is damaged: it has no version")
     if facts["version"] != VERSION or isinstance(facts["version"], bool):
         raise StateMismatchError(
-            f"{path} is of version {_short(facts['version'])}, and this isw_plugin reads version {VERSION}"
+            f"{path} is of version {short(facts['version'])}, and this isw_plugin reads version {VERSION}"
         )
     parts = {part: facts[part] if isinstance(facts.get(part), dict) else {} for part in _PARTS}
     lacking = [f"{part}.{key}" for part, keys in _PARTS.items() for key in keys if key not in parts[part]]
@@ -123,10 +96,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise StateMismatchError(f"{path} is damaged: it has no {', '.join(lacking)}")
     for part, checks in _CHECKS.items():
         _require(path, part, parts[part], checks)
-    if not _is_file(facts.get("heads", facts["weights"])):
-        raise StateMismatchError(f"{path} is damaged: heads cannot be {_short(facts['heads'])}")
+    for part in _FILES[1:]:
+        if part in facts and not _is_file(facts[part]):
+            raise StateMismatchError(f"{path} is damaged: {part} cannot be {short(facts[part])}")
     for name, module in facts["model"]["modules"].items():
-        _require(path, f"model.modules.{_short(name)}", module, _MODULE)
+        _require(path, f"model.modules.{short(name)}", module, _MODULE)
     state = facts["pruner"]["state"] = _with_infinities(facts["pruner"]["state"])
     _require(path, "pruner.state", state, _STATE)
     return facts
@@ -135,64 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _require(path: Path, part: str, values: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     for key, fits in checks.items():
         if key in values and not fits(values[key]):
-            raise StateMismatchError(f"{path} is damaged: {part}.{key} cannot be {_short(values[key])}")
-
-
-def _parsed(path: Path) -> Any:
-    if not path.is_file():  # reading a pipe would wait for ever
-        raise FileNotFoundError(2, "no such file", str(path))
-    with path.open("rb") as file:
-        content = file.read(_LARGEST_FILE + 1)
-    try:
-        if len(content) > _LARGEST_FILE:
-            raise ValueError(f"more than {_LARGEST_FILE:,} bytes")
-        facts = json.loads(content, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
-        level = [facts]
-        for _ in range(_DEEPEST):
-            level = [child for value in level for child in _children(value)]
-        if level:
-            raise ValueError(f"nested more than {_DEEPEST} deep")
-    except (ValueError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise StateMismatchError(f"{path} was not written by save_pretrained, or is damaged: {reason}") from error
-    return facts
-
-
-def _tensors(path: Path, digest: str) -> dict[str, Tensor]:
-    from safetensors.torch import load
-
-    try:
-        content = path.read_bytes() if path.is_file() else b""
-    except FileNotFoundError:
-        content = b""
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise StateMismatchError(f"{path} is missing or was changed: its checksum is not the one in {FILE}")
-    try:
-        if int.from_bytes(content[:8], "little") > _LARGEST_HEADER:
-            raise ValueError(f"a header of more than {_LARGEST_HEADER:,} bytes")
-        return dict(load(content))
-    except Exception as error:  # whatever safetensors says of a file that was made to break it
-        raise StateMismatchError(f"{path} is damaged: {error!r}") from error
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no JSON")
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(f"{digits[:20]} is no float")
-    return number
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a key that is there twice")
-    return found
-
-
-def _children(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+            raise StateMismatchError(f"{path} is damaged: {part}.{key} cannot be {short(values[key])}")
 
 
 def _with_infinities(value: Any) -> Any:
@@ -202,11 +119,6 @@ def _with_infinities(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_infinities(item) for item in value]
     return _INFINITIES.get(value, value) if isinstance(value, str) else value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 # -- what may stand where ------------------------------------------------------------------------
@@ -244,6 +156,10 @@ def _is_head(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"sources"} or not isinstance(value["sources"], list):
         return False
     return all(map(_is_text, value["sources"]))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value)) and len(value) == len(set(value))
 
 
 def _is_shape(value: Any) -> bool:
@@ -323,5 +239,6 @@ _STATE: dict[str, Check] = {
     "budget": _or_none(lambda share: _is_number(share) and 0 < share <= 1),
     "min_keep": _is_count,
     "heads": _mapping_to(_is_head),
+    "learned": _mapping_to(_are_names),
     "enabled": lambda value: isinstance(value, bool),
 }

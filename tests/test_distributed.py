@@ -26,6 +26,9 @@ CASES: dict[str, dict[str, object]] = {
     "consumers": {"scope": "consumers"},
     "accumulated": {"parts": 2},
     "accumulated mean": {"parts": 2, "reduction": "mean"},
+    "fbs": {"gate": "fbs"},
+    "fbs accumulated": {"gate": "fbs", "parts": 2},
+    "channel gating": {"gate": "channel_gating"},
     "synchronized": {"synchronized": True},
 }
 NEEDS_GPU = {"synchronized"}  # torch runs SyncBatchNorm on GPUs only
@@ -42,7 +45,10 @@ def prepared(
             module.eval()
     if synchronized and not alone:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    return net, InstanceWisePruner(net, net.images(1), lambda_=LAMBDA, **settings), device
+    pruner = InstanceWisePruner(net, net.images(1), lambda_=LAMBDA, **settings)
+    if "gate" in settings:
+        pruner.step()
+    return net, pruner, device
 
 
 def task_loss(output: Tensor) -> Tensor:
@@ -50,7 +56,8 @@ def task_loss(output: Tensor) -> Tensor:
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad.cpu() for name, parameter in net.named_parameters()}
+    gates = {f"gate.{k}": own for k, own in enumerate(InstanceWisePruner.of(net).gate_parameters())}
+    return {name: parameter.grad.cpu() for name, parameter in [*net.named_parameters(), *gates.items()]}
 
 
 def step(rank: int, parts: int = 1, **settings: object) -> dict[str, Tensor]:

@@ -15,7 +15,11 @@ PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "d
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
 # Extras, and what not every timm has.
-NEEDS = {"beside-nni.md": ("nni",), "training.md": ("accelerate", "lightning", "isw_plugin.toolkits.timm")}
+NEEDS = {
+    "deployment.md": ("onnx", "onnxscript"),
+    "beside-nni.md": ("nni",),
+    "training.md": ("accelerate", "lightning", "isw_plugin.toolkits.timm"),
+}
 
 
 def blocks_of(page: Path | str) -> list[str]:

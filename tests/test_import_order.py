@@ -11,11 +11,11 @@ import isw_plugin
 
 ROOT = Path(isw_plugin.__file__).parent
 ORDER = [
-    {"errors", "ranks"},
-    {"functional", "inputs", "copies", "values"},
+    {"errors", "ranks", "machine"},
+    {"functional", "inputs", "copies", "values", "folders"},
     {"ops"},
     {"sites", "gates", "structure", "decay", "batches"},
-    {"heads"},
+    {"heads", "learned"},
     {"settings"},
     {"memory", "masking"},
     {"places"},
@@ -26,7 +26,7 @@ ORDER = [
     {"measure", "loading"},
     {"calibrate", "budget"},
     {"steering"},
-    {"report", "toolkits"},
+    {"report", "toolkits", "export"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 PARTS = sorted({path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")} - {"__init__"})

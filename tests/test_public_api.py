@@ -51,9 +51,12 @@ def is_for_typing(value: object) -> bool:
 
 def test_the_surface_is_this() -> None:
     assert isw_plugin.__all__ == [
+        "FBS",
+        "LCCL",
         "PRUNERS",
         "CVGate",
         "Calibration",
+        "ChannelGating",
         "Gate",
         "GateReport",
         "ISWError",
@@ -64,6 +67,7 @@ def test_the_surface_is_this() -> None:
         "calibrate",
         "count_macs",
         "evaluate",
+        "load_accelerated",
         "load_pretrained",
         "register",
         "steer_thresholds",

@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import pickle
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +34,7 @@ class Task:
         name, side, batch: See ``networks``.
         threads: None: as many as torch takes by itself.
         keep: Share of channels that "gated" keeps.
-        model: For runtimes, ONNX of the network.
+        models: Folder that keeps what was made ready, ONNX files and our fast models; None: all is made anew.
     """
 
     way: str
@@ -40,7 +43,12 @@ class Task:
     batch: int
     threads: int | None = None
     keep: float = 0.5
-    model: bytes = b""
+    models: Path | None = None
+
+    @property
+    def stem(self) -> str:
+        """Of the names of its files."""
+        return f"{self.name}-{self.side}-{self.batch}".replace(" ", "-")
 
 
 class Apart:
@@ -69,9 +77,9 @@ class Apart:
         self._pipe.send(task)
         self.error, self.threads = self._answer(_START)
 
-    def seconds(self, repeats: int, pause: float = 0.0) -> list[float]:
+    def seconds(self, repeats: int) -> list[float]:
         """Seconds of each call, after one that is not counted."""
-        self._pipe.send((repeats, pause))
+        self._pipe.send(repeats)
         taken: list[float] = self._answer(_START)
         return taken
 
@@ -100,47 +108,60 @@ def _serve(pipe: Connection) -> None:
         task: Task = pipe.recv()
         if task.threads is not None:
             torch.set_num_threads(task.threads)
-        with torch.inference_mode():
-            run, error = _ready(task)
-            pipe.send((error, torch.get_num_threads()))
-            while True:
-                repeats, pause = pipe.recv()
-                pipe.send(_timed(run, repeats, pause))
+        model, images = network(task.name, task.side), noise(task.batch, task.side)
+        run, error = _ready(task, model, images)
+        pipe.send((error, torch.get_num_threads()))
+        while True:
+            pipe.send(_timed(run, pipe.recv()))
     except EOFError:
         return
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-def _timed(run: Callable[[], object], repeats: int, pause: float) -> list[float]:
+@torch.inference_mode()
+def _timed(run: Callable[[], object], repeats: int) -> list[float]:
     run()
     taken = []
     for _ in range(repeats):
-        time.sleep(pause)
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
     return taken
 
 
-def _ready(task: Task) -> tuple[Callable[[], Any], float]:
+def _ready(task: Task, model: nn.Module, images: Tensor) -> tuple[Callable[[], Any], float]:
     """A function that runs the task, and its error."""
-    model, images = network(task.name, task.side), noise(task.batch, task.side)
-    if task.way == "gated":
-        pruner = gate_at(InstanceWisePruner(model, images[:1]), images, task.keep)
-        pruner.step()
-    wanted = model(images)
-    run = _run_of(task, model, images)
-    given = run()
-    return run, ((given - wanted).abs().max() / wanted.abs().max()).item()
-
-
-def _run_of(task: Task, model: nn.Module, images: Tensor) -> Callable[[], Any]:
     if task.way in runtimes.RUNTIMES:
-        return runtimes.load(task.way, task.model, images, task.threads or torch.get_num_threads())
-    if task.way == "torch":
-        last = {"memory_format": torch.channels_last}
-        return runtimes.frozen(model.to(**last), images.contiguous(**last))
-    pruner = InstanceWisePruner.of(model) if task.way == "gated" else InstanceWisePruner(model, images[:1])
+        exported = runtimes.exported(model, images, task.models, task.stem)
+        run = runtimes.load(task.way, exported, images, task.threads or torch.get_num_threads())
+        return run, _error(run, model, images)
+    pruner = InstanceWisePruner(model, images[:1])
+    if task.way == "gated":
+        pruner = gate_at(pruner, images, task.keep)
+        pruner.step()
+    with torch.inference_mode():
+        if task.way == "torch":
+            last = {"memory_format": torch.channels_last}
+            run = runtimes.frozen(model.to(**last), images.contiguous(**last))
+        else:
+            fast = _fast(task, pruner, images)
+            run = partial(fast, images)
+    return run, _error(run, model, images)
+
+
+@torch.inference_mode()
+def _error(run: Callable[[], Any], model: nn.Module, images: Tensor) -> float:
+    wanted = model(images)
+    error: float = ((run() - wanted).abs().max() / wanted.abs().max()).item()
+    return error
+
+
+def _fast(task: Task, pruner: InstanceWisePruner, images: Tensor) -> Any:
+    kept = task.models / f"{task.stem}-{task.way}.pickle" if task.models else None
+    if kept and kept.exists():
+        return pickle.loads(kept.read_bytes())  # which this study wrote
     fast = pruner.accelerate(images, backend=task.way)
-    return lambda: fast(images)
+    if kept:
+        kept.write_bytes(pickle.dumps(fast))
+    return fast

@@ -19,13 +19,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.lab.circumstances import circumstances
 from benchmarks.speed.apart import WAYS, Apart, Task
-from benchmarks.speed.networks import network, noise
 from benchmarks.speed.quota import quota
-from benchmarks.speed.runtimes import RUNTIMES, installed, onnx_of
+from benchmarks.speed.runtimes import RUNTIMES, installed
 from isw_plugin.ops import cpu
 
 __all__ = ["SITUATIONS", "Cell", "main", "table"]
@@ -153,6 +153,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--calls", type=int, default=20, help="of a process in a round")
     parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--models", type=Path, help="folder that keeps models made ready, for other runs")
     parser.add_argument("--quick", action="store_true", help="the slimmed VGG16, 2 rounds of 3 calls, no compiling")
     parser.add_argument("--out", type=Path, help="folder for the table and JSON")
     args = parser.parse_args(argv)
@@ -164,6 +165,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
+    with TemporaryDirectory() as folder:
+        take(args, args.models or Path(folder))
+
+
+def take(args: argparse.Namespace, models: Path) -> None:
+    models.mkdir(parents=True, exist_ok=True)
     cpu.load()
     cells = read(args.out)
     known = {(*cell.row, cell.way) for cell in cells}
@@ -172,10 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not situations:
             continue
         network_name, side, batch = name.rsplit(":", 2)
-        model = b""
-        if set(args.ways) & RUNTIMES.keys():
-            model = onnx_of(network(network_name, int(side)), noise(int(batch), int(side)))
-        task = Task("", network_name, int(side), int(batch), args.threads, model=model)
+        task = Task("", network_name, int(side), int(batch), args.threads, models=models)
         tasks = [dataclasses.replace(task, way=way) for way in args.ways]
         cells = [cell for cell in cells if cell.network != name or cell.situation not in situations]
         cells += _cells(name, tasks, situations, args.rounds, args.calls)

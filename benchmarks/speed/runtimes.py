@@ -8,12 +8,13 @@ import io
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RUNTIMES", "frozen", "installed", "load", "onnx_of"]
+__all__ = ["RUNTIMES", "exported", "frozen", "installed", "load", "onnx_of"]
 
 _NEEDED = ("onnx", "onnxscript")  # by the export
 _Run = Callable[[], Tensor]
@@ -58,6 +59,16 @@ def onnx_of(model: nn.Module, images: Tensor) -> bytes:
         program: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
     serialized: bytes = program.model_proto.SerializeToString()
     return serialized
+
+
+def exported(model: nn.Module, images: Tensor, folder: Path | None, stem: str) -> bytes:
+    """``onnx_of``, kept in a folder under this name."""
+    if folder is None:
+        return onnx_of(model, images)
+    path = folder / f"{stem}.onnx"
+    if not path.exists():
+        path.write_bytes(onnx_of(model, images))
+    return path.read_bytes()
 
 
 def load(name: str, model: bytes, images: Tensor, threads: int) -> _Run:

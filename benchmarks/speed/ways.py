@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, fx, nn
 from benchmarks.speed import handover
 from benchmarks.speed.apart import Apart, Task
 from benchmarks.speed.networks import gate_at, gate_by, network, noise
-from benchmarks.speed.runtimes import frozen, onnx_of
+from benchmarks.speed.runtimes import frozen
 from benchmarks.speed.steady import Probe, taken_rounds
 from isw_plugin import InstanceWisePruner, count_macs
 from isw_plugin.accelerate.accelerated import Accelerated
@@ -120,7 +122,7 @@ def measure(
     with torch.inference_mode(), ExitStack() as stack:
         probe.wait(_PATIENCE)
         gatings = {str(ratio): _gating(model, images, ratio, name) for ratio in masks}
-        dense = _dense(model, images, compiles) | _apart(name, model, images, others, stack)
+        dense = _dense(model, images, compiles) | _apart(name, images, others, stack)
         runs = dense | {f"{way} {key}": run for key, gating in gatings.items() for way, run in gating.runs.items()}
         probe.wait(_PATIENCE)
         handovers: list[float] = []
@@ -151,16 +153,16 @@ def _dense(model: nn.Module, images: Tensor, compiles: bool) -> dict[str, Run]:
     return runs
 
 
-def _apart(name: str, model: nn.Module, images: Tensor, others: Sequence[str], stack: ExitStack) -> dict[str, Run]:
+def _apart(name: str, images: Tensor, others: Sequence[str], stack: ExitStack) -> dict[str, Run]:
     """Runtimes, whose threads would disturb PyTorch's in one process.
 
     Raises:
         ValueError: One gives something else than the model.
     """
     runs: dict[str, Run] = {}
-    exported = onnx_of(model, images) if others else b""
+    folder = Path(stack.enter_context(TemporaryDirectory()))
     for way in others:
-        task = Task(way, name, images.shape[-1], len(images), torch.get_num_threads(), model=exported)
+        task = Task(way, name, images.shape[-1], len(images), torch.get_num_threads(), models=folder)
         runs[way] = process = stack.enter_context(Apart(task))
         if process.error > _TOLERANCE:
             raise ValueError(f"{way} is {process.error:.0e} off on {name}")

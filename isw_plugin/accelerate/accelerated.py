@@ -1,31 +1,31 @@
 """A gated model that really skips: a copy as a graph of the engine's layers, each as fast as it was seen to be."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable
+from dataclasses import asdict
+from os import PathLike
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from isw_plugin.accelerate.calls import Call, instances_of, size_of
+from isw_plugin.accelerate.calls import Call, instances_of, is_traced, size_of
 from isw_plugin.accelerate.choose import Fitted
 from isw_plugin.accelerate.masked import Masked
 from isw_plugin.accelerate.plan import Plan
 from isw_plugin.accelerate.plans import Plans
-from isw_plugin.accelerate.record import Record
+from isw_plugin.accelerate.record import Recording
+from isw_plugin.accelerate.saved import save
 from isw_plugin.accelerate.snapshot import Snapshot
-from isw_plugin.accelerate.summary import summary
+from isw_plugin.accelerate.summary import summary, verdict
+from isw_plugin.errors import UnsupportedError
 from isw_plugin.sites import Inputs, Site
 
 __all__ = ["Accelerated"]
 
-_recording: ContextVar[tuple[tuple["Accelerated", Record], ...]] = ContextVar("isw_recording", default=())
 
-
-class Accelerated(Snapshot):
+class Accelerated(Recording, Snapshot):
     """A snapshot of a gated model that skips dropped channels. Inference only.
 
     ``execution`` says what a call runs: "accelerated" (dropped channels are skipped), "dense" (the best dense form,
@@ -64,6 +64,8 @@ class Accelerated(Snapshot):
         """
         if torch.compiler.is_dynamo_compiling():  # is_compiling() is true while another thread exports
             return self._compiled(args, kwargs)
+        if is_traced(args, kwargs):
+            return self._exported(Call(args, kwargs))
         if self.execution == "masked":
             return self._masked(Call(args, kwargs))
         flat, size = size_of(args, kwargs, self._held.kind)
@@ -95,22 +97,42 @@ class Accelerated(Snapshot):
         with torch.no_grad():
             return plan.outputs.pack(plan.graph(*flat))
 
-    @contextmanager
-    def recording(self) -> Iterator[Record]:
-        """Collect the decisions of this thread's calls inside the block."""
-        record = Record()
-        token = _recording.set((*_recording.get(), (self, record)))
-        try:
-            yield record
-        finally:
-            _recording.reset(token)
+    def _exported(self, call: Call) -> Any:
+        """Under ``torch.export``: the graph itself, for any number of instances where it holds for any."""
+        plan = None if self.execution == "masked" else self.plans.get(call.form(self._held.kind))
+        if plan is None:
+            why = self.reason or f"it has no graph for {call}: prepare() it first"
+            raise UnsupportedError(f"an accelerated model is exported as its graph, and {why}")
+        instances: Any = call.instances  # a symbol, where it is dynamic
+        if plan.guards is not None and not (isinstance(instances, int) and instances in plan.right_for):
+            numbers = ", ".join(map(str, sorted(plan.right_for)))
+            raise UnsupportedError(f"this graph holds for {numbers} instances only: export it without dynamic shapes")
+        with torch.no_grad():
+            return plan.outputs.pack(plan.graph(*call.leaves))
 
-    def _record(self) -> Record | None:
-        return next((record for model, record in reversed(_recording.get()) if model is self), None)
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Save the graphs that are held and what was chosen, to be loaded by ``isw_plugin.load_accelerated``.
+
+        safetensors and JSON, no pickle. Each graph is compared with the masked model on 1, 2, 3 and 5 instances first:
+        where it is right on all, and no branch hangs on their number, it is loaded for any number, else for those that
+        it was seen to be right for.
+
+        Raises:
+            SettingError: The folder is no path.
+            UnsupportedError: It runs masked, on a GPU, or its graphs hold what a file cannot.
+        """
+        if self.execution == "masked":
+            raise UnsupportedError(f"this model runs masked ({self.reason}), so there is no graph: save the pruner")
+        chosen = {"execution": self.execution, "fitted": asdict(self.fitted), "choices": self.choices}
+        save(folder, self._plans, chosen | {"parameters": self._parameters_shown}, self.fitted.threads)
 
     def summary(self) -> str:
         """A table of layers, what each was seen to cost and what was chosen, and the model as a whole."""
         return summary(self.execution, self.reason, self.fitted, self.choices, self.refused)
+
+    def verdict(self) -> str:
+        """How many times as fast as the best dense form it was seen to be, or why it is not faster, in a sentence."""
+        return verdict(self)
 
     def prepare(self, examples: Iterable[Inputs | int]) -> None:
         """Make the graphs for these inputs now, not within the first call of each, and hold them all.

@@ -16,10 +16,11 @@ from isw_plugin.accelerate.masked import Masked
 from isw_plugin.accelerate.plan import Traced
 from isw_plugin.copies import copy_of
 from isw_plugin.errors import SettingError, UnsupportedError
-from isw_plugin.hooks import memory_of
+from isw_plugin.gates import LearnedGate
+from isw_plugin.hooks import Memory, memory_of
 from isw_plugin.sites import Inputs, Site
 
-__all__ = ["BACKENDS", "accelerate"]
+__all__ = ["BACKENDS", "accelerate", "masked_copy"]
 
 BACKENDS = ("auto", "gated", "dense")
 _HOOKS = (
@@ -51,7 +52,8 @@ def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backen
         UnsupportedError: A copy of the model loses its pruner.
     """
     call = Call.of(inputs, "accelerate")
-    masked = Masked(_masked_copy(model))
+    backend = _backend(memory_of(model), backend)
+    masked = Masked(masked_copy(model))
     call.check(masked.devices)
     if not call.instances:
         raise SettingError(f"accelerate: {call} has no instances to time layers on")
@@ -72,6 +74,9 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
     masked, plans = fast._held, fast._plans
     wanted = masked.wanted(call)  # refuses what the model does not take
     masked.example = str(call)
+    fast.reason = _masked_gate(masked.memory)
+    if fast.reason:
+        return
     try:
         traced = Traced(masked.model, fast.sites, call, plans.weights)
     except UnsupportedError as error:
@@ -96,7 +101,27 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
     plans.take(size, call.form(masked.kind), chosen.plan)
 
 
-def _masked_copy(model: nn.Module) -> nn.Module:
+def _backend(memory: Memory | None, backend: str) -> str:
+    """A gate with parameters is a part of the network: there is no form without it."""
+    gate = next((gate for gate in memory.gates.values() if isinstance(gate, LearnedGate)), None) if memory else None
+    if gate is None:
+        return backend
+    if backend == "dense":
+        raise SettingError(
+            f"backend='dense' keeps every channel, and {gate} is a part of the network: 'auto' or 'gated'"
+        )
+    return "gated"
+
+
+def _masked_gate(memory: Memory) -> str:
+    """Why nothing can be skipped of what a gate drops, or ""."""
+    for gate in memory.gates.values():
+        if isinstance(gate, LearnedGate) and not gate.whole_channels:
+            return f"{type(gate).__name__} drops single elements of maps, and the engine skips whole channels"
+    return ""
+
+
+def masked_copy(model: nn.Module) -> nn.Module:
     """In eval mode, with gates on."""
     memo: dict[int, Any] = {}
     masked = copy_of(model, memo)
@@ -108,4 +133,6 @@ def _masked_copy(model: nn.Module) -> nn.Module:
     if memory is None:
         raise UnsupportedError(f"a copy of {type(model).__name__} has no pruner: its __deepcopy__ leaves hooks behind")
     memory.enabled = True
+    for learned in memory.learned.values():
+        learned.requires_grad_(False)
     return masked.eval().requires_grad_(False)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from isw_plugin.errors import EngineInputError, SettingError
 from isw_plugin.inputs import arguments
 
-__all__ = ["Call", "autocast", "instances_of", "size_of"]
+__all__ = ["Call", "autocast", "instances_of", "is_traced", "size_of"]
 
 # Arguments that a graph may be made for: others may change and stay equal.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.memory_format)
@@ -62,6 +63,11 @@ class Call:
             advice = "give a batch, as torch.randn(8, 3, 224, 224) is one"
             raise SettingError(f"{caller}: {inputs!r:.80} holds no tensor: {advice}")
         return call
+
+    @property
+    def flat(self) -> tuple[list[Any], Any]:
+        """Leaves, and how they lie."""
+        return pytree.tree_flatten((self.args, self.kwargs))
 
     @property
     def leaves(self) -> list[Any]:
@@ -130,6 +136,13 @@ class Call:
         return ", ".join(leaves[:4]) + (", ..." if len(leaves) > 4 else "")
 
 
+def is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an export runs this call: ``torch.compiler.is_compiling`` is true in other threads then, too."""
+    if len(args) == 1 and type(args[0]) is Tensor and not kwargs:
+        return False
+    return any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
 def instances_of(flat: Sequence[Any]) -> int:
     """Of flat inputs: the first axis of the first tensor that has one."""
     return next((leaf.shape[0] for leaf in flat if isinstance(leaf, Tensor) and leaf.dim()), 0)
@@ -147,7 +160,8 @@ def _exact(x: Tensor) -> tuple[Any, ...]:
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:
-    return (type(x), x.dim(), *x.shape[1:], x.dtype, x.device)
+    kind = Tensor if isinstance(x, FakeTensor) else type(x)
+    return (kind, x.dim(), *map(int, x.shape[1:]), x.dtype, x.device)
 
 
 def _value(leaf: Any) -> tuple[Any, ...]:

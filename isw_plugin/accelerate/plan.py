@@ -53,7 +53,13 @@ class Plan:
     def __post_init__(self) -> None:
         self.run: Callable[..., Sequence[Any]] = self.runtime or Replayed(self.graph)
         self.used = time.monotonic()
-        self.alone = False  # whether it was seen to hold for one instance: export supposes that there are more
+        self.example: Call | None = None  # what it was made for, without instances
+        self.right_for: set[int] = set()  # instances, in contiguous tensors
+
+    @property
+    def alone(self) -> bool:
+        """Whether it was seen to hold for one instance: export supposes that there are more."""
+        return 1 in self.right_for
 
     def decided(self, given: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Keep masks and norms by site, from what the graph gave."""

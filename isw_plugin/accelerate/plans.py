@@ -107,7 +107,9 @@ class Plans:
         except Exception as error:  # of whatever operator
             return f"the graph does not run: {(str(error) or type(error).__name__).splitlines()[0]}"
         problem = self.masked.differs(found, wanted, call)
-        plan.alone = plan.alone or (not problem and call.instances == 1)
+        if not problem:
+            plan.right_for.add(call.instances)
+            plan.example = plan.example or call.emptied()
         return problem
 
     def _refuse(self, call: Call, size: Any, reason: str) -> None:

@@ -1,11 +1,14 @@
 """What an accelerated model's calls decided."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Record"]
+__all__ = ["Record", "Recording"]
 
 
 class Record:
@@ -31,3 +34,23 @@ class Record:
         for held, new in ((self.keep, keep), (self.norms, norms)):
             for name, values in new.items():
                 held[name] = torch.cat([held[name], values]) if name in held else values
+
+
+_recording: ContextVar[tuple[tuple[Any, Record], ...]] = ContextVar("isw_recording", default=())
+
+
+class Recording:
+    """A model whose calls can be recorded."""
+
+    @contextmanager
+    def recording(self) -> Iterator[Record]:
+        """Collect the decisions of this thread's calls inside the block."""
+        record = Record()
+        token = _recording.set((*_recording.get(), (self, record)))
+        try:
+            yield record
+        finally:
+            _recording.reset(token)
+
+    def _record(self) -> Record | None:
+        return next((record for model, record in reversed(_recording.get()) if model is self), None)

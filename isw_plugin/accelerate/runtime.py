@@ -29,7 +29,7 @@ class OnnxRuntime:
         Raises:
             UnsupportedError: It cannot be written as ONNX.
         """
-        self.graph = graph
+        self._source: fx.GraphModule | bytes = graph
         self._lock = threading.Lock()
         self._threads = 0
         self._session: Any = None
@@ -47,15 +47,17 @@ class OnnxRuntime:
         threads = torch.get_num_threads()
         with self._lock:
             if self._session is None or self._threads != threads:
-                self._session, self._threads = _session(onnx_of(self.graph), threads), threads
+                self._session, self._threads = _session(self._model(), threads), threads
             return self._session
 
+    def _model(self) -> bytes:
+        return self._source if isinstance(self._source, bytes) else onnx_of(self._source)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"graph": self.graph}
+        return {"_source": self._model()}  # a pickled graph forgets sizes and types of its values
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.graph = state["graph"]
-        self._lock, self._threads, self._session = threading.Lock(), 0, None
+        self.__dict__ |= state | {"_lock": threading.Lock(), "_threads": 0, "_session": None}
 
 
 def _session(model: bytes, threads: int) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from isw_plugin.accelerate.masked import Masked
+from isw_plugin.accelerate.signature import Named, parameters_of
 from isw_plugin.copies import copy_of
 from isw_plugin.errors import UnsupportedError
 
@@ -15,7 +16,7 @@ __all__ = ["Snapshot"]
 _ADVICE = "change the model it was made from and accelerate again"
 
 
-class Snapshot(nn.Module):
+class Snapshot(Named):
     """Holds a model whose weights were packed elsewhere: a change of one would not be one of the other.
 
     The model is no submodule. ``masked``, ``parameters()``, ``buffers()`` and ``state_dict()`` give copies; loading,
@@ -26,6 +27,7 @@ class Snapshot(nn.Module):
         super().__init__()
         self._held = held
         self._shown: tuple[nn.Module, ...] = ()
+        self._show(parameters_of(held.model.forward))
 
     @property
     def masked(self) -> nn.Module:
@@ -34,14 +36,20 @@ class Snapshot(nn.Module):
             self._shown = (copy_of(self._held.model),)
         return self._shown[0]
 
-    def named_parameters(self, prefix: str = "", *options: Any, **others: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Copies, without gradients."""
-        for name, held in self._held.model.named_parameters(_within(prefix), *options, **others):
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Copies, without gradients; none for who asks for duplicates, since that is done to swap tensors (export)."""
+        found = self._held.model.named_parameters(_within(prefix), recurse) if remove_duplicate else ()
+        for name, held in found:
             yield name, nn.Parameter(held.detach().clone(), requires_grad=False)
 
-    def named_buffers(self, prefix: str = "", *options: Any, **others: Any) -> Iterator[tuple[str, Tensor]]:
-        """Copies."""
-        for name, held in self._held.model.named_buffers(_within(prefix), *options, **others):
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Copies, as of parameters."""
+        found = self._held.model.named_buffers(_within(prefix), recurse) if remove_duplicate else ()
+        for name, held in found:
             yield name, held.detach().clone()
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -60,7 +68,7 @@ class Snapshot(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shown": ()}
+        return super().__getstate__() | {"_shown": ()}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, value in self._held.model.state_dict(prefix=f"{prefix}masked.").items():

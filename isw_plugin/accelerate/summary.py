@@ -1,10 +1,11 @@
 """What an accelerated model says of itself."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from isw_plugin.accelerate.choose import Fitted
 
-__all__ = ["summary"]
+__all__ = ["Fast", "summary", "verdict"]
 
 _SHOWN = 8  # sizes that run masked
 
@@ -34,3 +35,33 @@ def _conclusion(execution: str, reason: str, fitted: Fitted) -> str:
     times = ", ".join(f"{form} {1e3 * taken:.2f} ms" for form, taken in seconds.items() if taken is not None)
     unsure = f"; not sure which is the faster, after {fitted.rounds} rounds" if fitted.gains is None else ""
     return f"{execution}: {times} ({where}{unsure})"
+
+
+class Fast(Protocol):
+    """What an accelerated model says of how it was chosen."""
+
+    execution: str
+    reason: str
+    fitted: Fitted
+
+
+def verdict(fast: Fast) -> str:
+    """In a sentence: how much faster than the best dense form, or why not."""
+    fitted = fast.fitted
+    where = f"batch {fitted.instances}, {fitted.threads} threads"
+    if fast.execution == "masked":
+        return f"not faster because it runs masked: {fast.reason} ({where})"
+    if fitted.gated is None or fitted.dense is None or fitted.all_kept is None:
+        return f"runs dense, as was asked; gates were not timed ({where})"
+    gated, dense, kept = (f"{1e3 * each:.2f} ms" for each in (fitted.gated, fitted.dense, fitted.all_kept))
+    if fast.execution == "accelerated":
+        ratio = fitted.dense / fitted.gated
+        return f"{ratio:.2f} times as fast as the best dense form: {gated}, not {dense} ({where})"
+    if fitted.gains is None:
+        return f"not faster for sure: rounds contradict each other, about {gated} gated and {dense} dense ({where})"
+    if fitted.gated >= fitted.dense:
+        return f"not faster because skipping takes {gated} and the best dense form {dense} ({where}): it runs dense"
+    return (
+        f"not faster because images that keep every channel would take {kept}, and the best dense form takes {dense} "
+        f"({where}): it runs dense, though these images take {gated} gated"
+    )

@@ -38,13 +38,19 @@ _GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "CVGate": {"alpha": (0.0, 0.25, 0.5, 1.0, 2.0), "beta": (0.25, 0.5, 0.75, 1.0)},
     "MinNorm": {"ratio": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)},
     "RandomGate": {"ratio": (0.05, 0.1, 0.15, 0.2, 0.3)},
+    "FBS": {"density": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)},
+    "ChannelGating": {"margin": (0.0, 0.25, 0.5, 1.0, 2.0)},
+    "LCCL": {"margin": (0.0, 0.05, 0.1, 0.2, 0.5)},
 }
 _WARNED = 0.5  # a max_drop that is rather meant in points
-_DROPS_MORE = {"alpha": -1, "beta": 1, "ratio": 1}  # which way
+_DROPS_MORE = {"alpha": -1, "beta": 1, "ratio": 1, "density": -1, "margin": 1}  # which way
 _SITE_GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "CVGate": {"beta": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)},
     "MinNorm": {"ratio": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
     "RandomGate": {"ratio": (0.0, 0.1, 0.2, 0.3)},
+    "FBS": {"density": (1.0, 0.8, 0.6, 0.5, 0.4, 0.3)},
+    "ChannelGating": {"margin": (0.0, 0.5, 1.0, 2.0)},
+    "LCCL": {"margin": (0.0, 0.1, 0.2, 0.5)},
 }
 
 
@@ -73,8 +79,8 @@ def calibrate(
         pruner: Its gate's parameters are set; unchanged on any error.
         loader: Held-out batches, in any form that ``evaluate`` takes, in random order: the first ``max_instances``
             images are used, and kept in memory. Images that the model was trained on make the loss look too small.
-        max_drop: Accuracy that may be lost against gates off, a fraction in [0, 1] (0.01 is one point); with
-            ``metric``, in its own unit.
+        max_drop: Accuracy that may be lost against gates off (against the ``reference`` of a gate with parameters), a
+            fraction in [0, 1] (0.01 is one point); with ``metric``, in its own unit.
         target_macs: MACs an image may take at most.
         grid: Gate parameter -> values to try, instead of the gate's own grid and its refinement. The own grid is not
             tried in full (see ``isw_plugin.calibrate.search``).

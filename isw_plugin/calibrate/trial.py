@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isw_plugin.batches import Batch, Batches, batches_in
 from isw_plugin.calibrate.result import Candidate, Parameters
-from isw_plugin.gates import CVGate
+from isw_plugin.gates import CVGate, LearnedGate
 from isw_plugin.measure.evaluate import Forward, GateReport, evaluate
 from isw_plugin.measure.scores import Metric, cross_entropy
 from isw_plugin.pruner import InstanceWisePruner
@@ -63,13 +63,16 @@ class Trial:
         self.progress.refresh()
 
     def reference(self) -> GateReport:
-        """With gates off."""
+        """With gates off; of a gate with parameters, at its reference."""
         if isinstance(self.pruner.gate, CVGate):
             with self.pruner.gating(per_site={}, beta=0.0):  # hands maps on as they are, and sees them
                 self.off = self.measured.evaluate(self.pruner, records=True)
             assert self.off.records is not None
             self.cv = self.off.records.cv
             return self.off
+        if isinstance(self.pruner.gate, LearnedGate):  # without it the network is another
+            with self.pruner.gating(**self.pruner.gate.reference):
+                return self.measured.evaluate(self.pruner)
         enabled = self.pruner.enabled
         self.pruner.disable()
         try:

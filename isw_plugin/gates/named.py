@@ -1,4 +1,4 @@
-"""Gates of other packages by name, through the entry point group ``isw_plugin.gates``."""
+"""Gates by name: ours, and those of other packages through the entry point group ``isw_plugin.gates``."""
 
 import inspect
 from collections.abc import Mapping
@@ -6,25 +6,35 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from isw_plugin.errors import SettingError
+from isw_plugin.gates.channel_gating import ChannelGating
+from isw_plugin.gates.cv import CVGate
+from isw_plugin.gates.fbs import FBS
+from isw_plugin.gates.fixed_ratio import MinNorm, RandomGate
 from isw_plugin.gates.gate import Gate
+from isw_plugin.gates.lccl import LCCL
 
-__all__ = ["GROUP", "named_gate", "stored_gate"]
+__all__ = ["BUILT_IN", "GROUP", "named_gate", "stored_gate"]
 
 GROUP = "isw_plugin.gates"
+BUILT_IN: dict[str, Any] = {gate.__name__: gate for gate in (CVGate, MinNorm, RandomGate, FBS, ChannelGating, LCCL)}
+_OURS: dict[str, type] = {"fbs": FBS, "channel_gating": ChannelGating, "lccl": LCCL}
 
 
 def named_gate(name: str) -> Gate:
-    """The gate that an installed package offers under a name, with its default parameters.
+    """The gate that we or an installed package offer under a name, with its default parameters.
 
     Raises:
         SettingError: There is none, it cannot be loaded, has no defaults, or is no gate.
     """
+    if name in _OURS:
+        ours: Gate = _OURS[name]()
+        return ours
     entries = {entry.name: entry for entry in entry_points(group=GROUP)}
     if name not in entries:
         installed = ", ".join(map(repr, entries)) or "none"
         raise SettingError(
-            f"gate={name!r}: 'cv', a gate such as MinNorm(ratio=0.3), or the name of an installed gate (entry point "
-            f"group {GROUP}; installed: {installed})"
+            f"gate={name!r}: 'cv', {', '.join(map(repr, _OURS))}, a gate such as MinNorm(ratio=0.3), or the name of an "
+            f"installed gate (entry point group {GROUP}; installed: {installed})"
         )
     found = _loaded(entries[name])
     gate = _made(name, found) if inspect.isclass(found) else found

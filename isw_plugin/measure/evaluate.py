@@ -235,7 +235,7 @@ class _Tally:
         sites = self.pruner.sites if self.pruner else ()
         require_decided(sites, keep, batch.instances)
         dense = self._dense(batch)
-        saved = saved_by_site(sites, keep, dense, self.pruner.heads if self.pruner else {})
+        saved = saved_by_site(self.pruner, keep, norms, dense) if self.pruner else {}
         for name in keep:
             self.keep.setdefault(name, []).append(keep[name].cpu())
             self.cv.setdefault(name, []).append(coefficient_of_variation(norms[name]).cpu())

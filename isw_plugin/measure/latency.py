@@ -1,14 +1,14 @@
 """Wall-clock time, never without the machine it was taken on."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from isw_plugin.machine import hardware
 
 __all__ = ["Latency", "compare", "hardware", "summarize", "timed"]
 
@@ -82,13 +82,3 @@ def compare(
         for name, run in runs.items():
             seconds[name].append(timed(run, device)[1])
     return {name: summarize(taken, [images] * len(taken), device) for name, taken in seconds.items()}
-
-
-def hardware(device: torch.device | None = None) -> str:
-    """Name of the GPU, or of the CPU."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -2,10 +2,11 @@
 
 One multiply-add is one MAC. Convolutions and linear layers are counted, as in the paper; norms,
 activations and biases are not. A dropped channel saves the work of its readers on that input channel,
-so the saving is linear in the number of dropped channels. Where norms are predicted, it saves its own layers'
-work on it too, as far as their inputs are kept (MACs * keep_in * keep_out is left, group by group), less the
-head's. Projections that are no module of their own (``nn.MultiheadAttention``) and products of activations
-(attention) are not counted.
+so the saving is linear in the number of dropped channels. Where it is decided before the layer runs (predicted norms, a
+gate with parameters that drops channels), it saves its own layers' work on it too, as far as their inputs are kept
+(MACs * keep_in * keep_out is left, group by group), less what deciding takes. A gate that drops elements (channel
+gating, LCCL) saves what its layers need not compute of them, less its own, and nothing in readers. Projections that are
+no module of their own (``nn.MultiheadAttention``) and products of activations (attention) are not counted.
 """
 
 from collections import Counter
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from isw_plugin.accelerate import Accelerated, Record
-from isw_plugin.errors import AttachError, SettingError
-from isw_plugin.heads import Head
+from isw_plugin.accelerate import Accelerated, LoadedModel, Record
+from isw_plugin.errors import AttachError, SettingError, UnsupportedError
+from isw_plugin.gates import LearnedGate
 from isw_plugin.hooks import Part, column_keep, has_hooks, memory_of, reader_parts
 from isw_plugin.inputs import call, instances_in, measuring
 from isw_plugin.pruner import InstanceWisePruner
@@ -79,8 +80,8 @@ class MacReport:
     Attributes:
         dense: Of one image with every channel kept.
         gated: Of each image with its dropped channels skipped, (N,) float64.
-        per_site: Site name -> MACs saved in the readers of this map, and where its norms are predicted in the layers
-            that make it, less the head's own; (N,) float64. They add up.
+        per_site: Site name -> MACs saved in the readers of this map, and where it is decided before its layers run in
+            these, less what deciding takes (a head's, or a gate's with parameters); (N,) float64. They add up.
         per_layer: Layer name -> dense MACs of one image.
         gate: The gates' own multiply-adds for one image, not in ``gated``.
 
@@ -128,14 +129,15 @@ def count_macs(model: nn.Module, inputs: Inputs) -> MacReport:
     """
     pruner = gated_pruner(model)
     keep: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
     instances = instances_in(inputs)
     if pruner:
         with measuring(model), decisions(model) as decided:
             call(model, inputs)
-        keep = decided.keep
+        keep, norms = decided.keep, decided.norms
         require_decided(pruner.sites, keep, instances)
     dense = count_dense(model, inputs, call, instances)  # with gates off
-    saved = saved_by_site(pruner.sites, keep, dense, pruner.heads) if pruner else {}
+    saved = saved_by_site(pruner, keep, norms, dense) if pruner else {}
     total = torch.full((instances,), float(dense.total), dtype=torch.float64)
     return MacReport(dense.total, total - sum(saved.values()), saved, dict(dense.per_layer), dense.gate)
 
@@ -153,22 +155,46 @@ def require_decided(sites: Sequence[Site], keep: Mapping[str, Tensor], instances
 
 
 def saved_by_site(
-    sites: Sequence[Site], keep: Mapping[str, Tensor], dense: DenseMacs, heads: Mapping[str, Head]
+    pruner: InstanceWisePruner, keep: Mapping[str, Tensor], scores: Mapping[str, Tensor], dense: DenseMacs
 ) -> dict[str, Tensor]:
-    """MACs that each image saves by each site (see ``MacReport.per_site``), (N,) float64 on the CPU."""
+    """MACs that each image saves by each site (see ``MacReport.per_site``), (N,) float64 on the CPU.
+
+    Args:
+        scores: What ``keep`` was decided on.
+    """
     keep = {name: mask.cpu() for name, mask in keep.items()}
-    parts = reader_parts(sites) if heads else {}
+    sites, heads = pruner.sites, pruner.heads
+    own = _own_macs(pruner, dense) | {name: float(head.macs) for name, head in heads.items()}
+    parts = reader_parts(sites) if own else {}
     saved = {}
     for site in sites:
+        gate = pruner.gate
+        if isinstance(gate, LearnedGate) and not gate.whole_channels:
+            macs = [dense.per_call(name) for name in site.layers]
+            layers = [pruner.model.get_submodule(name) for name in site.layers]
+            saved[site.name] = gate.saved(layers, macs, scores[site.name].cpu()) - own[site.name]
+            continue
         per_channel = torch.zeros(site.channels, dtype=torch.float64)
         for reader in site.consumers:
             held = torch.tensor([channel for _, channel in reader.columns(site.channels)])
             per_channel += dense.per_column(reader.layer) * held.bincount(minlength=site.channels)
         saved[site.name] = (~keep[site.name]).double() @ per_channel
-        if site.name in heads:
+        if site.name in own:
             undone = (_undone(site, layer, parts.get(layer, ()), keep, dense) for layer in site.making.layers)
-            saved[site.name] = saved[site.name] + sum(undone) - heads[site.name].macs
+            saved[site.name] = saved[site.name] + sum(undone) - own[site.name]
     return saved
+
+
+def _own_macs(pruner: InstanceWisePruner, dense: DenseMacs) -> dict[str, float]:
+    """What gates with parameters take for one image, by site."""
+    own, gate = {}, pruner.gate
+    if not isinstance(gate, LearnedGate):
+        return {}
+    for site in pruner.sites:
+        layers = [pruner.model.get_submodule(name) for name in site.layers]
+        macs = [dense.per_call(name) for name in site.layers]
+        own[site.name] = gate.macs(pruner.learned[site.name], layers, macs)
+    return own
 
 
 def _undone(site: Site, layer: str, parts: Sequence[Part], keep: dict[str, Tensor], dense: DenseMacs) -> Tensor:
@@ -204,6 +230,10 @@ def gated_pruner(model: nn.Module) -> InstanceWisePruner | None:
         hint = ": pass pruner.model" if hasattr(model, "model") else ""
         raise SettingError(f"a model is measured, and this is a {type(model).__name__}{hint}")
     model = unwrapped(model)
+    if isinstance(model, LoadedModel):
+        raise UnsupportedError(
+            "a model of load_accelerated has graphs and no layers to count: measure the one that it was made from"
+        )
     if isinstance(model, Accelerated):
         return InstanceWisePruner.of(model.masked) if model.execution != "dense" else None
     memory = memory_of(model)
@@ -237,7 +267,7 @@ def count_dense(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any
         handles.append(module.register_forward_hook(_LayerCounter(counted, name, instances), with_kwargs=True))
     squared = _squared(pruner) if pruner else ()
     for site in sites:
-        counted.gate += 4 * site.channels
+        counted.gate += 0 if pruner and site.name in pruner.learned else 4 * site.channels
         if site.name not in squared:
             continue
         handles.append(_count_gate(model, site, counted, instances))
@@ -258,7 +288,8 @@ def _squared(pruner: InstanceWisePruner) -> set[str]:
     """Sites whose squares are summed: all that are measured, and those that heads read."""
     heads = pruner.heads
     read = {source for head in heads.values() for source in head.sources}
-    return read | {site.name for site in pruner.sites if site.name not in heads}
+    known = heads.keys() | pruner.learned.keys()
+    return read | {site.name for site in pruner.sites if site.name not in known}
 
 
 def _require_readers(sites: Sequence[Site], layers: Mapping[str, nn.Module]) -> None:

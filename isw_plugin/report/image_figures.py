@@ -35,14 +35,14 @@ def accuracy_curve(records: Records, path: Path, caption: str = "", *, window: i
     axes.hlines(100 * curve.easier, 0, half, color="black", linewidth=2, label="halves")
     axes.hlines(100 * curve.harder, count - half, count, color="black", linewidth=2)
     axes.set_title(
-        f"Easier half {curve.easier:.2%}, harder half {curve.harder:.2%}: "
+        f"Half that drops most: {curve.easier:.2%}, half that drops least: {curve.harder:.2%}; "
         f"{100 * (curve.easier - curve.harder):+.2f} points (standard error {100 * curve.error:.2f})",
         fontsize=9,
     )
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel("accuracy (% of images)")
     below.plot(range(1, count + 1), 100 * records.prune_ratio[curve.order])
-    below.set_ylabel("dropped (%)")
-    below.set_xlabel("images, from easy (most channels dropped) to hard")
+    below.set_ylabel("channels\ndropped (%)")
+    below.set_xlabel("images (count), from those that drop most channels to those that drop least")
     for each in (axes, below):
         each.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -103,7 +103,7 @@ def extreme_images(
     names = class_names(records, classes)
     rows = extremes(records, count)
     figure, axes = blank(1 + 1.05 * len(rows[0]), 3.1, rows=2, columns=len(rows[0]), squeeze=False)
-    for line, row, title in zip(axes, rows, ("easiest", "hardest"), strict=True):
+    for line, row, title in zip(axes, rows, ("drop most", "drop least"), strict=True):
         line[0].set_ylabel(title)
         for place, index in zip(line, row, strict=True):
             place.imshow(_image(images, index, records), interpolation="nearest")

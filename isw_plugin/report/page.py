@@ -1,11 +1,15 @@
 """A page in one file: text, tables and figures in, HTML out. Every text is escaped here, so no caller has to."""
 
 import base64
+import csv
+import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from isw_plugin.report.tables import Table
 
@@ -19,6 +23,7 @@ class Picture:
     file: Path
     alt: str
     note: str
+    colors: bool = False  # mean something, so they are not turned in the dark
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ $style</style>
 <h1>$title</h1>
 $caption<dl>
 $facts</dl>
-</header>
+$file</header>
 <nav aria-label="Contents">
 <ul>
 $contents</ul>
@@ -72,7 +77,7 @@ $content</div>
 _PICTURE = Template("""\
 <figure>
 <div class="scroll" tabindex="0">
-<img src="data:image/png;base64,$data" alt="$alt">
+<img class="$kind" src="data:image/png;base64,$data" alt="$alt">
 </div>
 <figcaption>$note</figcaption>
 </figure>
@@ -87,6 +92,7 @@ _TABLE = Template("""\
 $body</tbody>
 </table>
 </div>
+<p class="files">$file</p>
 """)
 
 _STYLE = """\
@@ -111,10 +117,12 @@ section { border-top: 1px solid var(--line); padding: 1.25rem 0; }
 .pair, .wide { display: grid; gap: 1.5rem; align-items: start; }
 .pair > *, .wide > * { min-width: 0; }
 figure { margin: 0; }
-img { display: block; width: auto; max-width: max(100%, 34rem); height: auto; background: #fff;
-  border: 1px solid var(--line); border-radius: .5rem; }
+img { display: block; width: auto; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: .5rem; }
+@media (prefers-color-scheme: dark) { img { filter: brightness(.85); }
+  img.chart { filter: invert(.9) hue-rotate(180deg); } }
 figcaption, footer { color: var(--soft); font-size: .85rem; }
 figcaption { margin-top: .25rem; }
+.files { margin: .25rem 0 0; font-size: .85rem; }
 .scroll { overflow-x: auto; }
 .table { overflow-y: auto; max-height: 40rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -124,7 +132,8 @@ td { white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; }
 tbody th { font-weight: 400; min-width: 6rem; }
 thead th { background: var(--back); position: sticky; top: 0; vertical-align: bottom; }
-@media (max-width: 36rem) { figcaption::after { content: " The figure scrolls sideways."; } }
+@media (max-width: 36rem) { figcaption::after { content: " Tap the figure to enlarge it; then it scrolls sideways."; }
+  .scroll:focus img { max-width: none; width: 48rem; } }
 @media (max-width: 40rem) { dl { grid-template-columns: repeat(auto-fit, minmax(min(9rem, 100%), 1fr)); } }
 @media (min-width: 62rem) { .pair { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); } }
 @media print { .scroll, .table { max-height: none; overflow: visible; } section { break-inside: avoid; } }
@@ -132,13 +141,19 @@ thead th { background: var(--back); position: sticky; top: 0; vertical-align: bo
 
 
 def render(
-    title: str, caption: str, facts: Mapping[str, str], sections: Mapping[str, Section], footer: str = ""
+    title: str,
+    caption: str,
+    facts: Mapping[str, str],
+    sections: Mapping[str, Section],
+    footer: str = "",
+    values: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page as HTML that needs no other file.
+    """The page as HTML that needs no other file; its tables can be saved from it as CSV.
 
     Args:
         facts: Name -> value, shown on top.
         sections: Id (letters, digits, dashes) -> section, in order.
+        values: All numbers as JSON values, to be saved from the page.
     """
     return _PAGE.substitute(
         title=escape(title),
@@ -149,12 +164,15 @@ def render(
             f'<li><a href="#{escape(id_)}">{escape(section.title)}</a></li>\n' for id_, section in sections.items()
         ),
         sections="".join(_section(id_, section) for id_, section in sections.items()),
+        file=f"<p>{_file('report.json', 'application/json', json.dumps(values, indent=1))}</p>\n" if values else "",
         footer=escape(footer),
     )
 
 
 def _section(id_: str, section: Section) -> str:
-    content = (_picture(section.picture) if section.picture else "") + (_table(section.table) if section.table else "")
+    content = (_picture(section.picture) if section.picture else "") + (
+        _table(section.table, id_) if section.table else ""
+    )
     return _SECTION.substitute(
         id=escape(id_),
         layout="wide" if section.wide else "pair",
@@ -166,13 +184,24 @@ def _section(id_: str, section: Section) -> str:
 
 def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.file.read_bytes()).decode()
-    return _PICTURE.substitute(data=data, alt=escape(picture.alt), note=escape(picture.note))
+    return _PICTURE.substitute(
+        data=data, kind="colors" if picture.colors else "chart", alt=escape(picture.alt), note=escape(picture.note)
+    )
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, id_: str) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     body = "".join(_row(row) for row in table.rows)
-    return _TABLE.substitute(caption=escape(table.caption), head=head, body=body)
+    lines = io.StringIO()
+    csv.writer(lines).writerows([table.columns, *table.rows])
+    file = _file(f"{id_}.csv", "text/csv", lines.getvalue())
+    return _TABLE.substitute(caption=escape(table.caption), head=head, body=body, file=file)
+
+
+def _file(name: str, kind: str, content: str) -> str:
+    """A link that saves a file, which is within the page."""
+    data = base64.b64encode(content.encode()).decode()
+    return f'<a download="{escape(name)}" href="data:{kind};charset=utf-8;base64,{data}">{escape(name)}</a>'
 
 
 def _row(row: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import isw_plugin.report.tables as tables
 from isw_plugin.calibrate import Calibration
 from isw_plugin.measure import GateReport, LatencyPoint, Records
-from isw_plugin.report.difficulty import easy_to_hard
+from isw_plugin.report.difficulty import EasyToHard, easy_to_hard
 from isw_plugin.report.figures import frontier, latency_curve
 from isw_plugin.report.image_figures import accuracy_curve, class_ratios, extreme_images
 from isw_plugin.report.page import Picture, Section
@@ -36,9 +36,9 @@ class Material:
     about: str
     caption: str
 
-    def picture(self, name: str, alt: str, note: str) -> Picture:
-        """A figure that has just been drawn."""
-        return Picture(self.folder / name, alt, note)
+    def picture(self, name: str, alt: str, note: str, *, colors: bool = False) -> Picture:
+        """A figure that has just been drawn; ``colors`` that mean something stay in the dark, too."""
+        return Picture(self.folder / name, alt, note, colors)
 
 
 def sections(material: Material) -> dict[str, Section]:
@@ -115,6 +115,7 @@ def _channels(m: Material) -> Section:
             f"Heat-map of channels dropped: {len(m.records.keep)} sites by {len(m.classes)} classes by channel; the "
             "table sums it up",
             "A band a site, a row a class, a column a channel; yellow: every image of the class drops it, dark: none.",
+            colors=True,
         ),
         tables.channel_table(m.records),
     )
@@ -123,16 +124,13 @@ def _channels(m: Material) -> Section:
 def _curve(m: Material) -> Section:
     accuracy_curve(m.records, m.folder / "easy_to_hard.png", m.caption)
     curve = easy_to_hard(m.records)
-    gap = 100 * (curve.easier - curve.harder)
     return Section(
-        "Accuracy from easy to hard images",
-        f"The paper's Figure 4: images in order of the share of channels that they drop. The half that drops most is "
-        f"{abs(gap):.2f} points {'more' if gap >= 0 else 'less'} accurate than the half that drops least (standard "
-        f"error {100 * curve.error:.2f}).",
+        "Accuracy by share of channels dropped",
+        f"The paper's Figure 4: images in order of the share of channels that they drop. In the paper those that drop "
+        f"most are the easier ones. {_found(curve)}",
         m.picture(
             "easy_to_hard.png",
-            f"Accuracy from easy to hard images: {curve.easier:.1%} in the easier half, {curve.harder:.1%} in the "
-            "harder half",
+            f"Accuracy: {curve.easier:.1%} in the half that drops most, {curve.harder:.1%} in the other half",
             f"Blue: every {curve.window} neighbours; green: all up to here; red: all images; black: the halves. "
             "Images that drop equally many count with their mean.",
         ),
@@ -140,8 +138,20 @@ def _curve(m: Material) -> Section:
     )
 
 
+def _found(curve: EasyToHard) -> str:
+    """What the halves say, in words that follow the figures."""
+    gap, error = 100 * (curve.easier - curve.harder), 100 * curve.error
+    figures = (
+        f"Here the half that drops most is {abs(gap):.2f} points {'more' if gap >= 0 else 'less'} accurate than the "
+        f"half that drops least (standard error {error:.2f})"
+    )
+    if abs(gap) < 2 * error or not gap:
+        return f"{figures}: no difference that chance would not make."
+    return f"{figures}: {'easier, as in the paper' if gap > 0 else 'harder, unlike in the paper'}."
+
+
 def _images(m: Material) -> Section:
-    title, table = "The easiest and the hardest images", tables.extremes_table(m.records, m.classes)
+    title, table = "The images that drop most and least", tables.extremes_table(m.records, m.classes)
     if m.images is None:
         text = "No images were given: pass them, in the loader's order, as images= to see them."
         return Section(title, text, table=table)
@@ -149,12 +159,13 @@ def _images(m: Material) -> Section:
     first = table.rows[0]
     return Section(
         title,
-        "As in the paper's Figures 1 and 5: those that drop most channels, and those that drop least.",
+        "As in the paper's Figures 1 and 5, which call them easy and hard.",
         m.picture(
             "easiest_hardest.png",
-            f"The {len(table.rows)} easiest and hardest images; easiest: {first[2]}, {first[3]} dropped; hardest: "
+            f"The {len(table.rows)} images that drop most and least; most: {first[2]}, {first[3]} dropped; least: "
             f"{first[6]}, {first[7]} dropped; the table has them all",
             "Above an image: class, share of channels dropped. Red frame: the model is wrong.",
+            colors=True,
         ),
         table,
         wide=True,

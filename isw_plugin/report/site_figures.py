@@ -41,7 +41,7 @@ def cv_per_site(records: Records, path: Path, caption: str = "", *, alpha: float
     draw_spreads(axes, list(records.cv), [spread(cv) for cv in records.cv.values()])
     if alpha is not None:
         axes.axvline(alpha, color="C3", linestyle="--", linewidth=1, label=f"alpha {alpha:g}")
-    axes.set_xlabel("CV of channel norms")
+    axes.set_xlabel("CV of channel norms (standard deviation / mean)")
     figure.legend(loc="outside upper center", ncols=5, fontsize=7)
     return save(figure, path, caption)
 
@@ -71,10 +71,11 @@ def channel_heatmap(
     middles = [index * (len(labels) + 1) + (len(labels) - 1) / 2 for index in range(len(bands))]
     axes.set_yticks(middles, [plain(name) for name in records.keep])
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("channel")
+    axes.set_xlabel("channel (index)")
+    axes.set_ylabel("site")
     named = ", ".join(plain(classes[label]) for label in labels)
     axes.set_title(textwrap.fill(f"Share of images that drop the channel; rows of a site: {named}", 110), fontsize=8)
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes, label="share of images that drop it")
     return save(figure, path, caption)
 
 

@@ -96,11 +96,11 @@ def class_table(report: GateReport, records: Records, classes: Sequence[str]) ->
 
 
 def halves_table(records: Records, curve: EasyToHard) -> Table:
-    """Accuracy of the easier and of the harder half, and of all."""
+    """Accuracy of the half that drops most, of the half that drops least, and of all."""
     half = -(-len(curve.order) // 2)
     parts = (
-        ("easier half", curve.order[:half], curve.easier),
-        ("harder half", curve.order[-half:], curve.harder),
+        ("drop most", curve.order[:half], curve.easier),
+        ("drop least", curve.order[-half:], curve.harder),
         ("all images", curve.order, curve.accuracy),
     )
     rows = [
@@ -115,7 +115,7 @@ def extremes_table(records: Records, classes: Sequence[str], count: int = 10) ->
     sides = [[_image(records, classes, index) for index in indices] for indices in extremes(records, count)]
     rows = tuple((str(rank), *easy, *hard) for rank, (easy, hard) in enumerate(zip(*sides, strict=True), 1))
     each = ("class", "dropped", "score")
-    columns = ("rank", "easiest: image", *each, "hardest: image", *each)
+    columns = ("rank", "drop most: image", *each, "drop least: image", *each)
     return Table("By share of channels dropped; image: position in the loader", columns, rows)
 
 

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from isw_plugin.calibrate import Calibration
 from isw_plugin.errors import SettingError
+from isw_plugin.machine import own_version
 from isw_plugin.measure import GateReport, Latency, LatencyPoint, Records
 from isw_plugin.report.classes import class_names
 from isw_plugin.report.image_figures import require_fitting
@@ -32,6 +32,8 @@ def write(
     latencies: Sequence[LatencyPoint] = (),
     title: str = "Instance-wise channel sparsity",
     caption: str = "",
+    off: GateReport | None = None,
+    speed: str = "",
 ) -> Path:
     """Write ``index.html``, which needs no other file, and its figures as PNG files.
 
@@ -44,25 +46,33 @@ def write(
         latencies: Of ``latency_by_keep``: draws time against channels kept.
         title: Heading of the page.
         caption: Model, data and gate in a sentence; it stands on the page and on every figure.
+        off: What ``evaluate`` gave for the same images with gates off.
+        speed: How much faster the model became, or why not: ``fast.verdict()`` of an accelerated one.
 
     Returns:
         The page's path.
 
     Raises:
-        SettingError: The report has no records or its gates were off; ``classes`` or ``images`` do not fit it.
+        SettingError: The report has no records or its gates were off; ``off`` is of other images or has gates on;
+            ``classes`` or ``images`` do not fit it.
         MissingExtraError: On import, without matplotlib (``isw_plugin[report]``).
     """
     records = _records(report)
     names = class_names(records, classes)
     if images is not None:
         require_fitting(images, len(records.labels))
+    if off is not None and (off.execution != "dense" or off.instances != report.instances):
+        raise SettingError(
+            f"off is {off.execution}, of {off.instances} images: evaluate the same images with gates off"
+        )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as draft:
         folder = Path(draft)
         stamp = " · ".join(part for part in (caption, _provenance(report)) if part)
         material = Material(report, records, names, calibration, images, latencies, folder, caption, stamp)
-        page = render(title, caption, _facts(report), sections(material), _footer())
+        facts, values = _facts(report, off, calibration, speed), _values(report, off, calibration, speed)
+        page = render(title, caption, facts, sections(material), _footer(), values)
         (folder / _NAME).write_text(page, encoding="utf-8")
         for file in sorted(folder.iterdir(), key=lambda file: file.name == _NAME):  # the page last
             file.replace(out / file.name)
@@ -88,11 +98,17 @@ def _machine(latency: Latency) -> str:
     return f"{latency.hardware}, CPU threads: {latency.threads}"
 
 
-def _facts(report: GateReport) -> dict[str, str]:
+def _facts(report: GateReport, off: GateReport | None, calibration: Calibration | None, speed: str) -> dict[str, str]:
     time = report.latency
+    own = {
+        "Accuracy, gates off": f"{off.accuracy:.2%}" if off else "",
+        "Thresholds": str(calibration.best).partition(":")[0] if calibration else "",
+        "Speed": speed,
+    }
     return {
         "Images": f"{report.instances:,}",
-        "Accuracy": f"{report.accuracy:.2%}",
+        "Accuracy, gates on": f"{report.accuracy:.2%}",
+        **{name: text for name, text in own.items() if text},
         "Channels dropped (prune ratio)": f"{report.prune_ratio:.1%}",
         "MACs saved": f"{report.macs_saved:.1%}",
         "MACs of an image": f"{report.macs / 1e6:,.2f} of {report.dense_macs / 1e6:,.2f} million",
@@ -110,9 +126,11 @@ _EXECUTIONS = {
 }
 
 
+def _values(report: GateReport, off: GateReport | None, calibration: Calibration | None, speed: str) -> dict[str, Any]:
+    """All numbers of the page, as JSON values."""
+    parts = {"gates_on": report, "gates_off": off, "calibration": calibration}
+    return {name: part.to_dict() for name, part in parts.items() if part is not None} | {"speed": speed}
+
+
 def _footer() -> str:
-    try:
-        own = version("isw_plugin")
-    except PackageNotFoundError:  # run from its sources
-        own = "(not installed)"
-    return f"isw_plugin {own}, torch {torch.__version__}, {date.today().isoformat()}"
+    return f"isw_plugin {own_version()}, torch {torch.__version__}, {date.today().isoformat()}"

@@ -40,13 +40,14 @@ class Makings:
             made = self.graph.shapes[maker.outputs[0]]
             if channels != made[-1 if isinstance(self.graph.modules[maker.name], nn.Linear) else 1]:
                 return Making(reason=f"{maker.name} makes other channels than those of the map")
-            read, reason = self._read(maker)
-            if reason:
-                return Making(reason=reason)
-            found |= read
         seen = self._seen_before(value, makers, between)
         if seen:
             return Making(reason=f"{seen} sees it before the gate")
+        for maker in makers:
+            read, reason = self._read(maker)
+            if reason:
+                return Making((), layers, reason)
+            found |= read
         return Making(tuple(name for name in self.sites.values() if name in found), layers, "")
 
     def _back(self, value: int, layers: tuple[str, ...]) -> tuple[list[Node], list[Node], dict[str, None], str]:

@@ -55,8 +55,9 @@ class Making:
 
     Attributes:
         sources: Names of the sites that the layers read, and of those that are added to what they make (shortcuts).
-        layers: Those whose output channel c is needed for channel c of the map and for nothing else.
-        reason: Why channels cannot be decided on before the layers run; "" where they can.
+        layers: Those whose output channel c is needed for channel c of the map and for nothing else: what is dropped
+            before they run need not be computed. None where that does not hold of all of them.
+        reason: Why norms cannot be predicted before the layers run; "" where they can.
     """
 
     sources: tuple[str, ...] = ()

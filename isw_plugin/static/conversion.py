@@ -50,6 +50,10 @@ def convert(
     """See ``InstanceWisePruner.to_static``; gates are on, sites are to be found again afterwards."""
     if not isinstance(threshold, Real) or not 0 <= threshold < 1:
         raise SettingError(f"threshold={threshold!r}: a share of the images lies in [0, 1)")
+    if memory.learned:
+        raise UnsupportedError(
+            "gates have learned parameters of channels that would go: fine-tune the smaller model with new ones instead"
+        )
     if not threshold:
         _require_known(memory.gates)
     observation = observe(model, memory, batches)

@@ -6,15 +6,21 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
-from isw_plugin.errors import UnsupportedError
+from isw_plugin.errors import MissingExtraError, UnsupportedError
 from isw_plugin.inputs import call
 from isw_plugin.sites import Inputs
+
+try:
+    import torch_pruning as tp
+except ImportError as error:
+    raise MissingExtraError(
+        f"static pruning needs torch-pruning ({error}): pip install 'isw_plugin[pruning]'", name=error.name
+    ) from error
 
 __all__ = [
     "MIXING",

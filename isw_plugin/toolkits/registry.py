@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 
-from isw_plugin.errors import SettingError, UnknownPrunerError
+from isw_plugin.errors import MissingExtraError, SettingError, UnknownPrunerError
 
 __all__ = ["GROUP", "PRUNERS", "Pruners", "register"]
 
@@ -41,13 +41,19 @@ class Pruners(Mapping[str, type]):
 
         Raises:
             UnknownPrunerError: No such name; also a KeyError.
+            MissingExtraError: It is torch-pruning's, which is not installed.
             SettingError: Another package's entry point of this name cannot be imported, or is no class.
         """
         if name in self._registered:
             return self._registered[name]
         if name in self._places:
             module, _, attribute = self._places[name].partition(":")
-            found: type = getattr(importlib.import_module(module), attribute)
+            try:
+                found: type = getattr(importlib.import_module(module), attribute)
+            except ImportError as error:
+                raise MissingExtraError(
+                    f"{name!r} is torch-pruning's ({error}): pip install 'isw_plugin[pruning]'", name=error.name
+                ) from error
             return found
         entries = _entries()
         if name not in entries:

@@ -3,13 +3,15 @@
 from typing import Any, Literal
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
-from torch_pruning.pruner.importance import BNScaleImportance, Importance
 
 from isw_plugin.errors import SettingError, UnsupportedError
 from isw_plugin.pruner import InstanceWisePruner
-from isw_plugin.static import Batches, ColumnUse, reader_columns, used_columns
+from isw_plugin.static import Batches, ColumnUse, reader_columns, used_columns  # says which extra is missing
+
+# isort: split
+import torch_pruning as tp
+from torch_pruning.pruner.importance import BNScaleImportance, Importance
 
 __all__ = ["InstanceFrequencyImportance", "SlimmingImportance", "install", "uninstall"]
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from isw_plugin import InstanceWisePruner
 from isw_plugin.accelerate.layers import conv, linear, mask
+from isw_plugin.accelerate.padding import own_padding
 from isw_plugin.accelerate.simplify import constants_of, simplify
 from isw_plugin.accelerate.trace import trace
 from tests.accelerate.nets import CASES, assert_close, attached, images_for, near_ties, seeded
@@ -308,20 +309,42 @@ def test_paddings_become_those_of_layers() -> None:
     assert_same(graph, pruner, torch.randn(9, 3, 22, 22))
 
 
-@pytest.mark.parametrize(
-    "pad",
-    [lambda x: F.pad(x, (0, 1, 0, 1)), lambda x: F.pad(x, (1, 1, 1, 1), value=1.0), lambda x: F.pad(x, (-1, 1, 1, 1))],
-)
-def test_other_paddings_stay(pad: Callable[[Tensor], Tensor]) -> None:
+def test_other_paddings_stay() -> None:
+    """One whose longer kernel would take longer."""
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(pad(self.a(x).relu())).mean((2, 3))
+            return self.b(F.pad(self.a(x).relu(), (0, 1, 0, 1))).mean((2, 3))
 
     net, images = seeded(Net), torch.randn(4, 3, 12, 12)
     graph, pruner = simplified(net, images)
     assert counted(graph)["pad.default"] == 1
     assert_same(graph, pruner, torch.randn(9, 3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("amounts", "own"),
+    [
+        ([[0, 1, 0, 1]], ([1, 1], (4, 4))),
+        ([[2, 1, 1, 1], "constant", 0.0], ([1, 2], (3, 4))),
+        ([[1, 1, 2, 2], "constant", None], ([2, 1], (3, 3))),
+        ([[1, 1, 1, 1], "constant", 1.0], None),
+        ([[1, 1, 1, 1], "reflect"], None),
+        ([[-1, 1, 1, 1]], None),
+        ([[1, 1]], None),
+    ],
+)
+def test_which_paddings_a_layer_takes(amounts: list[Any], own: tuple[list[int], tuple[int, int]] | None) -> None:
+    graph = fx.Graph()
+    x, weight = torch.randn(1, 2, 6, 7), torch.randn(3, 2, 3, 3)
+    found = own_padding(graph.call_function(aten.pad.default, (graph.placeholder("x"), *amounts)), weight)
+    assert (found is None) == (own is None)
+    if found is not None and own is not None:
+        padding, longer = found
+        assert (padding, tuple(longer.shape[2:])) == own
+        wanted = F.conv2d(aten.pad(x, *amounts), weight, stride=2)
+        assert_close(F.conv2d(x, longer, padding=padding, stride=2), wanted)

@@ -23,7 +23,7 @@ def test_the_curve_is_drawn_as_it_was_computed(tmp_path: Path) -> None:
     halves = [line.get_segments()[0].tolist() for line in axes.collections]
     assert halves[0] == [pytest.approx([0, 200 / 3]), pytest.approx([3, 200 / 3])]
     assert halves[1] == [pytest.approx([2, 100 / 3]), pytest.approx([5, 100 / 3])]
-    assert "Easier half 66.67%, harder half 33.33%: +33.33 points" in axes.get_title()
+    assert "Half that drops most: 66.67%, half that drops least: 33.33%; +33.33 points" in axes.get_title()
     assert below.lines[0].get_ydata().tolist() == pytest.approx([90, 70, 50, 30, 10])
 
 

@@ -1,4 +1,8 @@
 import base64
+import csv
+import io
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -69,7 +73,9 @@ def test_pictures_are_embedded(page: Reader) -> None:
 
 def test_nothing_is_loaded_from_elsewhere(page: Reader) -> None:
     assert not {"link", "iframe", "object", "video"} & {tag for tag, _ in page.tags}
-    assert {target["href"] for target in page.of("a")} == {"#one", "#two", "#three"}
+    links = [target["href"] or "" for target in page.of("a")]
+    assert {link for link in links if link[0] == "#"} == {"#one", "#two", "#three"}
+    assert {link.partition(";")[0] for link in links if link[0] != "#"} == {"data:text/csv"}
     policies = [meta["content"] for meta in page.of("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
     assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
@@ -93,6 +99,26 @@ def test_tables_say_what_their_cells_are_of(page: Reader) -> None:
     assert [cell["scope"] for cell in page.of("th")] == 2 * ["col", "col", "row", "row"]
     assert len(page.of("td")) == 4
     assert len(page.of("caption")) == 2
+
+
+def test_tables_and_values_can_be_saved() -> None:
+    table = Table("t", ("", 'a "word"'), (("x, y", "1"), ("z", "2")))
+    page = Reader(render("T", "", {}, {"one": Section("One", "", table=table)}, values={"accuracy": 0.5}))
+    saved = {link["download"]: link["href"] or "" for link in page.of("a") if "download" in link}
+    content = {name: base64.b64decode(href.partition("base64,")[2]).decode() for name, href in saved.items()}
+    assert list(csv.reader(io.StringIO(content["one.csv"]))) == [["", 'a "word"'], ["x, y", "1"], ["z", "2"]]
+    assert json.loads(content["report.json"]) == {"accuracy": 0.5}
+
+
+def test_the_dark_turns_charts_and_leaves_colors(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"pixels")
+    sections = {
+        str(colors): Section("", "", Picture(tmp_path / "a.png", "", "", colors=colors)) for colors in (False, True)
+    }
+    page = render("T", "", {}, sections)
+    assert [picture["class"] for picture in Reader(page).of("img")] == ["chart", "colors"]
+    assert re.search(r"prefers-color-scheme: dark\)[^@]*img\.chart { filter: invert", page)
+    assert "max-width: 100%" in page  # figures fit a phone
 
 
 def test_an_empty_page_is_a_page() -> None:

@@ -49,8 +49,8 @@ def test_classes_from_the_one_that_drops_most() -> None:
 
 def test_halves() -> None:
     assert ALL["halves"].rows == (
-        ("easier half", "2", "60.0% to 80.0%", "50.00%"),
-        ("harder half", "2", "20.0% to 40.0%", "100.00%"),
+        ("drop most", "2", "60.0% to 80.0%", "50.00%"),
+        ("drop least", "2", "20.0% to 40.0%", "100.00%"),
         ("all images", "4", "20.0% to 80.0%", "75.00%"),
     )
 

@@ -93,6 +93,37 @@ def test_the_page_says_what_was_measured_where(whole: Path) -> None:
     assert "500 held-out images" in text
 
 
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (
+            [1] * 20 + [0] * 20,
+            "100.00 points less accurate than the half that drops least (standard error 0.00): harder",
+        ),
+        (
+            [0] * 20 + [1] * 20,
+            "100.00 points more accurate than the half that drops least (standard error 0.00): easier",
+        ),
+        ([0, 1] * 20, "0.00 points more accurate than the half that drops least"),
+    ],
+)
+def test_the_caption_follows_the_figures(tmp_path: Path, scores: list[float], words: str) -> None:
+    records = made_records([n / 40 for n in range(40)], scores, labels=[0, 1] * 20)
+    text = Reader(write(made_report(records), tmp_path).read_text()).text
+    assert words in text
+    assert "easier half" not in text
+
+
+def test_cards_tell_gates_off_thresholds_and_speed(tmp_path: Path) -> None:
+    calibration = Calibration(BEST, (BEST,), 0.91, 500)
+    off = replace(REPORT, execution="dense", accuracy=0.875, records=None)
+    page = Reader(write(REPORT, tmp_path, off=off, calibration=calibration, speed="1.50 times as fast").read_text())
+    for words in ("Accuracy, gates off", "87.50%", "alpha=0.5, beta=0.5", "1.50 times as fast"):
+        assert words in page.text
+    with pytest.raises(SettingError, match=r"off is masked, of 4 images: .* with gates off"):
+        write(REPORT, tmp_path, off=REPORT)
+
+
 def test_what_is_not_given_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     page = Reader(write(REPORT, tmp_path).read_text())
     assert {file.name for file in tmp_path.iterdir()} == {

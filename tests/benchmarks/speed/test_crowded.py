@@ -19,14 +19,16 @@ NAME = "slimmed vgg16"
 LINUX = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity masks here")
 
 
-def test_a_process_times_what_it_was_given() -> None:
-    with Apart(Task("gated", NAME, 32, 2, threads=1)) as process:
+def test_a_process_times_what_it_was_given(tmp_path: Path) -> None:
+    task = Task("gated", NAME, 32, 2, threads=1, models=tmp_path)
+    with Apart(task) as process:
         assert process.error < 1e-4
         assert process.threads == 1
         assert len(process.seconds(3)) == 3
         assert all(0 < seconds < 60 for seconds in process.seconds(2))
         child = process._process
     assert not child.is_alive()
+    assert [path.name for path in tmp_path.iterdir()] == ["slimmed-vgg16-32-2-gated.pickle"]
 
 
 @LINUX
@@ -127,9 +129,12 @@ def test_a_second_run_takes_what_is_missing(tmp_path: Path, monkeypatch: pytest.
 
 @LINUX
 def test_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every situation; one way, as each takes a process seconds to make ready."""
-    crowded.main(["--quick", "--ways", "dense", "--threads", "1", "--out", str(tmp_path)])
+    """One way, as each takes a process seconds to make ready, and no second process of it but under the quota."""
+    situations = ["quiet", "one busy process", crowded.QUOTA]
+    command = ["--quick", "--ways", "dense", "--threads", "1", "--models", str(tmp_path / "models")]
+    crowded.main([*command, "--out", str(tmp_path), "--situations", *situations])
     cells = crowded.read(tmp_path)
-    assert [cell.situation for cell in cells] == list(crowded.SITUATIONS)
+    assert [cell.situation for cell in cells] == situations
     assert all(cell.calls == 6 and cell.error < 1e-4 for cell in cells if cell.median is not None)
     assert {cell.situation for cell in cells if cell.median is None} <= {crowded.QUOTA}
+    assert len(list((tmp_path / "models").iterdir())) == 1

@@ -1,0 +1,142 @@
+"""MODEL on the command line: a timm name, a folder of ours, or file.py:function."""
+
+import difflib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from isw_cli.errors import InputError
+from isw_plugin import InstanceWisePruner, load_accelerated, load_pretrained
+from isw_plugin.accelerate import LoadedModel
+from isw_plugin.errors import ISWError
+
+__all__ = ["Subject", "attached", "subject"]
+
+_FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what is known of it.
+
+    Attributes:
+        pruner: Where it has one already.
+        random: Whether its weights are.
+    """
+
+    name: str
+    model: nn.Module
+    pruner: InstanceWisePruner | None = None
+    random: bool = False
+
+
+def subject(name: str, *, classes: int | None = None, pretrained: bool = False, weights: Path | None = None) -> Subject:
+    """The model that a user names.
+
+    Args:
+        classes: How many a timm model is made for; None: as many as it declares.
+        weights: A safetensors file or state_dict for a timm name or a function.
+
+    Raises:
+        InputError: There is none; says what is close.
+    """
+    function, path = _FUNCTION.fullmatch(name), Path(name)
+    if function:
+        found = _called(Path(function["file"]), function["name"])
+    elif path.is_dir():
+        if weights is not None:
+            raise InputError(f"--weights: {name} is a saved folder, which has its own")
+        return _loaded(path)
+    elif path.suffix == ".py" or path.is_file():
+        raise InputError(f"{name} is a file: name the function in it that makes the model, as {name}:make")
+    else:
+        found = _of_timm(name, classes, pretrained)
+    if weights is not None:
+        _fill(found.model, weights)
+        found = Subject(found.name, found.model, found.pruner)
+    return found
+
+
+def attached(found: Subject, inputs: Tensor | None, alpha: float = 0.5, beta: float = 1.0) -> InstanceWisePruner:
+    """Its pruner, or a new one."""
+    if isinstance(found.model, LoadedModel):
+        raise InputError(f"{found.name} is a fast model, which has no gates to set: name the gated model's folder")
+    return found.pruner or InstanceWisePruner(found.model, inputs, alpha=alpha, beta=beta)
+
+
+def _of_timm(name: str, classes: int | None, pretrained: bool) -> Subject:
+    import timm
+
+    architecture = name.removeprefix("timm/").partition(".")[0]
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`timm.list_models()` has all names of timm"
+        raise InputError(f"{name!r} is no timm model, no folder and no file.py:function: {hint}")
+    options: dict[str, Any] = {} if classes is None or pretrained else {"num_classes": classes}
+    try:
+        model = timm.create_model(name.removeprefix("timm/"), pretrained=pretrained, **options)
+    except Exception as error:  # no network, no such weights
+        raise InputError(
+            f"{name}: timm cannot make it: {_line(error)}. --weights FILE takes weights that you have"
+        ) from error
+    return Subject(name, model.eval(), random=not pretrained)
+
+
+def _called(file: Path, function: str) -> Subject:
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: give file.py:function, a timm name or a saved folder")
+    spec = importlib.util.spec_from_file_location(f"isw_model_{file.stem}", file)
+    assert spec is not None  # of a .py file
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        made = getattr(module, function, None)
+        found = made() if callable(made) else None
+    except Exception as error:  # the user's own
+        raise InputError(f"{file}:{function} raised {type(error).__name__}: {_line(error)}") from error
+    if made is None or not callable(made):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"{file} has no function {function!r}; it has {', '.join(names[:8]) or 'none'}")
+    if isinstance(found, InstanceWisePruner):
+        return Subject(f"{file}:{function}", found.model, found)
+    if not isinstance(found, nn.Module):
+        raise InputError(
+            f"{file}:{function} gave a {type(found).__name__}: it has to return a torch.nn.Module or a pruner"
+        )
+    return Subject(f"{file}:{function}", found.eval())
+
+
+def _loaded(folder: Path) -> Subject:
+    try:
+        if (folder / "accelerated.json").is_file() and not (folder / "pruner.json").is_file():
+            return Subject(str(folder), load_accelerated(folder))
+        pruner = load_pretrained(folder)
+    except ISWError as error:
+        raise InputError(f"{folder}: {_line(error)}") from error
+    return Subject(str(folder), pruner.model, pruner)
+
+
+def _fill(model: nn.Module, file: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise InputError(f"--weights {file} does not exist")
+    state: Any
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except Exception as error:  # whatever is said of a damaged file
+        raise InputError(f"--weights {file} is no safetensors file and no state_dict: {_line(error)}") from error
+    try:
+        model.load_state_dict(state.get("state_dict", state))
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(f"--weights {file} does not fit the model: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]

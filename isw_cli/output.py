@@ -1,0 +1,71 @@
+"""What a command shows: tables for people, JSON for programs; progress on stderr."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from isw_cli.errors import InputError
+
+__all__ = ["Tracked", "as_json", "errors", "folder_for", "table", "tell"]
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_plain = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def as_json(values: Any) -> None:
+    print(json.dumps(values, indent=1, default=str))
+
+
+def tell(text: str) -> None:
+    _plain.print(text)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A first column of names, others to the right."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for place, column in enumerate(columns):
+        shown.add_column(column, justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    _plain.print(shown)
+
+
+class Tracked:
+    """A loader that shows how far it is, where stderr is a terminal."""
+
+    def __init__(self, loader: Any, what: str) -> None:
+        self.loader, self.what = loader, what
+
+    def __len__(self) -> int:
+        return len(self.loader) if isinstance(self.loader, Sized) else 0
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from track(
+            self.loader, self.what, len(self), console=errors, transient=True, disable=not errors.is_terminal
+        )
+
+
+@contextmanager
+def folder_for(out: Path, force: bool) -> Iterator[Path]:
+    """A draft that becomes ``out`` when all went well; what was there before is there until then."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise InputError(f"--out {out} is not empty: name another folder, or pass --force to replace it")
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        draft = Path(temporary) / "new"
+        draft.mkdir()
+        yield draft
+        if out.is_dir():
+            shutil.move(out, Path(temporary) / "old")
+        draft.rename(out)
