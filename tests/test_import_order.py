@@ -20,7 +20,7 @@ ORDER = [
     {"memory", "masking"},
     {"places"},
     {"hooks", "stored", "engine"},
-    {"accelerate"},
+    {"accelerate", "attachment", "summary"},
     {"wrappers", "static", "saving", "predict"},
     {"pruner"},
     {"measure", "loading"},
