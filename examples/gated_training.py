@@ -18,7 +18,7 @@ _PASSES = 30  # batches that thresholds are settled on at least
 
 
 class GatedTraining:
-    """Gates on, thresholds on their way to a budget, heads fitted again after every epoch.
+    """Gates on, thresholds on their way to a budget, heads that follow the weights and are judged after every epoch.
 
     Args:
         pruner: alpha and beta 0, so that training begins with every channel.
@@ -65,6 +65,10 @@ class GatedTraining:
         return self.pruner.regularize(self.pruner.model, loss)
 
     def after_backward(self) -> None:
+        if heads := self.pruner.heads:
+            needed = 2 * max(head.weight.shape[1] for head in heads.values())  # images, for the widest head
+            batch = len(next(iter(self.pruner.norms.values())))
+            self.pruner.follow_predictors(decay=max(0.99, 1 - batch / (2 * needed)))
         steer_thresholds(self.pruner, macs_left=self.macs_left, ramp=self.ramp)
 
     def after_epoch(self) -> None:

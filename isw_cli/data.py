@@ -1,7 +1,8 @@
 """--data on the command line: a folder with a folder of images for every class, or with splits of such folders."""
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torchvision.transforms import v2
 
 from isw_cli.errors import InputError
 
-__all__ = ["Images", "Preparation", "images_in", "preparation"]
+__all__ = ["Images", "Preparation", "images_in", "keep_preparation", "preparation"]
 
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm's models mostly want it
+_FILE = "images.json"
 _SPLITS = {"held out": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -37,12 +39,36 @@ class Preparation:
         return tensor
 
 
-def preparation(model: nn.Module, size: int | None) -> Preparation:
-    """As a timm model declares it, else ImageNet's figures at 224 pixels; ``size`` overrides."""
+def preparation(model: nn.Module, size: int | None, folder: Path | None = None) -> Preparation:
+    """As `isw gate` wrote beside a model, else as a timm model declares it, else ImageNet's figures at 224 pixels.
+
+    Args:
+        size: Overrides.
+        folder: Of the model, where it has one.
+    """
+    if folder is not None and (folder / _FILE).is_file():
+        found = _stored(folder / _FILE)
+        return found if size is None else replace(found, size=size)
     declared = getattr(model, "pretrained_cfg", None) or {}
     channels, *sides = declared.get("input_size", (3, 224, 224))
     mean, std = (tuple(declared.get(name, default))[:channels] for name, default in (("mean", _MEAN), ("std", _STD)))
     return Preparation(size or sides[-1], channels, mean, std)
+
+
+def keep_preparation(folder: Path, prepare: Preparation) -> None:
+    """For who loads the model from this folder."""
+    (folder / _FILE).write_text(json.dumps(asdict(prepare)))
+
+
+def _stored(file: Path) -> Preparation:
+    try:
+        found = Preparation(**json.loads(file.read_text()))
+        fits = 0 < found.size <= 4096 and found.channels == len(found.mean) == len(found.std) and 0 not in found.std
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        raise InputError(f"{file} is damaged: write the folder anew with isw gate, or delete this file and pass --size")
+    return found
 
 
 @dataclass(frozen=True)

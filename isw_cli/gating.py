@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from isw_cli.data import keep_preparation
 from isw_cli.errors import InputError
 from isw_cli.look import loaded
 from isw_cli.models import attached
@@ -53,8 +54,10 @@ def gate_model(
             speed=reason,
         )
         pruner.save_pretrained(draft / "gated")
+        keep_preparation(draft / "gated", images.prepare)
         if fast.execution != "masked":
             fast.save_pretrained(draft / "fast")
+            keep_preparation(draft / "fast", images.prepare)
         facts = {
             "model": name,
             "images": on.instances,

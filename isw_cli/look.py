@@ -23,7 +23,7 @@ def loaded(
     any_size = preparation(torch.nn.Identity(), size)
     classes = len(images_in(data, any_size, batch, limit)[0].classes)
     found = subject(name, classes=classes, pretrained=pretrained, weights=weights)
-    first, second = images_in(data, preparation(found.model, size), batch, limit)
+    first, second = images_in(data, preparation(found.model, size, Path(name)), batch, limit)
     if found.random and not isinstance(found.model, LoadedModel):
         errors.print(f"warning: {name} has random weights: pass --pretrained, or --weights FILE", markup=False)
     outputs = getattr(found.model, "num_classes", None)
@@ -37,7 +37,7 @@ def loaded(
 
 def example(found: Subject, size: int | None, batch: int) -> torch.Tensor:
     """Noise."""
-    declared = preparation(found.model, size)
+    declared = preparation(found.model, size, Path(found.name))
     return torch.randn(batch, declared.channels, declared.size, declared.size)
 
 

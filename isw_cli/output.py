@@ -17,6 +17,7 @@ from isw_cli.errors import InputError
 __all__ = ["Tracked", "as_json", "errors", "folder_for", "table", "tell"]
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_OURS = ("fast", "gated", "index.html", "report")  # beside figures
 _plain = Console(highlight=False, soft_wrap=True, markup=False)
 
 
@@ -58,14 +59,19 @@ def folder_for(out: Path, force: bool) -> Iterator[Path]:
     """A draft that becomes ``out`` when all went well; what was there before is there until then."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
-    if out.is_dir() and any(out.iterdir()) and not force:
+    held = sorted(file.name for file in out.iterdir()) if out.is_dir() else []
+    if held and not force:
         raise InputError(f"--out {out} is not empty: name another folder, or pass --force to replace it")
+    foreign = [name for name in held if name not in _OURS and not name.endswith(".png")]
+    if foreign:
+        raise InputError(f"--out {out} holds {foreign[0]}, which isw did not write: name another folder")
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+    nearest = next(parent for parent in out.parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=nearest) as temporary:
         draft = Path(temporary) / "new"
         draft.mkdir()
         yield draft
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             shutil.move(out, Path(temporary) / "old")
         draft.rename(out)

@@ -2,23 +2,28 @@
 
 import copy
 import dis
+import threading
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from isw_plugin.errors import UnsupportedError
 
-__all__ = ["Untouched", "copy_of", "has_observers"]
+__all__ = ["Untouched", "copy_of", "has_observers", "without_process_hooks"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_OF_THE_PROCESS = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
+_HIDING = threading.RLock()  # one thread at a time puts others in their place, and them back
 _CALLS = (FunctionType, MethodType, partial)
 _LARGE = 1000  # a longer container holds data, not modules
 
@@ -126,6 +131,24 @@ def has_observers(model: nn.Module) -> bool:
     """Whether any hooks are of those that ``copy_of(observed=False)`` leaves out."""
     parts = {id(module) for module in model.modules()}
     return any(_observes(hook, parts) for module in model.modules() for hook in _hooks(module))
+
+
+@contextmanager
+def without_process_hooks() -> Iterator[None]:
+    """Hooks that were registered for all modules of the process see nothing of this thread inside."""
+    with _HIDING:
+        held = [(hooks, dict(hooks)) for hooks in _OF_THE_PROCESS]
+        for hooks, before in held:
+            hooks.update({number: partial(_elsewhere, threading.get_ident(), hook) for number, hook in before.items()})
+        try:
+            yield
+        finally:
+            for hooks, before in held:
+                hooks.update({number: hook for number, hook in before.items() if number in hooks})
+
+
+def _elsewhere(thread: int, hook: Any, *args: Any) -> Any:
+    return None if threading.get_ident() == thread else hook(*args)
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -16,7 +16,6 @@ from isw_plugin.errors import PredictionError, StateMismatchError
 from isw_plugin.functional import channel_norm, is_tracing
 from isw_plugin.gates import Gate
 from isw_plugin.sites import Site
-from isw_plugin.values import as_count
 
 __all__ = [
     "UNSEEN",
@@ -177,8 +176,10 @@ def _restored(head: Any, site: Site, sites: Mapping[str, Site]) -> Head:
         raise StateMismatchError(f"the head of {site.name} reads {', '.join(map(str, sources))}, and here {here}")
     inputs = 2 * sum(sites[source].channels for source in sources)
     shapes = {"weight": (site.channels, inputs), "bias": (site.channels,)}
-    if followed := head.get("followed", 0):
-        as_count(f"followed of the head of {site.name}", followed, "a number of calls")
+    followed = head.get("followed", 0)
+    if type(followed) is not int or followed < 0:
+        raise StateMismatchError(f"the head of {site.name} followed {followed!r} steps: a whole number, 0 or more")
+    if followed:
         shapes["moments"] = (1 + inputs, 1 + inputs + site.channels)
     tensors = {key: head.get(key) for key in shapes}
     for key, tensor in tensors.items():

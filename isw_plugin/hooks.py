@@ -38,6 +38,8 @@ __all__ = [
     "reader_parts",
 ]
 
+_Attach = Callable[[nn.Module, Memory, Any], None]
+
 
 class _Begin(Hook):
     """A forward of the whole model starts.
@@ -92,7 +94,7 @@ class _FirstForward(Hook):
     hooks, so that its own error is seen, and only if there is none does ``_FirstResult`` raise that of the probe.
     """
 
-    def __init__(self, memory: Memory, attach: Callable[[nn.Module, Any], None]) -> None:
+    def __init__(self, memory: Memory, attach: _Attach) -> None:
         self.memory = memory
         self.attach = attach
         self.failed: ProbeError | None = None
@@ -120,7 +122,7 @@ class _FirstForward(Hook):
         with _FIRST:
             self.probed, self.failed = id(module), None
             try:
-                self.attach(module, inputs)
+                self.attach(module, self.memory, inputs)
             except ProbeError as error:
                 self.failed = error
             finally:
@@ -161,7 +163,7 @@ class _Observe(Hook):
         """What the others see of the map."""
         memory, site = self.memory, self.site
         call = memory.running or memory.outside()
-        recording = call.records and memory.recording[site.name]
+        recording = call.records and memory.weighed[site.name]
         if not recording and call.gates is None:
             return feature
         _require_map(feature, site)
@@ -305,8 +307,8 @@ def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
     return (*args[:index], value, *args[index + 1 :])
 
 
-def attach_at_first_forward(model: nn.Module, memory: Memory, attach: Callable[[nn.Module, Any], None]) -> None:
-    """Call ``attach(model, inputs)`` when the model is first called; it must detach this hook."""
+def attach_at_first_forward(model: nn.Module, memory: Memory, attach: _Attach) -> None:
+    """Call ``attach(model, memory, inputs)`` when the model is first called; it must detach this hook."""
     first = _FirstForward(memory, attach)
     model.register_forward_pre_hook(first, prepend=True, with_kwargs=True)
     model.register_forward_hook(_FirstResult(first))

@@ -140,7 +140,8 @@ class Memory:
 
     Attributes:
         gates: By site name; which channels to keep.
-        recording: By site name; whether its norms enter the penalty.
+        decays: Whether training forwards are kept for the penalty at all.
+        weighed: By site name; whether its norms enter the penalty.
         enabled: Whether gates act.
         heads: By site name; what predicts norms. Sites without one are measured.
         watched: Sites whose statistics calls keep: those that heads read.
@@ -157,7 +158,8 @@ class Memory:
         self.heads: dict[str, Head] = {}
         self.watched: frozenset[str] = frozenset()
         self.learned: dict[str, nn.Module] = {}
-        self.recording: dict[str, bool] = {}
+        self.decays = True
+        self.weighed: dict[str, bool] = {}
         self.enabled = False
         self.min_keep = 0
         self.channel_norm: Callable[[Tensor, int], Tensor] = channel_norm
@@ -230,7 +232,7 @@ class Memory:
     def begin(self, training: bool) -> Call:
         """A forward of the whole model starts, in training mode or not."""
         grad = torch.is_grad_enabled()
-        records = training and grad and any(self.recording.values())
+        records = self.decays and training and grad and any(self.weighed.values())
         call = self._call(records, outer=self.running, whole=True, learns=training and grad)
         self._mine.running, self._mine.loose = call, None
         if self.enabled:

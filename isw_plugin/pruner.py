@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from isw_plugin.accelerate import BACKENDS, Accelerated, accelerate
+from isw_plugin.attachment import attach, configure, settings_of
 from isw_plugin.decay import decay
 from isw_plugin.errors import AttachError, NothingRecordedError, SettingError, UnsupportedError
 from isw_plugin.gates import Gate
 from isw_plugin.heads import Head, stored
-from isw_plugin.hooks import Memory, attach_at_first_forward, attach_hooks, detach_hooks, memory_of, orphaned_memory
+from isw_plugin.hooks import Memory, detach_hooks, memory_of, orphaned_memory
 from isw_plugin.inputs import device_of
 from isw_plugin.learned import average_after_backward, stored_learned
 from isw_plugin.places import without_hooks
 from isw_plugin.saving import encoded_inputs, write
 from isw_plugin.settings import Settings, check_inputs, check_lambda, choose_gate
 from isw_plugin.sites import Found, Inputs, Patterns, Site, default_inputs
+from isw_plugin.summary import site_table
 from isw_plugin.values import as_count
 from isw_plugin.wrappers import attachable, unwrapped
 
@@ -154,27 +156,7 @@ class InstanceWisePruner:
             3                -            left out: the model's output
             1 sites, 8 channels
         """
-        rows = [("layer", "channels", "gated at", "read by")]
-        heads = self._settings.heads
-        for site in self.sites:
-            readers = ", ".join(consumer.layer for consumer in site.consumers)
-            taps = ", ".join(str(tap) for tap in site.taps)
-            norms = f"; {self._known_by(site)}" if heads else ""
-            rows.append((" + ".join(site.layers), str(site.channels), taps, readers + norms))
-        rows += [(name, "", "-", f"left out: {reason}") for name, reason in self._found.left_out.items()]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
-        channels = sum(site.channels for site in self.sites)
-        predicted = f", {len(heads)} sites predicted" if heads else ""
-        return "\n".join([*lines, f"{len(self.sites)} sites, {channels:,} channels{predicted}"])
-
-    def _known_by(self, site: Site) -> str:
-        """Whether a site's norms are predicted, and why not."""
-        settings = self._settings
-        if site.name in settings.heads:
-            return f"predicted from {', '.join(settings.heads[site.name].sources)}"
-        reason = site.making.reason or settings.unpredicted.get(site.name)
-        return f"measured: {reason}" if reason else "measured"
+        return site_table(self._settings)
 
     def update_regularizer(self) -> None:
         """Find the sites again, after a static pruning step has changed the model.
@@ -216,6 +198,7 @@ class InstanceWisePruner:
     @lambda_.setter
     def lambda_(self, value: float) -> None:
         self._settings.lambda_ = check_lambda(value)
+        self._memory.decays = True
         self._configure()
 
     def penalty(self) -> Tensor:
@@ -246,7 +229,7 @@ class InstanceWisePruner:
             settings.measure(tape[0])
             weights = settings.norm_weights()
             return torch.stack([decay(norms, weights, settings.reduction) for norms in tape]).sum(), own
-        if any((settings.lambdas() or {"unknown yet": self.lambda_}).values()):
+        if self._memory.decays and any((settings.lambdas() or {"unknown yet": self.lambda_}).values()):
             raise NothingRecordedError(
                 "no training forward of the attached model was recorded since the penalty was last taken: it ran in "
                 "eval mode, under no_grad, through a submodule, or was compiled before the pruner was attached; or a "
@@ -506,6 +489,7 @@ class InstanceWisePruner:
             AttachError: The pruner was removed.
 
         Example:
+            >>> from isw_plugin.errors import PredictionError
             >>> try:
             ...     pruner.follow_predictors()
             ... except PredictionError as error:
@@ -687,10 +671,7 @@ class InstanceWisePruner:
 
     @property
     def _settings(self) -> Settings:
-        settings = self._memory.settings  # one for all pruners of a model that ``of`` made
-        if settings is None:
-            raise AttachError("this memory belongs to no pruner")
-        return settings
+        return settings_of(self._memory)
 
     def _require_attached(self) -> None:
         if memory_of(self.model) is not self._memory:
@@ -701,34 +682,10 @@ class InstanceWisePruner:
         return self._settings.known()
 
     def _attach(self) -> None:
-        detach_hooks(self.model)
-        if self._settings.found is None:
-            attach_at_first_forward(self.model, self._memory, _resolve_and_attach)
-        else:
-            self._place_hooks()
-
-    def _place_hooks(self) -> None:
-        self._memory.clear()
-        self._configure()
-        attach_hooks(self.model, self._memory, self.sites, self._settings.scope)
+        attach(self.model, self._memory)
 
     def _configure(self) -> None:
-        """Tell the hooks what holds at each site."""
-        settings = self._settings
-        held = {name: settings.lambda_and_gate(override) for name, override in settings.overrides.items()}
-        self._memory.recording = {name: lambda_ > 0 for name, (lambda_, _) in held.items()}
-        self._memory.gates = {name: gate for name, (_, gate) in held.items()}
-        device = device_of(self.model)
-        self._memory.heads = {name: head.to(device) for name, head in settings.heads.items()}
-        self._memory.learned = settings.learned
-        self._memory.watched = frozenset(source for head in settings.heads.values() for source in head.sources)
-
-
-def _resolve_and_attach(model: nn.Module, inputs: Inputs) -> None:
-    pruner = InstanceWisePruner.of(model)
-    if pruner._settings.found is None:  # else another thread's forward was the first
-        pruner._settings.resolve(model, inputs)
-        pruner._place_hooks()
+        configure(self.model, self._memory)
 
 
 def _require_module(model: Any) -> None:

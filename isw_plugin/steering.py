@@ -47,16 +47,15 @@ def steer_thresholds(
 ) -> float | None:
     """Move the beta of each site towards the one under which its gate would have met a budget in the last batch.
 
-    Called after every training step with gates on, so that a running mean of such betas holds for many images
-    together, and each image goes on having its own channels. The budget is one number, ``macs_left``: sites share it
-    so that the last channel dropped costs as much for the MACs that it saves at every site (docs/calibrating.md), and
-    what gates left in truth is fed back. Or it is a share of channels for each site, ``keep``. Where channels are
-    zero anyway, or beta reaches 2, fewer or more are kept than wanted. A batch with NaN or infinity moves nothing.
+    Called after every training step with gates on: a running mean of such betas holds for many images together, and
+    each image goes on having its own channels. The budget is one number, ``macs_left``: the last channel dropped costs
+    as much for the MACs that it saves at every site (docs/calibrating.md), and what gates left in truth is fed back. Or
+    it is a share of channels for each site, ``keep``. Where channels are zero anyway, or beta reaches 2, fewer or more
+    are kept than wanted. A batch with NaN or infinity moves nothing.
 
-    Thresholds are in ``per_site``, and so in ``state_dict``, as is how far a ramp has come: training that goes on later
-    goes on with them. Under torch.distributed every rank must call this, and all take the mean of what they want. A
-    compiled model is compiled anew whenever thresholds change: call it rarely there. Where activations are
-    checkpointed, call it after backward, which decides again.
+    ``state_dict`` has the thresholds and how far a ramp has come. Under torch.distributed every rank must call this,
+    and all take the mean of what they want. A compiled model is compiled anew whenever thresholds change: call it
+    rarely there. Where activations are checkpointed, call it after backward, which decides again.
 
     Args:
         pruner: With the CV gate, after a gated forward. A site's alpha stays: instances of smaller CV drop nothing.

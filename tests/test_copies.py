@@ -5,6 +5,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from isw_plugin import InstanceWisePruner
-from isw_plugin.copies import Untouched, copy_of
+from isw_plugin.accelerate.trace import trace
+from isw_plugin.copies import Untouched, copy_of, without_process_hooks
 from isw_plugin.errors import UnsupportedError
 from tests.conftest import Net, hooks_of
 
@@ -271,6 +273,28 @@ def test_users_hooks_do_not_run_in_the_probe(plain: Net) -> None:
     assert hooks_of(plain) == hooks
     twin = copy_of(plain, {id(observer): observer}, observed=False)
     assert [len(twin.c2._forward_hooks), len(twin.c1._forward_hooks_with_kwargs)] == [1, 0]  # the counter
+
+
+def test_hooks_of_the_process_run_in_the_users_forwards_alone(plain: Net) -> None:
+    seen: list[nn.Module] = []
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(lambda module, *_: seen.append(module)),
+        nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)),
+    ]
+    try:
+        pruner = InstanceWisePruner(plain, plain.images(1))
+        with pruner.gating():
+            trace(plain, pruner.sites, plain.images())
+        assert not seen
+        with without_process_hooks(), ThreadPoolExecutor(1) as other:
+            other.submit(plain, plain.images()).result()
+            plain(plain.images())
+        once = len(seen)
+        plain(plain.images())
+        assert len(seen) == 2 * once > 0
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")

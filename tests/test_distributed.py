@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from isw_plugin import InstanceWisePruner
 from tests.conftest import Net, Residual, made
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
@@ -83,7 +83,7 @@ def work(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What both processes found, for every case; starting them takes longest, so it is done once."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    run_ranks(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

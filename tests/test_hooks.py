@@ -62,7 +62,7 @@ def test_memory_holds_no_module(plain: Net) -> None:
 
 def test_a_hundred_forwards_without_a_penalty_are_warned_of() -> None:
     memory = Memory()
-    memory.recording = {"a": True}
+    memory.weighed = {"a": True}
     for _ in range(99):
         memory.begin(training=True)
         memory.end()

@@ -21,7 +21,7 @@ ORDER = [
     {"places"},
     {"learned_hooks"},
     {"hooks", "stored", "engine"},
-    {"accelerate"},
+    {"accelerate", "attachment", "summary"},
     {"wrappers", "static", "saving", "predict"},
     {"pruner"},
     {"measure", "loading"},

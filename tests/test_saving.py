@@ -5,8 +5,6 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from isw_plugin.errors import AttachError, SettingError, StateMismatchError, Uns
 from isw_plugin.saving import encoded_inputs, origin, rebuilt
 from isw_plugin.stored import decoded_inputs
 from tests.conftest import Net, Plain, Residual, hooks_of, made
+from tests.processes import Script
 
 SIZE = 64
 
@@ -130,7 +129,7 @@ with torch.no_grad():
     torch.save(pruner.model(torch.load(folder + "/images.pt")), folder + "/logits.pt")
 assert "pickle" not in open(folder + "/pruner.json").read()
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    Script(code, str(tmp_path)).printed()
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), gated(pruner.model, images))
     state = json.loads((tmp_path / "state.json").read_text())
     assert state == pruner.state_dict()
@@ -653,14 +652,13 @@ for turn in range(5):
 
 
 def test_two_processes_save_while_one_reads(saved: Path) -> None:
-    command = [sys.executable, "-c", SAVE, str(saved)]
-    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    savers = [subprocess.Popen([*command, str(seed)], env=os.environ | {"PYTHONPATH": here}) for seed in (1, 2)]
+    savers = [Script(SAVE, str(saved), str(seed)) for seed in (1, 2)]
     known = {seed: made(Plain, seed=seed).c1.weight for seed in (0, 1, 2)}
-    while any(saver.poll() is None for saver in savers):
+    while any(saver.is_running() for saver in savers):
         weights = load_pretrained(saved, made(Plain)).model.c1.weight
         assert any(torch.equal(weights, whole) for whole in known.values())
-    assert [saver.wait() for saver in savers] == [0, 0]
+    for saver in savers:
+        saver.printed()
     assert len(list(saved.iterdir())) == 2
     load_pretrained(saved, made(Plain))
 
@@ -762,5 +760,5 @@ def test_compiled_and_exported_in_a_fresh_process(tmp_path: Path, kind: str) -> 
     torch.save(images, tmp_path / "images.pt")
     if kind == "export":
         torch.export.save(torch.export.export(pruner.model, (images,)), tmp_path / "model.pt2")
-    subprocess.run([sys.executable, "-c", RUN, str(tmp_path), kind], check=True)
+    Script(RUN, str(tmp_path), kind).printed()
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)

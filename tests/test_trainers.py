@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from tests.conftest import Net, Residual, made
+from tests.processes import run_ranks
 
 LAMBDA = 1e-2
 RATE = 0.1
@@ -189,7 +189,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (str(folder), port), nprocs=2)
+    run_ranks(work, str(folder), port)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

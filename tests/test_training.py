@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from isw_plugin import InstanceWisePruner
 from isw_plugin.errors import NothingRecordedError, RecordedWithoutGradError, SettingError
 from isw_plugin.functional import channel_norm
+from isw_plugin.hooks import memory_of
 from tests.conftest import Net, Plain, Residual, made
 
 LAMBDA = 1e-2
@@ -89,6 +90,19 @@ def test_lambda_0_records_nothing_and_adds_nothing(plain: Net) -> None:
     pruner = attached(plain.train(), lambda_=0.0)
     loss = task_loss(plain(plain.images()))
     assert torch.equal(pruner.regularize(plain, loss), loss)
+
+
+def test_decay_may_rest_without_losing_its_lambdas(plain: Net) -> None:
+    pruner = InstanceWisePruner(plain, plain.images(1), LAMBDA, per_site={"c2": {"lambda_": 2 * LAMBDA}})
+    saved, memory = pruner.state_dict(), memory_of(plain)
+    assert memory is not None
+    memory.decays = False  # as the pruner of NNI sets it outside of its compress
+    plain.train()(plain.images())
+    assert (len(memory.tape), pruner.penalty().item()) == (0, 0)
+    assert pruner.state_dict() == saved
+    pruner.lambda_ = LAMBDA
+    plain(plain.images())
+    assert pruner.penalty() > 0
 
 
 def test_training_moves_norms_down(plain: Net) -> None:

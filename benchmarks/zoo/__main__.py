@@ -3,6 +3,7 @@
     python -m benchmarks.zoo sites --out FOLDER          # (a) every entry point, on meta
     python -m benchmarks.zoo gates --out FOLDER          # (b) the smallest of every module, and tiny models
     python -m benchmarks.zoo engine --out FOLDER         #     accelerated
+    python -m benchmarks.zoo predicted --out FOLDER      #     accelerated, with norms predicted wherever they can be
     python -m benchmarks.zoo graphs --out FOLDER         #     exported and compiled
     python -m benchmarks.zoo pruned --out FOLDER         # (c) after torch-pruning took half of the channels
     python -m benchmarks.zoo report --out FOLDER         # results/models.md and summary.json from it
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import date
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,10 @@ def engine_record(name: str) -> Record:
     return _record(name, check_engine)
 
 
+def predicted_record(name: str) -> Record:
+    return _record(name, partial(check_engine, predicted=True))
+
+
 def graph_record(name: str) -> Record:
     return _record(name, check_graphs)
 
@@ -93,6 +99,7 @@ PARTS: dict[str, Callable[[str], Record]] = {
     "sites": site_record,
     "gates": gate_record,
     "engine": engine_record,
+    "predicted": predicted_record,
     "graphs": graph_record,
     "pruned": pruned_record,
 }

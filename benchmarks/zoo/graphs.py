@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 
+from benchmarks.zoo.heads import random_heads
 from benchmarks.zoo.subject import Skipped, Subject, distance, flat, gated, outcome, output, require
 from isw_plugin.accelerate import Accelerated
 from isw_plugin.accelerate.trace import trace_call
@@ -27,17 +28,23 @@ choose_module, plan_module = (import_module(f"isw_plugin.accelerate.{name}") for
 fit_module = import_module("isw_plugin.accelerate.fit")
 
 
-def check_engine(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Whether accelerate() computes what masking does, on the images that it was fitted on and on one alone."""
+def check_engine(model: nn.Module, images: Tensor, *, predicted: bool = False) -> dict[str, str]:
+    """Whether accelerate() computes what masking does, on the images that it was fitted on and on one alone.
+
+    Args:
+        predicted: With heads wherever there can be one.
+    """
     results: dict[str, str] = {}
     with _traced_once(), _untimed():
-        results["accelerate"] = outcome(_check_engine, model, images, results)
+        results["accelerate"] = outcome(_check_engine, model, images, results, predicted)
     return results
 
 
-def _check_engine(model: nn.Module, images: Tensor, results: dict[str, str]) -> None:
+def _check_engine(model: nn.Module, images: Tensor, results: dict[str, str], predicted: bool) -> None:
     subject = Subject.of(model, images)
-    pruner = subject.attach()
+    pruner = subject.attach(heads=random_heads if predicted else None)
+    if predicted:
+        results["heads"] = f"{len(pruner.predicted)} of {len(pruner.sites)} sites"
     masked, keep = gated(pruner, images)
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # that it runs masked is judged here
         fast = pruner.accelerate(images, backend="gated")

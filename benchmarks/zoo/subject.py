@@ -1,6 +1,6 @@
 """One model of the zoo under test: its pruner with thresholds far from any norm, and what steps say of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from isw_plugin import InstanceWisePruner
+from isw_plugin.sites import Site
 
 __all__ = [
     "Failed",
@@ -53,10 +54,14 @@ class Subject:
         require(bool(bare.isfinite().all()), "the bare model's output is not finite")
         return cls(model, images, bare, state)
 
-    def attach(self, scope: Literal["all", "consumers"] = "all") -> InstanceWisePruner:
-        """Attach, and set the thresholds that the first pruner of this model found."""
+    def attach(
+        self, scope: Literal["all", "consumers"] = "all", heads: Callable[[Sequence[Site]], Any] | None = None
+    ) -> InstanceWisePruner:
+        """Attach, predict by heads where there shall be some, and set the thresholds that the first pruner found."""
         gate = _WidestGap(())
         self.pruner = InstanceWisePruner(self.model, self.images, LAMBDA, gate=gate, scope=scope)
+        if heads:
+            self.pruner.load_state_dict(self.pruner.state_dict() | {"heads": heads(self.pruner.sites)})
         if not self.saved:
             self.saved = with_thresholds(self.pruner, self.images)
         sites = self.pruner.state_dict()["sites"]
@@ -96,9 +101,9 @@ def distance(given: Tensor, wanted: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _WidestGap:
-    """The CV gate at the threshold, 0.5 to 1.3 of the mean, that lies farthest from any norm; notes it."""
+    """The CV gate at the threshold, 0.5 to 1.3 of the mean, that lies farthest from any norm; notes it in a list."""
 
-    betas: Any  # a list to note thresholds in; plain values only, so that the pruner's state can be saved
+    betas: Any  # a list, or nothing to note thresholds in; plain values only, so that the pruner's state can be saved
 
     def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
         ratios = norms / norms.mean(1, keepdim=True).clamp_min(1e-30)
@@ -106,7 +111,8 @@ class _WidestGap:
         points = torch.cat([inside.new_tensor([0.5]), inside.sort().values, inside.new_tensor([1.3])])
         widest = points.diff().argmax()
         beta = float(points[widest : widest + 2].mean())
-        self.betas.append(beta)
+        if isinstance(self.betas, list):
+            self.betas.append(beta)
         return ratios >= beta
 
 

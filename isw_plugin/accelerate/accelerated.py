@@ -7,6 +7,8 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
@@ -61,11 +63,13 @@ class Accelerated(Recording, Snapshot):
 
         Raises:
             EngineInputError: The model does not take these inputs.
+            UnsupportedError: A transform of torch.func, or a tangent of forward-mode differentiation.
         """
         if torch.compiler.is_dynamo_compiling():  # is_compiling() is true while another thread exports
             return self._compiled(args, kwargs)
         if is_traced(args, kwargs):
             return self._exported(Call(args, kwargs))
+        _require_no_transform(args, kwargs)
         if self.execution == "masked":
             return self._masked(Call(args, kwargs))
         flat, size = size_of(args, kwargs, self._held.kind)
@@ -155,3 +159,17 @@ class Accelerated(Recording, Snapshot):
         if isinstance(example, int) or (isinstance(example, tuple) and all(isinstance(n, int) for n in example)):
             return self._example.like(example)
         return Call.of(example, "prepare")
+
+
+def _require_no_transform(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Derivatives would be zero, and a batch of batches is no batch."""
+    transforms = torch._C._functorch.peek_interpreter_stack() is not None
+    if transforms or (forward_ad._current_level >= 0 and any(map(_has_tangent, pytree.tree_leaves((args, kwargs))))):
+        raise UnsupportedError(
+            "an accelerated model has no derivatives and takes no transform of torch.func (vmap, grad, jvp): transform "
+            "the attached model with its gates on"
+        )
+
+
+def _has_tangent(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None  # type: ignore[no-untyped-call]

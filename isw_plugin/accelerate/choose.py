@@ -144,8 +144,10 @@ def _timed(plans: Sequence[Plan], inputs: Sequence[Any], limit: float, settled: 
         late = len(rounds) == _MOST or time.monotonic() > limit
         return len(rounds) >= _LEAST and (late or settled(rounds))
 
-    rest = _REST if any(plan.runtime for plan in plans) else 0.0
-    return take_turns([partial(plan.run, *inputs) for plan in plans], _TURN, enough, rest)
+    runs = [partial(plan.run, *inputs) for plan in plans]
+    if any(plan.runtime for plan in plans):
+        return take_turns(runs, _TURN, enough, rest=_REST)
+    return take_turns(runs, _TURN, enough)
 
 
 def _medians(rounds: _Rounds) -> list[float]:

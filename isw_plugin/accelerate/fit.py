@@ -206,7 +206,8 @@ class Turns:
 
     def turn(self, run: Callable[[], object], repeats: int) -> float:
         """Seconds of one call of so many."""
-        time.sleep(self.rest)
+        if self.rest:
+            time.sleep(self.rest)
         run()
         return _seconds(run, repeats)
 

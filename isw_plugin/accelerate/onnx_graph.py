@@ -176,7 +176,8 @@ def _pool(writer: _Writer, node: fx.Node) -> None:
     """Max and average, of whole windows; averages count zeros around the map, as ATen's by default."""
     is_max = node.target is _aten.max_pool2d.default
     plain: list[Any] = [1, False] if is_max else [False, True, None]
-    kernel, stride, padding, *others = [*node.args[1:], *[[], 0, *plain][len(node.args) - 2 :]]
+    given: list[Any] = [*node.args[1:], *[[], 0, *plain][len(node.args) - 2 :]]
+    kernel, stride, padding, *others = given
     others = [1 if other == [1, 1] else other for other in others]
     if others != plain or node.kwargs:
         raise _refuse(node)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_map, tree_map_only
 
-from isw_plugin.copies import copy_of, has_observers
+from isw_plugin.copies import copy_of, has_observers, without_process_hooks
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.gates import CVGate, Gate
 from isw_plugin.hooks import Memory, memory_of
@@ -86,7 +86,7 @@ def trace_call(
     memory.gates = {site.name: _as_node(memory.gates[site.name], memory.min_keep) for site in sites}
     memory.enabled, memory.channel_norm, memory.mask = True, channel_norm, mask
     try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"), without_process_hooks():
             exported = torch.export.export(_WithDecisions(model, memory), traced, dynamic_shapes=shapes)
             exported = exported.run_decompositions({})  # only this shows buffers that change
             _require_repeatable(exported)

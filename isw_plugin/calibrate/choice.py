@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isw_plugin.calibrate.record import Candidate
+from isw_plugin.calibrate.result import Candidate
 from isw_plugin.errors import BudgetError
 
 __all__ = ["Choice"]

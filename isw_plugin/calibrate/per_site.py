@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from isw_plugin.calibrate.choice import Choice
-from isw_plugin.calibrate.record import Candidate, Parameters
+from isw_plugin.calibrate.result import Candidate, Parameters
 from isw_plugin.calibrate.trial import Trial
 
 __all__ = ["Corner", "bisected", "hull", "path", "refined"]
@@ -37,7 +37,7 @@ def refined(trial: Trial, choice: Choice, start: Candidate, values: Mapping[str,
     """Candidates with thresholds of single sites, from ``start`` on; sites that the user set keep theirs.
 
     Evaluations: in each round, one of ``_INSTANCES`` images for a site and value, and one of all images for
-    every halving of the path.
+    every halving of the path. That is about 9 a site for the CV gate, and 15 of all images.
     """
     found: list[Candidate] = []
     own = trial.own

@@ -20,17 +20,19 @@ from isw_plugin.accelerate import Accelerated
 from isw_plugin.batches import Batches
 from isw_plugin.calibrate.choice import Choice
 from isw_plugin.calibrate.per_site import refined
-from isw_plugin.calibrate.record import Calibration, Candidate, Parameters
+from isw_plugin.calibrate.result import Calibration, Candidate, Parameters
 from isw_plugin.calibrate.trial import Measured, Trial, first
 from isw_plugin.errors import SettingError
 from isw_plugin.gates import with_parameters
 from isw_plugin.measure.evaluate import Forward
 from isw_plugin.measure.scores import Metric
 from isw_plugin.pruner import InstanceWisePruner
+from isw_plugin.values import as_count
 
 __all__ = ["calibrate"]
 
 Grid = Mapping[str, Sequence[float]]
+_Budget = tuple[float, float | None, bool]  # max_drop, target_macs, by_channels
 
 _GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "CVGate": {"alpha": (0.0, 0.25, 0.5, 1.0, 2.0), "beta": (0.25, 0.5, 0.75, 1.0)},
@@ -84,12 +86,9 @@ def calibrate(
             tried in full (see ``isw_plugin.calibrate.search``).
         forward, metric: As in ``evaluate``; the mean of the metric stands for accuracy.
         max_instances: Images to use at most, of each rank's loader, >= 1.
-        across_ranks: Under torch.distributed, judge candidates by what all ranks have seen, each its part of
-            the images, so that all choose the same; every rank must call this then.
-        per_site: Go on from there with thresholds of each site's own, those that save the most MACs for the
-            loss they cost (``isw_plugin.calibrate.per_site``). Takes about 4 passes of 500 images a site and
-            value more, for the CV gate 9 a site, and 15 of all images. The loss is cross entropy; with ``metric``,
-            less the metric.
+        across_ranks: Under torch.distributed, choose by what all ranks have seen; every rank must call this then.
+        per_site: Go on from there with thresholds of each site's own, those that save the most MACs for the loss they
+            cost: cross entropy, or less the metric. ``isw_plugin.calibrate.per_site`` says how, and what it takes.
         by_channels: The winner drops the most channels, which is what the paper counts, not the most MACs.
 
     Raises:
@@ -104,30 +103,16 @@ def calibrate(
         >>> from isw_plugin import InstanceWisePruner, calibrate
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
         >>> images = torch.rand(8, 3, 8, 8)
-        >>> pruner = InstanceWisePruner(model, images)
-        >>> found = calibrate(pruner, [(images, model(images).argmax(1))], max_drop=0.25)
+        >>> found = calibrate(InstanceWisePruner(model, images), [(images, model(images).argmax(1))], max_drop=0.25)
         >>> found.accuracy, found.best.accuracy >= 0.75
         (1.0, True)
     """
     _require_pruner(pruner)
     _check_budget(max_drop, target_macs, by_channels, metric)
-    if not isinstance(max_instances, int) or max_instances < 1:
-        raise SettingError(f"max_instances={max_instances!r}: at least 1 image is needed, a whole number")
+    images = as_count("max_instances", max_instances, "a number of images", least=1)
     values = _grid(pruner, grid)
-    measured = Measured(list(first(loader, max_instances)), forward, metric, across_ranks)
-    if target_macs is not None and target_macs <= 1:
-        _refuse_share(target_macs, measured.first(1).evaluate(pruner).dense_macs)
-    with tqdm(desc="calibrating", unit="candidate", leave=False) as progress:
-        trial = Trial(pruner, measured, progress)
-        off = trial.reference()
-        choice = Choice(off.accuracy, max_drop, target_macs, by_channels)
-        candidates = _same_everywhere(trial, choice, values, refine=grid is None)
-        if per_site:
-            own = values if grid is not None else _SITE_GRIDS[type(pruner.gate).__name__]
-            candidates += refined(trial, choice, choice.nearest(candidates), own)
-    calibration = Calibration(choice.best(candidates), tuple(candidates), off.accuracy, off.instances)
-    _set(pruner, trial, calibration)
-    return calibration
+    measured = Measured(list(first(loader, images)), forward, metric, across_ranks)
+    return _searched(pruner, measured, (max_drop, target_macs, by_channels), values, grid is None, per_site)
 
 
 def _require_pruner(pruner: Any) -> None:
@@ -168,6 +153,25 @@ def _refuse_share(share: float, dense: float) -> None:
         f"target_macs={share:g} is a share, and a number of MACs is wanted: {share:g} of this model's {dense:,.0f} is "
         f"target_macs={share * dense:.0f}"
     )
+
+
+def _searched(
+    pruner: InstanceWisePruner, measured: Measured, budget: _Budget, values: Grid, refine: bool, per_site: bool
+) -> Calibration:
+    _, target_macs, _ = budget
+    if target_macs is not None and target_macs <= 1:
+        _refuse_share(target_macs, measured.first(1).evaluate(pruner).dense_macs)
+    with tqdm(desc="calibrating", unit="candidate", leave=False) as progress:
+        trial = Trial(pruner, measured, progress)
+        off = trial.reference()
+        choice = Choice(off.accuracy, *budget)
+        candidates = _same_everywhere(trial, choice, values, refine)
+        if per_site:
+            own = _SITE_GRIDS[type(pruner.gate).__name__] if refine else values
+            candidates += refined(trial, choice, choice.nearest(candidates), own)
+    calibration = Calibration(choice.best(candidates), tuple(candidates), off.accuracy, off.instances)
+    _set(pruner, trial, calibration)
+    return calibration
 
 
 def _same_everywhere(trial: Trial, choice: Choice, values: Grid, refine: bool) -> list[Candidate]:

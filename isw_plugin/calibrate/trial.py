@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isw_plugin.batches import Batch, Batches, batches_in
-from isw_plugin.calibrate.record import Candidate, Parameters
+from isw_plugin.calibrate.result import Candidate, Parameters
 from isw_plugin.gates import CVGate, LearnedGate
 from isw_plugin.measure.evaluate import Forward, GateReport, evaluate
 from isw_plugin.measure.scores import Metric, cross_entropy
@@ -85,9 +85,10 @@ class Trial:
         """What the gate does with these parameters, on all images."""
         known = None if per_site else self._known(parameters)
         if known is None:
-            known, cv = self._run(self.measured, parameters, per_site)
-            if not per_site:
-                self.seen.append((known, cv))
+            report = self._run(self.measured, parameters, per_site, records=not per_site)
+            known = _as_candidate(report, parameters, per_site)
+            if report.records is not None:
+                self.seen.append((known, report.records.cv))
         self.progress.update()
         self.progress.set_postfix_str(str(known))
         return known
@@ -95,15 +96,13 @@ class Trial:
     def shown(self, images: Measured, parameters: Parameters, per_site: Mapping[str, Parameters]) -> Candidate:
         """The same on these images, with the mean loss as accuracy."""
         self.progress.update()
-        return self._run(images, parameters, per_site, metric=images.loss)[0]
+        return _as_candidate(self._run(images, parameters, per_site, metric=images.loss), parameters, per_site)
 
     def _run(
         self, measured: Measured, parameters: Parameters, per_site: Mapping[str, Parameters], **settings: Any
-    ) -> tuple[Candidate, dict[str, Tensor]]:
+    ) -> GateReport:
         with self.pruner.gating(per_site=self.overlaid(per_site), **parameters):
-            report = measured.evaluate(self.pruner, records=True, **settings)
-        assert report.records is not None
-        return _as_candidate(report, parameters, per_site), report.records.cv
+            return measured.evaluate(self.pruner, **settings)
 
     def _known(self, parameters: Parameters) -> Candidate | None:
         """What these parameters, the same everywhere, are sure to do."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from isw_plugin.copies import copy_of, has_observers
+from isw_plugin.copies import copy_of, has_observers, without_process_hooks
 from isw_plugin.errors import ISWError, ProbeError, UnsupportedError
 from isw_plugin.inputs import device_of
 from isw_plugin.sites.graph import LAYERS, Call, Graph, Node, norms_over_channels
@@ -81,7 +81,7 @@ def probe(model: nn.Module, inputs: Inputs) -> Graph:
     device = device_of(model)
     # Inference tensors have no versions; a forward that draws noise must not move the user's generators.
     generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with torch.inference_mode(False), generators, warnings.catch_warnings(action="ignore"):
+    with torch.inference_mode(False), generators, warnings.catch_warnings(action="ignore"), without_process_hooks():
         graph = _first_that_runs(model, inputs, device)
     across = mixing(graph)
     if across:

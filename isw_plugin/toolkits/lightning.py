@@ -1,4 +1,4 @@
-"""Beside Lightning: a callback that adds feature decay to a module's loss.
+"""Beside Lightning: callbacks that add feature decay to a module's loss, and train it with gates on within a budget.
 
 Needs ``isw_plugin[trainers]``.
 """
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from isw_plugin.errors import AttachError, MissingExtraError, UnsupportedError
 from isw_plugin.hooks import memory_of
 from isw_plugin.pruner import InstanceWisePruner
+from isw_plugin.steering import checked_budget, steer_thresholds
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,20 +20,77 @@ except ImportError as error:
         f"isw_plugin.toolkits.lightning needs Lightning ({error}): pip install 'isw_plugin[trainers]'", name=error.name
     ) from error
 
-__all__ = ["FeatureDecay"]
+__all__ = ["FeatureDecay", "MacsBudget"]
 
 
-class FeatureDecay(Callback):  # type: ignore[misc]  # checked without Lightning's types
+class _OfPruners(Callback):  # type: ignore[misc]  # checked without Lightning's types
+    """Knows the pruners in a module while it is fitted, and saves their settings with the Trainer's checkpoints."""
+
+    def __init__(self) -> None:
+        self._pruners: dict[str, InstanceWisePruner] = {}
+        self._saved: Mapping[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the pruners.
+
+        Raises:
+            AttachError: No part of the module has one.
+        """
+        if stage == "fit":
+            self._pruners = _pruners_in(pl_module)
+            self._restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings of the pruners, for the Trainer's checkpoint."""
+        return {name: pruner.state_dict() for name, pruner in self._pruners.items()} or dict(self._saved)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        self._saved = state_dict
+        self._restore()
+
+    def _restore(self) -> None:
+        for name, pruner in self._pruners.items():
+            if name in self._saved:
+                pruner.load_state_dict(self._saved[name])
+
+
+class MacsBudget(_OfPruners):
+    """Trains with gates on, thresholds of every pruner in the LightningModule following one budget.
+
+    Attach the pruner with ``alpha=0.0, beta=0.0`` to the network inside the module before ``fit``. Gates stay on
+    afterwards. Settings are saved with the Trainer's checkpoints, and come back with them. ``macs_left`` is logged.
+
+    Args:
+        macs_left, ramp, rate: Of ``steer_thresholds``, which is called after every training batch.
+
+    Raises:
+        SettingError: A share or rate outside its range.
+    """
+
+    def __init__(self, macs_left: float, *, ramp: int = 0, rate: float = 0.05) -> None:
+        super().__init__()
+        self.macs_left, self.ramp, self.rate = checked_budget(macs_left, ramp, rate), ramp, rate
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch gates on."""
+        for pruner in self._pruners.values():
+            pruner.step()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move the thresholds."""
+        for pruner in self._pruners.values():
+            left = steer_thresholds(pruner, macs_left=self.macs_left, ramp=self.ramp, rate=self.rate)
+            pl_module.log("macs_left", left)
+
+
+class FeatureDecay(_OfPruners):
     """Adds the penalty (Eq. 5) of every pruner in the LightningModule to what its training_step returns.
 
     Attach the pruner to the network inside the module before ``fit``. Gradient accumulation, ranks and
     precision are the Trainer's; the penalty does not shrink under them. Its settings are saved with the
     Trainer's checkpoints, and come back with them. ``feature_decay`` is logged.
     """
-
-    def __init__(self) -> None:
-        self._pruners: dict[str, InstanceWisePruner] = {}
-        self._saved: Mapping[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the penalty into ``training_step`` for the time of ``fit``.
@@ -45,8 +103,7 @@ class FeatureDecay(Callback):  # type: ignore[misc]  # checked without Lightning
             return
         if not pl_module.automatic_optimization:
             raise UnsupportedError("manual optimization: call pruner.regularize before manual_backward instead")
-        self._pruners = _pruners_in(pl_module)
-        self._restore()
+        super().setup(trainer, pl_module, stage)
         pl_module.training_step = _RegularizedStep(self, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -62,20 +119,6 @@ class FeatureDecay(Callback):  # type: ignore[misc]  # checked without Lightning
             total = pruner.regularize(pruner.model, total, accumulation_steps=parts)
         pl_module.log("feature_decay", (total - loss).detach() / parts)
         return total
-
-    def state_dict(self) -> dict[str, Any]:
-        """Settings of the pruners, for the Trainer's checkpoint."""
-        return {name: pruner.state_dict() for name, pruner in self._pruners.items()} or dict(self._saved)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds."""
-        self._saved = state_dict
-        self._restore()
-
-    def _restore(self) -> None:
-        for name, pruner in self._pruners.items():
-            if name in self._saved:
-                pruner.load_state_dict(self._saved[name])
 
 
 class _RegularizedStep:

@@ -28,8 +28,6 @@ except ImportError as error:
 
 __all__ = ["InstanceWisePruner", "compact"]
 
-Lambdas = tuple[float, dict[str, float]]  # a pruner's, and those of its per_site
-
 
 class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
     """Feature decay and per-image channel gates, as a pruner of NNI.
@@ -95,7 +93,6 @@ class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
             per_site=per_site,
             min_keep=min_keep,
         )
-        self._silenced: Lambdas | None = None  # while nothing is recorded
         self._accumulation_steps = accumulation_steps
         try:
             super().__init__(model, [], evaluator, existed_wrappers)  # no targets of NNI's: it would mask weights
@@ -168,7 +165,7 @@ class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
     def wrap_model(self) -> None:
         """Wrap as NNI does, and switch feature decay on."""
         super().wrap_model()
-        self._record(True)
+        self._decay(True)
 
     def unwrap_model(self) -> None:
         """Take NNI's wrappers off; the model computes what it would without a pruner, bit for bit.
@@ -177,15 +174,15 @@ class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
         ``gates.remove()`` takes them out.
         """
         super().unwrap_model()
-        self._record(False)
+        self._decay(False)
         self.gates.disable()
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
-        self._record(True)
+        self._decay(True)
         evaluator.patch_loss(self._regularized)
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
-        self._record(self._is_wrapped)
+        self._decay(self._is_wrapped)
 
     def _regularized(self, loss: Tensor, batch: Any) -> Tensor:
         trainer = getattr(self.evaluator, "trainer", None)  # of Lightning, which says by how much it divides
@@ -195,31 +192,11 @@ class InstanceWisePruner(Pruner):  # type: ignore[misc]  # NNI ships no types
     def _validate_config(self) -> None:
         """Nothing: NNI's schema is for static masks, and chosen_layers has looked at ours."""
 
-    def _record(self, on: bool) -> None:
+    def _decay(self, on: bool) -> None:
         """Feature decay on or off; a training loop that takes no penalty must not record."""
-        if on == (self._silenced is None) or memory_of(self.gates.model) is None:
-            return
-        state = self.gates.state_dict()
-        if on:
-            state, self._silenced = _decaying(state, self._silenced or (0.0, {})), None
-        else:
-            state, self._silenced = _silent(state)
-        self.gates.load_state_dict(state)
-
-
-def _silent(state: dict[str, Any]) -> tuple[dict[str, Any], Lambdas]:
-    """A pruner's state without feature decay, and what its lambdas were."""
-    per_site = {pattern: dict(own) for pattern, own in state["per_site"].items()}
-    lambdas = {pattern: own.pop("lambda_") for pattern, own in per_site.items() if "lambda_" in own}
-    return state | {"lambda_": 0.0, "per_site": per_site}, (state["lambda_"], lambdas)
-
-
-def _decaying(state: dict[str, Any], lambdas: Lambdas) -> dict[str, Any]:
-    """The state with these lambdas, where none was set meanwhile."""
-    per_site = {pattern: dict(own) for pattern, own in state["per_site"].items()}
-    for pattern, lambda_ in lambdas[1].items():
-        per_site[pattern] = {"lambda_": lambda_} | per_site.get(pattern, {})
-    return state | {"lambda_": state["lambda_"] or lambdas[0], "per_site": per_site}
+        memory = memory_of(self.gates.model)
+        if memory is not None:  # else the gates were removed
+            memory.decays = on
 
 
 def _require_running(evaluator: Evaluator | None) -> None:

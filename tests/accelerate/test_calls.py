@@ -1,18 +1,20 @@
 """Inputs that are told apart, and those that are refused."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from isw_plugin import InstanceWisePruner
 from isw_plugin.accelerate import Accelerated, fit
 from isw_plugin.accelerate import choose as module
 from isw_plugin.accelerate.calls import Call, size_of
-from isw_plugin.errors import EngineInputError, ISWError, SettingError
+from isw_plugin.errors import EngineInputError, ISWError, SettingError, UnsupportedError
 from tests.accelerate.nets import attached, clock, whole_clock
 from tests.conftest import Plain, made
 
@@ -128,3 +130,25 @@ def test_a_copy_keeps_which_tensors_are_one() -> None:
     call = Call((x, x), {"a": x, "b": 1}).copied()
     assert call.args[0] is call.args[1] is call.kwargs["a"]
     assert call.args[0].data_ptr() != x.data_ptr()
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Any]], object]] = {
+    "vmap": lambda run: torch.func.vmap(run)(IMAGES[None]),
+    "grad": lambda run: torch.func.grad(lambda x: run(x).sum())(IMAGES),
+    "jvp": lambda run: torch.func.jvp(run, (IMAGES,), (IMAGES,)),
+    "per-sample gradients": lambda run: torch.func.vmap(torch.func.grad(lambda x: run(x[None]).sum()))(IMAGES),
+}
+
+
+@pytest.mark.parametrize("execution", ["accelerated", "masked"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_torch_func_are_refused(
+    transform: Callable[..., object], execution: str, fast: Accelerated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "execution", execution)
+    with pytest.raises(UnsupportedError, match=r"no transform of torch\.func .* transform the attached model"):
+        transform(fast)
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="has no derivatives"):
+        fast(forward_ad.make_dual(IMAGES, IMAGES))
+    with forward_ad.dual_level():
+        assert fast(IMAGES).shape == (4, 5)

@@ -288,15 +288,17 @@ class Padded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.even = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 5, stride=2, groups=8)
-        self.odd, self.wide = nn.Conv2d(8, 8, (1, 3), groups=8), nn.Conv2d(8, 8, 3, stride=2)
-        self.head = nn.Linear(8, 5)
+        layers = [
+            nn.Conv2d(3, 8, 3, stride=2),
+            nn.Conv2d(8, 8, 5, stride=2, groups=8),
+            nn.Conv2d(8, 8, (1, 3), groups=8),
+            nn.Conv2d(8, 8, 3, stride=2),
+        ]
+        self.layers, self.head = nn.ModuleList(nn.Sequential(layer, nn.ReLU()) for layer in layers), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(F.pad(x, (0, 1, 0, 1))).relu()
-        x = self.even(F.pad(x, (1, 2, 1, 2))).relu()
-        x = self.odd(F.pad(x, (3, 1))).relu()
-        x = self.wide(F.pad(x, (1, 1, 1, 1))).relu()
+        for layer, amounts in zip(self.layers, ((0, 1, 0, 1), (1, 2, 1, 2), (3, 1), (1, 1, 1, 1)), strict=True):
+            x = layer(F.pad(x, amounts))
         return self.head(x.mean((2, 3)))
 
 

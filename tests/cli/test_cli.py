@@ -92,13 +92,32 @@ def test_gate_from_a_model_to_a_page_and_two_folders(place: Path) -> None:
         torch.testing.assert_close(fast(x), pruner.model(x), atol=1e-5, rtol=1e-4)
     assert "is not empty" in refused("gate", "net.py:net", *images, "--out", "out")
     assert [file.name for file in place.iterdir() if file.name.startswith(".out")] == []
-    assert "accuracy" in isw("evaluate", "out/fast", "--data", "data", "--size", "16").stdout
+    evaluated = json.loads(isw("evaluate", "out/fast", "--data", "data", "--json").stdout)  # at 16 pixels, as gated
+    assert (evaluated["instances"], evaluated["execution"]) == (9, fast.execution)
+    if fast.execution == "accelerated":
+        assert evaluated["accuracy"] == pytest.approx(found["accuracy"])
+    Path("out/fast/images.json").write_text('{"size": 0}')
+    assert "images.json is damaged" in refused("evaluate", "out/fast", "--data", "data")
 
 
 def _net(place: Path) -> torch.nn.Module:
     names: dict[str, Any] = {}
     exec((place / "net.py").read_text(), names)
     return names["net"]()
+
+
+def test_force_replaces_what_isw_wrote_and_nothing_else(place: Path) -> None:
+    images = ("--data", "data", "--size", "16", "--out", "deep/page")
+    assert "has no gates" in refused("report", "net.py:net", *images)
+    assert not Path("deep").exists()
+    isw("report", "net.py:gated", *images)
+    before = Path("deep/page/index.html").stat().st_ino
+    assert "pass --force" in refused("report", "net.py:gated", *images)
+    isw("report", "net.py:gated", *images, "--force")
+    assert Path("deep/page/index.html").stat().st_ino != before
+    Path("deep/page/thesis.tex").write_text("years")
+    assert "holds thesis.tex, which isw did not write" in refused("report", "net.py:gated", *images, "--force")
+    assert Path("deep/page/thesis.tex").read_text() == "years"
 
 
 def test_evaluate_and_report_and_export_of_a_gated_model(place: Path) -> None:

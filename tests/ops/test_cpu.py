@@ -16,6 +16,7 @@ from isw_plugin.errors import UnsupportedError
 from isw_plugin.ops import Statistics, cpu, pack_weight
 from isw_plugin.ops.build import build
 from isw_plugin.ops.cache import cache_folder
+from tests.processes import Script
 
 # A fresh process: one call twice, every warning printed, then the result against the reference.
 SCRIPT = """
@@ -41,9 +42,7 @@ print("kernels:", cpu.active())
 
 
 def run_fresh(env: dict[str, str]) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return Script(SCRIPT, env=env).printed().splitlines()
 
 
 @pytest.fixture

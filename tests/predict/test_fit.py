@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, MinNorm
@@ -28,6 +27,7 @@ from isw_plugin.heads import UNSEEN
 from isw_plugin.predict.ridge import ridge
 from tests.conftest import Net, Plain, Residual, made
 from tests.predict.nets import Down, Inverted, Stack, predicting
+from tests.processes import run_ranks
 
 
 def batches(net: Net, images: int = 240, size: int = 48) -> list[Tensor]:
@@ -424,7 +424,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 def test_all_ranks_fit_the_same_heads_from_the_images_of_all(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    run_ranks(work, str(tmp_path))
     (first, images, error), (second, _, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     assert images == 192

@@ -145,17 +145,6 @@ def test_an_exported_program_predicts() -> None:
     torch.testing.assert_close(program.module()(images), expected)
 
 
-@pytest.mark.slow
-def test_a_model_compiled_by_inductor_predicts() -> None:
-    net, pruner = predicting(Down)
-    images = net.images(4)
-    with torch.no_grad():
-        expected = net(images)
-        keep = pruner.keep
-        torch.testing.assert_close(torch.compile(net)(images), expected, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(mask, keep[name]) for name, mask in pruner.keep.items())
-
-
 # -- static pruners --------------------------------------------------------------------------------
 
 
@@ -189,8 +178,8 @@ def test_heads_go_through_nni() -> None:
     pruner.gates.load_state_dict(pruner.gates.state_dict() | {"heads": heads})
     pruner.gates.step()
     pruner.compress(max_steps=1)
-    pruner.gates.disable()
-    assert losses[0] > task_loss(net.eval()(images))
+    pruner.gates.step()
+    assert losses[0] > task_loss(net.eval()(images))  # by the penalty
     pruner.unwrap_model()
     pruner.gates.step()
     expected, kept = predicted_by_hand(made(Residual), pruner.gates, images)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isw_plugin import InstanceWisePruner
-from isw_plugin.errors import AttachError, UnsupportedError
+from isw_plugin import InstanceWisePruner, count_macs
+from isw_plugin.errors import AttachError, SettingError, UnsupportedError
 from tests.conftest import Net, Plain, made
 
 pytest.importorskip("lightning", reason="needs isw_plugin[trainers]")
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from isw_plugin.toolkits.lightning import FeatureDecay
+from isw_plugin.toolkits.lightning import FeatureDecay, MacsBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning, about loaders and devices
 LAMBDA = 1e-2
@@ -170,3 +170,40 @@ def test_manual_optimization_is_refused() -> None:
     target.automatic_optimization = False
     with pytest.raises(UnsupportedError, match="before manual_backward"):
         fit(target, FeatureDecay())
+
+
+def gated_module() -> Module:
+    net = made(Plain)
+    InstanceWisePruner(net, net.images(1), 0.0, alpha=0.0, beta=0.0)
+    return Module(net)
+
+
+def test_a_budget_is_met_while_a_trainer_fits() -> None:
+    target = gated_module()
+    trainer = fit(target, MacsBudget(0.7, ramp=20, rate=0.3), batches=60)
+    pruner = InstanceWisePruner.of(target.net)
+    assert pruner.enabled
+    assert trainer.callback_metrics["macs_left"] == pytest.approx(0.7, abs=0.02)
+    target.net.train()  # as its maps were when thresholds followed them; the rate is 0
+    keep = 1 - count_macs(target.net, made(Plain).images()).saved.mean().item()
+    assert keep == pytest.approx(0.7, abs=0.1)  # four images, in eval mode
+
+
+def test_a_ramp_goes_on_from_a_checkpoint_of_the_trainer() -> None:
+    target, budget = gated_module(), MacsBudget(0.75, ramp=20)
+    fit(target, budget, batches=5)
+    later, again = gated_module(), MacsBudget(0.75, ramp=20)
+    again.load_state_dict(budget.state_dict())
+    fit(later, again, batches=5)
+    assert InstanceWisePruner.of(later.net).state_dict()["budget"] == pytest.approx(0.875)
+
+
+@pytest.mark.parametrize("settings", [{"macs_left": 45}, {"macs_left": 0.5, "rate": 0}, {"macs_left": 0.5, "ramp": -1}])
+def test_a_budget_that_is_none_is_refused_at_once(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingError):
+        MacsBudget(**settings)
+
+
+def test_a_budget_needs_a_pruner() -> None:
+    with pytest.raises(AttachError, match="has no pruner"):
+        fit(Module(made(Plain)), MacsBudget(0.5))

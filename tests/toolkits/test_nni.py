@@ -178,6 +178,7 @@ def test_only_a_wrapped_model_records(plain: Net) -> None:
     pruner.unwrap_model()
     plain(plain.images())
     assert pruner.gates.penalty() == 0
+    assert pruner.gates.lambda_ == LAMBDA  # a state that is saved now keeps it
     pruner.wrap_model()
     plain(plain.images())
     torch.testing.assert_close(pruner.gates.penalty(), before)

@@ -12,6 +12,7 @@ import torch_pruning as tp
 from isw_plugin import PRUNERS, InstanceWisePruner, register
 from isw_plugin.errors import SettingError, UnknownPrunerError
 from isw_plugin.toolkits.registry import Pruners
+from tests.processes import Script
 
 OURS = {
     "bn_scale": tp.pruner.BNScalePruner,
@@ -161,8 +162,7 @@ def installed(tmp_path: Path) -> Callable[[str], None]:
 
     def run(code: str) -> None:
         start = f"import sys; sys.path[:0] = {paths!r}\n{START}\nFOLDER = {str(tmp_path / 'saved')!r}\n"
-        done = subprocess.run([sys.executable, "-c", start + textwrap.dedent(code)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        Script(start + textwrap.dedent(code)).printed()
 
     return run
 

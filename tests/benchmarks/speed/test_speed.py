@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from benchmarks.speed.networks import NETWORKS, gate_at, network, trained_networ
 from benchmarks.speed.steady import Probe
 from benchmarks.speed.ways import TRAINED, Row, measure
 from isw_plugin import InstanceWisePruner
+from isw_plugin.accelerate import choose, fit
+from tests.accelerate.nets import clock, whole_clock
 
 
 class Alone(Probe):
@@ -19,6 +22,15 @@ class Alone(Probe):
 
     def is_steady(self) -> bool:
         return True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_to_choose() -> Iterator[None]:
+    """What accelerate times to choose layers is most of what it takes, and none of what is looked at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "seconds_in_place", clock("gated"))
+        patch.setattr(choose, "take_turns", whole_clock("gated"))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,15 @@ def test_models_of_every_kind_are_accelerated(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "test_efficientnet"])
+def test_models_are_accelerated_with_norms_predicted(name: str) -> None:
+    results = check_engine(*built(name), predicted=True)
+    heads, of = results.pop("heads").split(" of ")
+    assert results == {"execution": "accelerated", "accelerate": "ok"}
+    assert 0 < int(heads) <= int(of.removesuffix(" sites"))
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", GRAPHS)
 def test_models_of_every_kind_are_exported_and_compiled(name: str) -> None:
     assert check_graphs(*built(name)) == {"export": "ok", "compile": "ok"}
@@ -320,7 +329,8 @@ def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
     sites = [site_record("test_resnet"), {"model": "odd", "module": "y", "built": True, "error": "NoSitesError: none"}]
     gates = [step_record("a"), step_record("b", gate="hardly differs"), step_record("test_resnet")]
     engine = [step_record("a", execution="masked: no export")]
-    written = page(summary({"sites": sites, "gates": gates, "engine": engine}))
+    heads = [step_record("a", heads="3 of 5 sites"), step_record("b", accelerate="skipped: no site can be predicted")]
+    written = page(summary({"sites": sites, "gates": gates, "engine": engine, "predicted": heads}))
     assert f"| 1 of 2 (50.0%); 2 of {len(timm.list_models()):,} were run |" in written
     assert f"| 100.00% of {sites[0]['layers']} |" in written
     assert "| >= 96 | 0 ok, 0 skipped, 1 no, 1 not run |" in written
@@ -328,13 +338,15 @@ def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
     assert "- odd: NoSitesError: none" in written
     assert "- gated: 1 ok, 0 skipped, 1 no, 0 not run; of 2 modules" in written
     assert "- engine: 1 ok, 0 skipped, 0 no, 1 not run; of 2 modules" in written
+    assert "- predicted: 1 ok, 1 skipped, 0 no, 0 not run; of 2 modules" in written
     assert "- graphs: not run" in written
     unlisted = {module_of(name) for name in timm.list_models()} - {"resnet"}
     assert f"- nothing was run yet of {len(unlisted)} more modules: {min(unlisted)}, " in written
-    assert "| x | b |  |  | no | not run | not run | not run | gated: gate: hardly differs |" in written
-    assert "| x | a |  |  | ok | ok | not run | not run | runs masked: no export |" in written
+    said = "gated: gate: hardly differs; predicted: no site can be predicted"
+    assert f"| x | b |  |  | no | not run | skipped | not run | not run | {said} |" in written
+    assert "| x | a |  |  | ok | ok | ok | not run | not run | runs masked: no export |" in written
     layers, count = sites[0]["layers"], sites[0]["sites"]
-    assert f"| resnet | test_resnet | {layers} | {count} | ok | not run | not run | not run |  |" in written
+    assert f"| resnet | test_resnet | {layers} | {count} | ok | not run | not run | not run | not run |  |" in written
 
 
 def test_the_page_says_where_only_some_layers_were_pruned() -> None:
@@ -342,8 +354,8 @@ def test_the_page_says_where_only_some_layers_were_pruned() -> None:
     written = page(summary({"pruned": [some, step_record("b", module="y", pruned="all layers")]}))
     assert "| all that it prunes | 2 of 2; 2 ok, 0 skipped, 0 no, 0 not run |" in written
     note = "pruned: layers that share no channels, since all layers: so"
-    assert f"| x | a |  |  | not run | not run | not run | ok | {note} |" in written
-    assert "| y | b |  |  | not run | not run | not run | ok |  |" in written
+    assert f"| x | a |  |  | not run | not run | not run | not run | ok | {note} |" in written
+    assert "| y | b |  |  | not run | not run | not run | not run | ok |  |" in written
 
 
 def test_a_module_that_was_not_run_has_its_row() -> None:

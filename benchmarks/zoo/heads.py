@@ -1,0 +1,33 @@
+"""Heads of random numbers, wherever norms can be predicted."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.zoo.subject import Skipped
+from isw_plugin.sites import Site
+
+__all__ = ["random_heads"]
+
+
+def random_heads(sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
+    """A head for every site that can have one, as a pruner's state holds them.
+
+    Raises:
+        Skipped: No site can.
+    """
+    generator = torch.Generator().manual_seed(0)
+    named = {site.name: site for site in sites}
+    heads = {site.name: _head(site, named, generator) for site in sites if not site.making.reason}
+    if not heads:
+        raise Skipped(f"no site can be predicted; {sites[0].name}: {sites[0].making.reason}")
+    return heads
+
+
+def _head(site: Site, sites: dict[str, Site], generator: torch.Generator) -> dict[str, Any]:
+    """Means of what is read, with strong and weak channels."""
+    inputs = 2 * sum(sites[source].channels for source in site.making.sources)
+    rows = torch.rand(site.channels, 1, generator=generator) * 1.9 + 0.1
+    weight = rows * torch.randn(site.channels, inputs, generator=generator).abs() / inputs
+    return {"sources": list(site.making.sources), "weight": weight, "bias": torch.zeros(site.channels)}
