@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, SettingError, UnsupportedError
+from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, UnsupportedError
 from isw_plugin.functional import is_tracing
-from isw_plugin.gates import Decision, Gate, LearnedGate, keeps_all
+from isw_plugin.gates import Gate, LearnedGate, keeps_all
 from isw_plugin.heads import UNSEEN, Statistics, positions, statistics
-from isw_plugin.masking import Part, column_keep, reader_parts, size
+from isw_plugin.learned_hooks import AtLayer, decision_of
+from isw_plugin.masking import Part, column_keep, reader_parts, require_mask, size
 from isw_plugin.memory import Call, Memory
 from isw_plugin.places import Hook, Step, hooks_in, steps_to
 from isw_plugin.sites import Site
@@ -213,7 +214,7 @@ class _Observe(Hook):
 
     def _with_largest(self, keep: Tensor, gate: Gate, norms: Tensor) -> Tensor:
         """What a gate keeps, and ``min_keep`` channels at least."""
-        _require_mask(keep, gate, norms, self.site.name)
+        require_mask(keep, gate, norms, self.site.name)
         if not self.memory.min_keep:
             return keep
         largest = norms.topk(min(self.memory.min_keep, self.site.channels), dim=1).indices
@@ -221,26 +222,10 @@ class _Observe(Hook):
 
     def _learned(self, call: Call, gate: LearnedGate, feature: Tensor) -> Tensor:
         """The map that a gate with parameters makes of it."""
-        site, memory = self.site, self.memory
-        notes = call.notes.pop(site.name, {})
-        if len(notes) != len(site.layers):
-            raise UnsupportedError(
-                f"{site.name} is seen without what its layers ({', '.join(site.layers)}) read, on which its gate "
-                "decides: call the whole model, checkpoint whole blocks, or exclude it"
-            )
-        if not is_tracing() and any(instances != feature.shape[0] for instances, _ in notes.values()):
-            raise UnsupportedError(
-                f"the layers of {site.name} run on other instances than the {feature.shape[0]} of its map (windows, or "
-                "parts of a batch), so its gate cannot decide on what they read: exclude it"
-            )
-        noted = [notes[number][1] for number in range(len(notes))]
-        made = gate.decide(memory.learned[site.name], noted, feature, site.axis)
-        _require_decision(made, gate, feature, site)
-        if call.learns and made.loss is not None:
-            memory.add_loss(call, made.loss)
+        made = decision_of(self.memory, call, gate, self.site, feature)
         keep = self._with_largest(made.keep, gate, made.scores)
-        call.decide(site.name, made.scores.detach(), keep)
-        return memory.mask(made.feature, keep, site.axis) if gate.whole_channels else made.feature
+        call.decide(self.site.name, made.scores.detach(), keep)
+        return self.memory.mask(made.feature, keep, self.site.axis) if gate.whole_channels else made.feature
 
 
 def _require_map(feature: Any, site: Site) -> None:
@@ -271,58 +256,6 @@ def _require_instances(known: Mapping[str, Statistics], feature: Tensor, site: S
                 f"{site.name} runs on {feature.shape[0]} instances, and {source}, from which its norms are predicted, "
                 f"ran on {of_map.rms.shape[0]}: pruner.drop_predictors() measures again"
             )
-
-
-def _require_mask(keep: Any, gate: Gate, norms: Tensor, name: str) -> None:
-    dense = isinstance(keep, Tensor) and keep.layout is torch.strided and keep.dtype is torch.bool
-    if dense and (is_tracing() or (keep.shape == norms.shape and keep.device == norms.device)):
-        return
-    what = type(keep).__name__
-    if isinstance(keep, Tensor):
-        layout = "" if keep.layout is torch.strided else f" {keep.layout}"
-        where = "" if keep.device == norms.device else f" on {keep.device}"
-        what = f"{keep.dtype}{layout} of shape {tuple(keep.shape)}{where}"
-    raise SettingError(
-        f"{gate} gave {what} at {name}: a gate gives a dense bool tensor of shape {tuple(norms.shape)} on "
-        f"{norms.device}, True where the channel is kept"
-    )
-
-
-def _require_decision(made: Any, gate: Gate, feature: Tensor, site: Site) -> None:
-    if is_tracing():
-        return
-    scores = getattr(made, "scores", None)
-    if not isinstance(made, Decision) or not isinstance(scores, Tensor) or made.feature.shape != feature.shape:
-        raise SettingError(f"{gate} gave a {type(made).__name__} at {site.name}: a Decision, with a map as it got")
-    if scores.shape != (feature.shape[0], site.channels):
-        raise SettingError(
-            f"{gate} gave scores of shape {tuple(scores.shape)} at {site.name}: (N, C), "
-            f"{(feature.shape[0], site.channels)}"
-        )
-
-
-class _AtLayer(Hook):
-    """Shows a gate with parameters what a layer of its site reads and makes."""
-
-    def __init__(self, memory: Memory, site: str, number: int) -> None:
-        self.memory = memory
-        self.site = site
-        self.number = number
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        call = self.memory.running or self.memory.outside()
-        gate = call.gates[self.site] if call.gates is not None else None
-        if not isinstance(gate, LearnedGate):
-            return None
-        learned = self.memory.learned[self.site]
-        if learned.training != module.training:
-            learned.train(module.training)
-        if any(parameter.device != output.device for parameter in learned.parameters()):
-            learned.to(output.device)
-        x = _argument(args, 0, self.site)
-        made, note = gate.at_layer(learned, self.number, module, x, output)
-        call.notes.setdefault(self.site, {})[self.number] = (x.shape[0], note)
-        return made
 
 
 class _ObserveOutput(_Observe):
@@ -387,7 +320,7 @@ def attach_hooks(model: nn.Module, memory: Memory, sites: Sequence[Site], scope:
     readers = reader_parts(sites) if scope == "consumers" else {}
     for site in sites:
         for number, layer in enumerate(site.layers if site.name in memory.learned else ()):
-            modules[layer].register_forward_hook(_AtLayer(memory, site.name, number))
+            modules[layer].register_forward_hook(AtLayer(memory, site.name, number))
         _observe_site(modules, memory, site, applies=scope == "all")
     for layer, parts in readers.items():
         axis = -1 if isinstance(modules[layer], nn.Linear) else 1

@@ -50,7 +50,7 @@ def made_learned(model: nn.Module, sites: Sequence[Site], gates: Mapping[str, Ga
         reasons = "; ".join(f"{name}: {reason}" for name, reason in [*wrong.items()][:3])
         raise SettingError(
             f"{next(iter(gates.values()))} cannot work at {len(wrong)} of {len(sites)} sites ({reasons}): "
-            f"exclude={sorted(wrong)}"
+            f"exclude={sorted(layer for site in sites if site.name in wrong for layer in site.layers)}"
         )
     return made
 

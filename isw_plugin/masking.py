@@ -3,14 +3,17 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from isw_plugin.errors import SettingError
 from isw_plugin.functional import is_tracing
+from isw_plugin.gates import Gate
 from isw_plugin.sites import Consumer, Site
 
-__all__ = ["Part", "column_keep", "reader_parts", "size"]
+__all__ = ["Part", "column_keep", "reader_parts", "require_mask", "size"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,19 @@ def size(tensor: Tensor, axis: int) -> int:
         return tensor.shape[axis]
     with warnings.catch_warnings(action="ignore"):  # the number of channels is a constant of the model
         return int(tensor.shape[axis])
+
+
+def require_mask(keep: Any, gate: Gate, norms: Tensor, name: str) -> None:
+    """Raise SettingError unless a gate gave a mask for these norms (N, C)."""
+    dense = isinstance(keep, Tensor) and keep.layout is torch.strided and keep.dtype is torch.bool
+    if dense and (is_tracing() or (keep.shape == norms.shape and keep.device == norms.device)):
+        return
+    what = type(keep).__name__
+    if isinstance(keep, Tensor):
+        layout = "" if keep.layout is torch.strided else f" {keep.layout}"
+        where = "" if keep.device == norms.device else f" on {keep.device}"
+        what = f"{keep.dtype}{layout} of shape {tuple(keep.shape)}{where}"
+    raise SettingError(
+        f"{gate} gave {what} at {name}: a gate gives a dense bool tensor of shape {tuple(norms.shape)} on "
+        f"{norms.device}, True where the channel is kept"
+    )

@@ -272,7 +272,7 @@ class InstanceWisePruner:
             ranks = world_size or (torch.distributed.get_world_size() if distributed else 1)
             penalty = penalty * (ranks * accumulation_steps)
         total = loss + penalty + own
-        if distributed:
+        if distributed and self.enabled:
             average_after_backward(total, self._settings.learned)
         return total
 
@@ -606,7 +606,7 @@ class InstanceWisePruner:
     # -- saving ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and sites as plain JSON values, but for the tensors of heads; the model's weights are not in it.
+        """Settings and sites as plain JSON values, and the tensors of heads and gates; without the model's weights.
 
         Example:
             >>> pruner.state_dict()["gate"]

@@ -159,7 +159,8 @@ class Settings:
         if per_site is not None:
             changed = dataclasses.replace(changed, per_site=per_site)
             changed.overrides = _by_site(model, self.found, changed.per_site) if self.found else {}
-        _require_fixed(self._gates(self.overrides), changed._gates(changed.overrides))
+        if isinstance(gate, LearnedGate):
+            _require_fixed(self._gates(self.overrides), changed._gates(changed.overrides))
         self.gate, self.per_site, self.overrides = gate, changed.per_site, changed.overrides
 
     def override(self, site: str, parameters: Mapping[str, Any]) -> None:

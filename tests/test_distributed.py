@@ -28,7 +28,6 @@ CASES: dict[str, dict[str, object]] = {
     "accumulated mean": {"parts": 2, "reduction": "mean"},
     "fbs": {"gate": "fbs"},
     "fbs accumulated": {"gate": "fbs", "parts": 2},
-    "channel gating": {"gate": "channel_gating"},
     "synchronized": {"synchronized": True},
 }
 NEEDS_GPU = {"synchronized"}  # torch runs SyncBatchNorm on GPUs only

@@ -19,6 +19,7 @@ ORDER = [
     {"settings"},
     {"memory", "masking"},
     {"places"},
+    {"learned_hooks"},
     {"hooks", "stored", "engine"},
     {"accelerate", "attachment", "summary"},
     {"wrappers", "static", "saving", "predict"},

@@ -31,7 +31,7 @@ from isw_plugin import ISWError
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 SCALES = {
     "smoke": Scale(("m-cifarnet",), 0.125, 1, 1, 256, 64, rounds=0, batch=32),
-    "minutes": Scale(("m-cifarnet",), 0.25, 8, 4, 5000, 2000, rounds=101),
+    "minutes": Scale(("m-cifarnet",), 0.25, 6, 3, 4000, 2000, rounds=101),
     "cpu": Scale(NETWORKS, 1.0, 12, 12, None, None, rounds=101, batch=128),
 }
 

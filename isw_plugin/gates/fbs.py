@@ -100,7 +100,7 @@ def _winners(saliency: Tensor, density: float) -> Tensor:
     """Which of the saliencies (N, C) are among the ceil(density * C) largest of their row, and not 0."""
     count = math.ceil(density * saliency.shape[1] - 1e-9)  # 0.55 * 20 is a little more than 11 in binary
     largest = saliency.topk(count, dim=1).indices
-    return torch.zeros_like(saliency, dtype=torch.bool).scatter(1, largest, True) & (saliency > 0)
+    return torch.zeros_like(saliency, dtype=torch.bool).scatter(1, largest, True) & ~(saliency <= 0)  # NaN stays
 
 
 def _inputs(layer: nn.Module) -> int:

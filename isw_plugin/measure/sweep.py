@@ -10,6 +10,7 @@ from torch import Tensor
 
 from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import SettingError
+from isw_plugin.gates import LearnedGate
 from isw_plugin.measure.latency import Latency, compare
 from isw_plugin.pruner import InstanceWisePruner
 
@@ -42,14 +43,15 @@ def latency_by_keep(
         rounds: Timed batches of each.
 
     Returns:
-        The best dense form first (keep ratio 1), then a point for each of ``settings``.
+        The best dense form first (keep ratio 1), or a gate with parameters at its reference; then a point for each of
+        ``settings``.
 
     Raises:
         SettingError: ``settings`` is empty, or ``rounds`` under 1.
     """
     if not settings or rounds < 1:
         raise SettingError(f"{len(settings)} settings, rounds={rounds}: at least one of each is needed")
-    models = [pruner.accelerate(images, backend="dense")]
+    models = [_at_most(pruner, images)]
     for parameters in settings:
         with pruner.gating(**parameters):
             models.append(pruner.accelerate(images, backend="gated"))
@@ -61,6 +63,14 @@ def latency_by_keep(
         LatencyPoint(ratio, model.execution, latency)
         for ratio, model, latency in zip(ratios, models, times.values(), strict=True)
     ]
+
+
+def _at_most(pruner: InstanceWisePruner, images: Tensor) -> Accelerated:
+    gate = pruner.gate
+    if not isinstance(gate, LearnedGate):
+        return pruner.accelerate(images, backend="dense")
+    with pruner.gating(**gate.reference):
+        return pruner.accelerate(images, backend="gated")
 
 
 def _kept(model: Accelerated, images: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isw_plugin import FBS, LCCL, InstanceWisePruner, calibrate, load_pretrained
 from isw_plugin.errors import AttachError, PredictionError, SettingError, StateMismatchError, UnsupportedError
+from isw_plugin.measure import latency_by_keep
 from tests.conftest import Concat, Net, Preactivation, Residual, Tokens, hooks_of, made
 from tests.predict.nets import Down, Grouped, Inverted, Stack
 
@@ -183,6 +184,25 @@ def test_sites_that_a_gate_cannot_take_are_named() -> None:
             InstanceWisePruner(net, net.images(1), gate=gate)
         assert hooks_of(net) == hooks
     InstanceWisePruner(made(Grouped), Grouped().images(1), gate="channel_gating", exclude=["c2"])
+    InstanceWisePruner(made(Preactivation), Preactivation().images(1), gate="fbs", exclude=["bn1", "bn3"])
+
+
+def test_sites_may_be_known_at_the_first_forward() -> None:
+    net = made(Stack)
+    pruner = InstanceWisePruner(net, gate="fbs")
+    with pytest.raises(AttachError, match="no sites"):
+        pruner.gate_parameters()
+    pruner.step()
+    net(net.images())
+    assert len(pruner.gate_parameters()) == 4
+    assert pruner.keep["c2"].sum(1).tolist() == [3] * 4
+
+
+def test_a_map_that_is_no_number_stays_none() -> None:
+    for gate in GATES:
+        net, pruner = attached(Stack, gate)
+        pruner.step()
+        assert net(net.images() * torch.nan).isnan().all()
 
 
 @pytest.mark.parametrize("kind", [Concat, Tokens, Grouped, Inverted])
@@ -229,6 +249,12 @@ def test_fbs_skips_in_the_engine_and_gates_of_elements_say_why_not() -> None:
         assert fast.execution == "masked"
         assert "drops single elements" in fast.reason
         assert torch.equal(fast(images), net(images))
+
+
+def test_time_against_channels_starts_with_every_channel() -> None:
+    net, pruner = attached(Stack, FBS(0.5))
+    points = latency_by_keep(pruner, net.images(), [{"density": 0.5}], rounds=1)
+    assert [(point.execution, point.keep_ratio) for point in points] == [("accelerated", 1.0), ("accelerated", 0.5)]
 
 
 def test_densities_are_calibrated_against_every_channel() -> None:
