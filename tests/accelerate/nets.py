@@ -241,14 +241,16 @@ def clock(*winners: str) -> Callable[..., list[dict[str, float]]]:
 
 
 def whole_clock(winner: str) -> Callable[..., Rounds]:
-    """Instead of timing the gated model, the same with everything kept, and the dense one in its layouts."""
+    """Instead of timing the gated model, the same with everything kept, and the dense one in its layouts and runtimes."""
 
-    def take_turns(runs: Sequence[Callable[[], object]], least: float, enough: Callable[[Rounds], bool]) -> Rounds:
+    def take_turns(
+        runs: Sequence[Callable[[], object]], least: float, enough: Callable[[Rounds], bool], rest: float = 0.0
+    ) -> Rounds:
         for run in runs:
             run()
         rounds: Rounds = []
         while not enough(rounds):
-            rounds.append([*([1e-3, 2e-3] if winner == "gated" else [4e-3, 4e-3]), 3e-3, 2e-3][: len(runs)])
+            rounds.append([*([1e-3, 2e-3] if winner == "gated" else [4e-3, 4e-3]), 3e-3, 2e-3, 3e-3][: len(runs)])
         return rounds
 
     return take_turns
