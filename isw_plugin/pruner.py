@@ -506,6 +506,7 @@ class InstanceWisePruner:
             AttachError: The pruner was removed.
 
         Example:
+            >>> from isw_plugin.errors import PredictionError
             >>> try:
             ...     pruner.follow_predictors()
             ... except PredictionError as error:
