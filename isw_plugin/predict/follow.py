@@ -74,5 +74,5 @@ def _require_memory(name: str, remembered: float, decay: float, needed: int) -> 
     if 0 < remembered < needed:
         raise SettingError(
             f"decay={decay:g} remembers about {remembered:,.0f} images of this size of batch, and the head of {name} "
-            f"needs {needed:,}: decay={1 - (1 - decay) * remembered / needed / 2:.3g} remembers enough"
+            f"needs {needed:,}: decay={1 - (1 - decay) * remembered / needed / 2:.6g} remembers enough"
         )

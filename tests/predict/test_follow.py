@@ -17,6 +17,7 @@ from isw_plugin import InstanceWisePruner, calibrate, load_pretrained, steer_thr
 from isw_plugin.errors import AttachError, NothingRecordedError, PredictionError, SettingError, StateMismatchError
 from isw_plugin.functional import channel_norm
 from isw_plugin.heads import Head
+from isw_plugin.predict.follow import _require_memory
 from isw_plugin.predict.ridge import r_squared
 from tests.conftest import Net, made
 from tests.predict.nets import PREDICTED, Down, Stack, predicting
@@ -352,7 +353,7 @@ def test_thresholds_are_calibrated_with_followed_heads() -> None:
         ({"decay": "0.9"}, "decay"),
         ({"every": 0}, "every=0: the calls from one solution to the next"),
         ({"every": 1.5}, "every"),
-        ({"decay": 0.0, "every": 1}, r"remembers about 4 images .* head of c2 needs 16: decay=0\.875"),
+        ({"decay": 0.0, "every": 1}, r"remembers about 4 images .* head of c2 needs 16: decay=0\.875 "),
     ],
 )
 def test_settings_are_checked_before_anything_is_changed(settings: dict[str, Any], match: str) -> None:
@@ -363,6 +364,11 @@ def test_settings_are_checked_before_anything_is_changed(settings: dict[str, Any
     with pytest.raises(SettingError, match=match):
         pruner.follow_predictors(**settings)
     assert_equal(pruner.heads["c2"], before)
+
+
+def test_the_decay_that_is_named_is_below_one() -> None:
+    with pytest.raises(SettingError, match=r"needs 8,192: decay=0\.999878 remembers"):
+        _require_memory("c2", 20, 0.9, 8192)
 
 
 def test_without_heads_or_gates_there_is_nothing_to_follow() -> None:
