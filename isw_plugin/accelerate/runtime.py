@@ -23,13 +23,13 @@ class OnnxRuntime:
     May be called from many threads. A copy makes a session of its own.
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        """``graph`` is what ``onnx_of`` takes.
+    def __init__(self, source: fx.GraphModule | bytes) -> None:
+        """``source`` is what ``onnx_of`` takes, or what it gave.
 
         Raises:
             UnsupportedError: It cannot be written as ONNX.
         """
-        self._source: fx.GraphModule | bytes = graph
+        self._source = source
         self._lock = threading.Lock()
         self._threads = 0
         self._session: Any = None
@@ -47,14 +47,15 @@ class OnnxRuntime:
         threads = torch.get_num_threads()
         with self._lock:
             if self._session is None or self._threads != threads:
-                self._session, self._threads = _session(self._model(), threads), threads
+                self._session, self._threads = _session(self.model(), threads), threads
             return self._session
 
-    def _model(self) -> bytes:
+    def model(self) -> bytes:
+        """As ONNX."""
         return self._source if isinstance(self._source, bytes) else onnx_of(self._source)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_source": self._model()}  # a pickled graph forgets sizes and types of its values
+        return {"_source": self.model()}  # a pickled graph forgets sizes and types of its values
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"_lock": threading.Lock(), "_threads": 0, "_session": None}

@@ -1,10 +1,12 @@
 """A fast model as a folder: ``accelerated.json`` (graphs, choices, where they were made) and safetensors."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from isw_plugin.accelerate.graphs import TensorNames, decoded_plan, encoded_plan
 from isw_plugin.accelerate.loaded import Form, LoadedModel, leaf_form, warn_of_another_processor
 from isw_plugin.accelerate.plan import Plan
 from isw_plugin.accelerate.plans import Plans
+from isw_plugin.accelerate.runtime import OnnxRuntime, is_installed
 from isw_plugin.errors import EngineInputError, ISWError, NothingSavedError, StateMismatchError, UnsupportedError
 from isw_plugin.folders import DOCUMENTS, parsed, path_of, replace, short, tensor_file, tensors_in
 from isw_plugin.machine import hardware, own_version
@@ -85,7 +88,7 @@ def load_accelerated(folder: str | os.PathLike[str]) -> LoadedModel:
         raise NothingSavedError(_what_is_there(path))
     facts, tensors = _stored(path)
     try:
-        graphs = [(_form(graph), decoded_plan(graph, tensors)) for graph in facts["graphs"]]
+        graphs = [(_form(graph), _decoded_graph(graph, tensors)) for graph in facts["graphs"]]
         fitted = Fitted(**facts["fitted"] | {"costs": [Cost(**cost) for cost in facts["fitted"]["costs"]]})
         made = {name: facts["made"][name] for name in ("hardware", "threads", "isw_plugin", "torch")}
         loaded = LoadedModel(graphs, facts["execution"], fitted, facts["choices"], made, facts["parameters"])
@@ -103,8 +106,28 @@ def _encoded_graph(plan: Plan, plans: Plans, names: TensorNames) -> dict[str, An
     return {
         "inputs": {"packed": packed(spec), "leaves": [_encoded_leaf(leaf) for leaf in flat]},
         "instances": _instances(plan, plans),
+        "runtime": None if plan.runtime is None else names.of(_as_tensor(plan.runtime.model())),
         **encoded_plan(plan, names),
     }
+
+
+def _as_tensor(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _decoded_graph(graph: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+    plan = decoded_plan(graph, tensors)
+    if graph["runtime"] is None:
+        return plan
+    if not is_installed():
+        warnings.warn(
+            "the saved model was fastest by onnxruntime, which is not installed here (extra onnxruntime): it runs by "
+            "PyTorch",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return plan
+    return dataclasses.replace(plan, runtime=OnnxRuntime(tensors[graph["runtime"]].numpy().tobytes()))
 
 
 def _instances(plan: Plan, plans: Plans) -> list[int] | None:

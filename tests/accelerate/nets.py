@@ -241,7 +241,7 @@ def clock(*winners: str) -> Callable[..., list[dict[str, float]]]:
 
 
 def whole_clock(winner: str) -> Callable[..., Rounds]:
-    """Instead of timing the gated model, the same with everything kept, and the dense one in its layouts and runtimes."""
+    """Instead of timing the gated model, the same with everything kept, and the dense one in its forms."""
 
     def take_turns(
         runs: Sequence[Callable[[], object]], least: float, enough: Callable[[Rounds], bool], rest: float = 0.0

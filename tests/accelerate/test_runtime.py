@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isw_plugin import InstanceWisePruner
-from isw_plugin.accelerate import choose, plan
+from isw_plugin import InstanceWisePruner, load_accelerated
+from isw_plugin.accelerate import choose, plan, saved
 from isw_plugin.accelerate.accelerated import Accelerated
 from isw_plugin.accelerate.runtime import OnnxRuntime, is_installed
 from tests.accelerate.nets import assert_close
@@ -116,3 +117,24 @@ def test_threads_follow_torch() -> None:
             assert runtime._session.get_session_options().intra_op_num_threads == threads
     finally:
         torch.set_num_threads(held)
+
+
+@pytest.mark.filterwarnings("ignore:the saved model was fastest by onnxruntime")
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_saved_model_runs_by_it_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    images = torch.randn(2, 3, 12, 12)
+    fast = dense(Net(FUNCTIONS["silu"]), images)
+    fast.save_pretrained(tmp_path)
+    monkeypatch.setattr(saved, "is_installed", lambda: installed)
+    again = load_accelerated(tmp_path)
+    assert [plan.runtime is not None for _, plan in again._graphs] == [installed]
+    assert_close(again(images), fast(images))
+
+
+def test_a_runtime_that_is_gone_is_told_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense(Net(FUNCTIONS["silu"]), torch.randn(2, 3, 12, 12)).save_pretrained(tmp_path)
+    monkeypatch.setattr(saved, "is_installed", lambda: False)
+    with pytest.warns(RuntimeWarning, match="onnxruntime, which is not installed here"):
+        load_accelerated(tmp_path)
