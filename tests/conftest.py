@@ -238,10 +238,12 @@ def on_meta(name: str, **options: object) -> nn.Module:
         return timm.create_model(name, **options)
 
 
-@pytest.fixture(autouse=True)
-def only_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def only_pytorch() -> Iterator[None]:
     """What forms are compared must not depend on what is installed."""
-    monkeypatch.setattr("isw_plugin.accelerate.plan.is_installed", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isw_plugin.accelerate.plan.is_installed", lambda: False)
+        yield
 
 
 @pytest.fixture(autouse=True)
