@@ -72,7 +72,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, *rounds: list[float], limit: float = 
     monkeypatch.setattr(choose, "time", turning)
     plans: Any = [lambda: None] * 4
     for plan in range(4):
-        plans[plan] = type("Run", (), {"run": staticmethod(lambda *_: None)})
+        plans[plan] = type("Run", (), {"run": staticmethod(lambda *_: None), "runtime": None})
     return len(choose._timed(plans, [], limit, choose._is_settled))
 
 
