@@ -16,7 +16,8 @@ that drop nothing; gated: with the gates. "x" is the fastest dense time over gat
 takes: a process can be slow as a whole, so a row of several is that of the middle speed-up; "takes" has all of them.
 hand-over: what a cache line takes from core to core (speed/handover.py); above 100 ns they had no cache in common.
 masks: the keep ratio that thresholds were set for, or "trained", the stored decisions of that network on test images,
-handed in as masks.
+handed in as masks; "forced inputs", random masks of each image's own, at a keep ratio; "forced outputs", the same known
+before layers run, as where norms are predicted, so that outputs are skipped too.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import torch
 from benchmarks.speed.networks import NETWORKS, trained_networks
 from benchmarks.speed.runtimes import installed
 from benchmarks.speed.steady import Probe
-from benchmarks.speed.ways import TRAINED, Row, measure
+from benchmarks.speed.ways import FORCED, TRAINED, Row, measure
 from isw_plugin.measure import hardware
 from isw_plugin.ops import cpu
 
@@ -118,12 +119,13 @@ def take_apart(args: argparse.Namespace) -> None:
     """Every row in processes of its own, one pass over all rows after another; a second run goes on."""
     folders = [args.out / "takes" / str(number) for number in range(args.takes)]
     for folder, (name, side, batch, masks) in itertools.product(folders, list(_settings(args))):
-        keeps = [str(ratio) for ratio in masks if ratio != TRAINED]
+        keeps = [str(ratio) for ratio in masks if isinstance(ratio, float)]
         if {(name, side, batch, str(ratio)) for ratio in masks} <= {row.key for row in read(folder)}:
             continue
         command = [sys.executable, "-m", "benchmarks.speed", "--networks", name, "--out", str(folder)]
         command += ["--sides", str(side), "--batches", str(batch), "--rounds", str(args.rounds)]
-        command += [*(["--keeps", *keeps] if keeps else []), *(["--no-compile"] if args.no_compile else [])]
+        command += ["--keeps", *keeps, *(["--no-compile"] if args.no_compile else [])]
+        command += ["--forced", *map(str, args.forced)] if args.forced else []
         command += ["--runtimes", *args.runtimes]
         subprocess.run(command, check=True)
         write(middle([read(folder) for folder in folders]), args.rounds, args.out)
@@ -153,7 +155,8 @@ def _settings(args: argparse.Namespace) -> Iterator[tuple[str, int, int, list[fl
         trained = name in trained_networks()
         for side in [32] if trained else args.sides:
             for batch in args.batches if side <= 64 else [b for b in args.batches if b < 32]:
-                yield name, side, batch, [TRAINED] if trained else args.keeps
+                forced = [f"{way} {ratio}" for ratio in args.forced for way in FORCED]
+                yield name, side, batch, [TRAINED] if trained else [*args.keeps, *forced]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -162,7 +165,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", help=f"{', '.join(everything)} (these); or of timm")
     parser.add_argument("--sides", nargs="+", type=int, default=[32, 224])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--keeps", nargs="+", type=float, default=[0.3, 0.5, 0.7])
+    parser.add_argument("--keeps", nargs="*", type=float, default=[0.3, 0.5, 0.7])
+    parser.add_argument("--forced", nargs="+", type=float, default=[], help="keep ratios of forced masks")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled column out")
     runtimes, which = installed(), "other runtimes to compare with (those installed)"

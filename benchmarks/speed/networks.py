@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from benchmarks.lab import decisions
 from benchmarks.lab.networks import WIDTHS, vgg16
 from isw_plugin import InstanceWisePruner
+from isw_plugin.heads import Head
+from isw_plugin.sites import Site
 
-__all__ = ["NETWORKS", "Stored", "gate_at", "gate_by", "network", "noise", "trained_networks"]
+__all__ = ["NETWORKS", "Stored", "force", "gate_at", "gate_by", "network", "noise", "trained_networks"]
 
 _DECISIONS = Path(__file__).parents[1] / "paper" / "results" / "decisions"
 
@@ -111,7 +113,7 @@ class Stored:
     keep: Tensor
 
     def __call__(self, feature: Tensor, norms: Tensor) -> Tensor:
-        return self.keep[: feature.shape[0]]
+        return self.keep[: norms.shape[0]]
 
 
 def gate_by(pruner: InstanceWisePruner, name: str, instances: int) -> InstanceWisePruner:
@@ -122,3 +124,35 @@ def gate_by(pruner: InstanceWisePruner, name: str, instances: int) -> InstanceWi
         chosen = torch.linspace(0, len(keep) - 1, instances).round().long()
         pruner._memory.gates[site.name] = Stored(keep[chosen].repeat(4, 1))  # more rows than any batch that is traced
     return pruner
+
+
+def force(pruner: InstanceWisePruner, keep_ratio: float, instances: int, outputs: bool) -> InstanceWisePruner:
+    """The pruner, switched on, with masks of its own for every image, which keep this share of every site.
+
+    Args:
+        outputs: Sites that can be predicted are: they have heads, of random weights, and decide before their layers
+            run. A depthwise layer's map is decided on as the map that it reads.
+    """
+    torch.manual_seed(2)
+    if outputs:
+        pruner._settings.take_heads({site.name: _head(site, pruner) for site in pruner.sites if not site.making.reason})
+        pruner._configure()
+    pruner.enable()
+    for site in pruner.sites:
+        scores = torch.rand(instances, site.channels)
+        keep = scores.argsort(1).argsort(1) < round(keep_ratio * site.channels)
+        if _is_depthwise(pruner.model, site):
+            keep = pruner._memory.gates[site.making.sources[0]].keep
+        pruner._memory.gates[site.name] = Stored(keep.repeat(1 if len(keep) > instances else 4, 1))
+    return pruner
+
+
+def _head(site: Site, pruner: InstanceWisePruner) -> Head:
+    channels = {other.name: other.channels for other in pruner.sites}
+    inputs = 2 * sum(channels[source] for source in site.making.sources)
+    return Head(site.making.sources, torch.randn(site.channels, inputs) / inputs, torch.ones(site.channels))
+
+
+def _is_depthwise(model: nn.Module, site: Site) -> bool:
+    layers = [model.get_submodule(name) for name in site.making.layers]
+    return len(layers) == 1 and getattr(layers[0], "groups", 1) == site.channels

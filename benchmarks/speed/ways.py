@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from benchmarks.speed import handover
 from benchmarks.speed.apart import Apart, Task
-from benchmarks.speed.networks import gate_at, gate_by, network, noise
+from benchmarks.speed.networks import force, gate_at, gate_by, network, noise
 from benchmarks.speed.runtimes import frozen
 from benchmarks.speed.steady import Probe, taken_rounds
 from isw_plugin import InstanceWisePruner, count_macs
@@ -27,12 +27,13 @@ from isw_plugin.accelerate.simplify import constants_of, simplify
 from isw_plugin.accelerate.trace import trace
 from isw_plugin.gates import Gate
 
-__all__ = ["TRAINED", "Row", "measure"]
+__all__ = ["FORCED", "TRAINED", "Row", "measure"]
 
 _SECONDS = 0.04  # a timing repeats a short run for about this long
 _TOLERANCE = 1e-3  # of the largest output
 _PATIENCE = 20.0  # seconds to wait for other guests of the machine
 TRAINED = "trained"  # instead of a keep ratio: the masks of a trained network
+FORCED = ("forced inputs", "forced outputs")  # and a keep ratio: masks of each image; the latter are known before
 Run = Callable[[], object]
 
 
@@ -109,7 +110,7 @@ def measure(
 
     Args:
         name: See ``networks.network``.
-        masks: Keep ratios, and TRAINED for the decisions stored with the network.
+        masks: Keep ratios; TRAINED for the decisions stored with the network; one of FORCED and a keep ratio.
         rounds: Timed while the machine was steady, after one that warms up; a turn's first call is not counted.
         compiles: Whether torch.compile with freezing is among the dense ways.
         others: Of runtimes.RUNTIMES: also among them, each in a process of its own.
@@ -173,6 +174,9 @@ def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> 
     pruner = InstanceWisePruner(model, images[:1])
     if masks == TRAINED:
         gate_by(pruner, name, len(images))
+    elif str(masks).startswith(FORCED):
+        way, ratio = str(masks).rsplit(" ", 1)
+        force(pruner, float(ratio), len(images), way == FORCED[1])
     else:
         pruner = gate_at(pruner, images, float(masks))
         pruner.step()
@@ -228,13 +232,13 @@ class _CompactLayers(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         layer = Layer.of(n, self.constants) if n.target is conv else None
         if layer is not None:
-            (x, *_, keep, _) = self.fetch_args_kwargs_from_env(n)[0][:6]
-            self.compact.append(_compact(layer, x, keep))
+            args = self.fetch_args_kwargs_from_env(n)[0]
+            self.compact.append(_compact(layer, args[0], args[4], *args[11:]))
         return super().run_node(n)
 
 
-def _compact(layer: Layer, x: Tensor, keep: Tensor | None) -> tuple[DenseConv, Tensor]:
-    count = x.shape[1] if keep is None else max(1, round(keep.float().sum(1).mean().item()))
+def _compact(layer: Layer, x: Tensor, keep: Tensor | None, out_keep: Tensor | None = None) -> tuple[DenseConv, Tensor]:
+    count = x.shape[1] if keep is None else _mean_kept(keep)
     if layer.is_grouped:
         count = layer.groups * max(1, round(count / layer.groups))
     x = x[:, :count].contiguous(memory_format=torch.channels_last)
@@ -243,8 +247,14 @@ def _compact(layer: Layer, x: Tensor, keep: Tensor | None) -> tuple[DenseConv, T
             layer, weight=layer.weight[:count].contiguous(), bias=layer.bias[:count].contiguous(), groups=count
         )
     else:
-        layer = dataclasses.replace(layer, weight=layer.weight[:, : count // layer.groups].contiguous())
+        outputs = len(layer.weight) if out_keep is None or layer.is_grouped else _mean_kept(out_keep)
+        weight = layer.weight[:outputs, : count // layer.groups].contiguous()
+        layer = dataclasses.replace(layer, weight=weight, bias=layer.bias[:outputs].contiguous())
     return DenseConv(layer, x.shape), x
+
+
+def _mean_kept(keep: Tensor) -> int:
+    return max(1, round(keep.float().sum(1).mean().item()))
 
 
 @dataclasses.dataclass(frozen=True)

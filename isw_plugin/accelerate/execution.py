@@ -39,7 +39,8 @@ def can_skip(layer: Layer) -> bool:
 class GatedConv(nn.Module):
     """Skips dropped channels.
 
-    Gates come as the operators take them: statistics and thresholds, a keep mask and two zeros, or None.
+    Gates come as the operators take them: statistics and thresholds, a keep mask and two zeros, or None. Outputs that
+    ``out_keep`` drops are not computed.
     """
 
     weight: Tensor
@@ -75,19 +76,20 @@ class GatedConv(nn.Module):
         residual_gate: Tensor | None,
         residual_alpha: float,
         residual_beta: float,
+        out_keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out), those from before a pool."""
         held = (self.weight, self.bias)
         settings = (self.stride, self.padding, self.act, gate, alpha, beta)
         if self.pooled:
-            outputs = torch.ops.isw.pooled_conv2d.default(x, *held, *settings)
+            outputs = torch.ops.isw.pooled_conv2d.default(x, *held, *settings, out_keep)
         elif self.depthwise:
-            outputs = torch.ops.isw.depthwise_conv2d.default(x, *held, *settings)
+            outputs = torch.ops.isw.depthwise_conv2d.default(x, *held, *settings, out_keep)
         elif self.groups > 1:
-            outputs = torch.ops.isw.grouped_conv2d.default(x, *held, self.groups, *settings)
+            outputs = torch.ops.isw.grouped_conv2d.default(x, *held, self.groups, *settings, out_keep)
         else:
             others = (residual, residual_gate, residual_alpha, residual_beta)
-            outputs = torch.ops.isw.conv2d.default(x, *held, *settings, *others)
+            outputs = torch.ops.isw.conv2d.default(x, *held, *settings, *others, out_keep)
         y, squares = outputs
         return y, squares
 
@@ -114,8 +116,21 @@ class DenseConv(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
         self.reordered = None if self.linear else _reordered(self.layer, self.shape)
 
-    def forward(self, x: Tensor, keep: Tensor | None, residual: Tensor | None, residual_keep: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        keep: Tensor | None,
+        residual: Tensor | None,
+        residual_keep: Tensor | None,
+        out_keep: Tensor | None = None,
+    ) -> Tensor:
         """y (N, C_out, OH, OW)."""
+        y = self._computed(x, keep, residual, residual_keep)
+        return y if out_keep is None else mask(y, out_keep, 1)
+
+    def _computed(
+        self, x: Tensor, keep: Tensor | None, residual: Tensor | None, residual_keep: Tensor | None
+    ) -> Tensor:
         x = x if keep is None else mask(x, keep, 1)
         if residual is not None and residual_keep is not None:
             residual = mask(residual, residual_keep, 1)

@@ -28,7 +28,7 @@ class Cost:
 
     Attributes:
         layer: Its name in the model.
-        keep_ratio: Share of its input's channels that were kept; 1 where nothing gates it.
+        keep_ratio: Share of its MACs that are left: by inputs that were kept, and by outputs where it knew which.
         dense: All channels; dropped ones are set to zero first.
         gated, gated_all: The engine's kernel as its gate decides, and with every channel kept; None: it has none.
     """
@@ -90,10 +90,17 @@ class _KeepRatios(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is conv:
-            keep = self.fetch_args_kwargs_from_env(n)[0][4]
+            args = self.fetch_args_kwargs_from_env(n)[0]
             self.layers[n.name] = n.meta["layer"]
-            self.kept[n.name] = keep.float().mean().item() if keep is not None and keep.numel() else 1.0
+            self.kept[n.name] = _share_left(args[1], args[4], *args[11:])
         return super().run_node(n)
+
+
+def _share_left(weight: Tensor, keep: Tensor | None, out_keep: Tensor | None = None) -> float:
+    masks = [each for each in (keep, out_keep) if each is not None and each.numel()]
+    if len(masks) == 2 and weight.shape[1] == 1 < masks[0].shape[1] == masks[1].shape[1]:  # depthwise
+        masks = [masks[0] & masks[1]]
+    return torch.stack([each.float().mean(1) for each in masks]).prod(0).mean().item() if masks else 1.0
 
 
 def seconds_in_place(graphs: Sequence[fx.GraphModule], inputs: Sequence[Tensor]) -> list[dict[str, float]]:

@@ -33,14 +33,18 @@ def conv(
     dilation: Sequence[int],
     groups: int,
     act: str,
+    out_keep: Tensor | None = None,
 ) -> Tensor:
-    """Convolution of a map's kept channels (N, C_in, H, W), plus the kept channels of a residual, activated."""
+    """Convolution of a map's kept channels (N, C_in, H, W), plus the kept channels of a residual, activated.
+
+    Outputs that ``out_keep`` (N, C_out) drops are zero.
+    """
     x = x if keep is None else mask(x, keep, 1)
     y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
     if residual is not None:
         y = y + (residual if residual_keep is None else mask(residual, residual_keep, 1))
     activated: Tensor = ACTS[act](y)
-    return activated
+    return activated if out_keep is None else mask(activated, out_keep, 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -64,7 +68,7 @@ class Layer:
     @classmethod
     def of(cls, node: fx.Node, constants: dict[fx.Node, Tensor]) -> "Layer | None":
         """The layer of a node; None where its weight is computed from its inputs."""
-        _, weight, bias, _, _, _, stride, padding, dilation, groups, act = node.args
+        _, weight, bias, _, _, _, stride, padding, dilation, groups, act = node.args[:11]
         if weight not in constants or (bias is not None and bias not in constants):
             return None
         held = constants[weight]  # type: ignore[index]  # a node

@@ -85,6 +85,7 @@ class _Lowering:
         self.replace_layers()
         decisions = self.replace_outputs(outputs, sites)
         self.replace_decisions()
+        self.replace_norms()
         self.replace_masks()
         self.replace_pools()
         return self.finish(), decisions
@@ -135,13 +136,14 @@ class _Lowering:
     def _call_conv(self, node: Any, name: str, module: nn.Module) -> fx.Node:
         x, _, _, residual, keep, residual_keep = node.args[:6]
         with self.graph.inserting_before(node):
+            out_keep = node.args[11] if len(node.args) > 11 else None
             if isinstance(module, GatedConv):
-                args = (x, *self._gate(keep), residual, *self._gate(residual_keep))
+                args = (x, *self._gate(keep), residual, *self._gate(residual_keep), out_keep)
                 call = self.graph.call_module(name, args)
                 y = self.graph.call_function(operator.getitem, (call, 0))
                 self.squares[y] = self.graph.call_function(operator.getitem, (call, 1))
                 return y
-            return self.graph.call_module(name, (x, keep, residual, residual_keep))
+            return self.graph.call_module(name, (x, keep, residual, residual_keep, out_keep))
 
     def replace_pools(self) -> None:
         """Max-pooling into the layer before it, or by the engine's, which is the faster one on maps in NCHW order."""
@@ -179,24 +181,39 @@ class _Lowering:
         """A decision as the engine's operators take it."""
         if keep is None or not _from_squares(keep):
             return keep, 0.0, 0.0
-        _, alpha, beta = keep.args
-        return self._squares_of(keep), alpha, beta
+        norms, alpha, beta = keep.args
+        return self._squares_of(norms), alpha, beta
 
-    def _squares_of(self, decision: Any) -> fx.Node:
-        x = decision.args[0].args[0]
+    def _squares_of(self, norms: Any) -> fx.Node:
+        x = norms.args[0]
         if x not in self.squares:
-            with self.graph.inserting_before(decision):
+            with self.graph.inserting_after(x):
                 self.squares[x] = self.graph.call_function(_isw.sum_squares.default, (x,))
         return self.squares[x]
 
     def replace_decisions(self) -> None:
-        """What still reads a keep mask gets it from the statistics."""
+        """What still reads a keep mask gets it from the statistics, or from those that predicted norms stand for."""
         for node in self._calls(_isw.decide.default):
-            if _from_squares(node) and node.users:
-                squares, alpha, beta = self._gate(node)
+            norms, alpha, beta = node.args
+            if not node.users or getattr(norms.meta.get("val"), "dtype", None) != torch.float32:
+                continue
+            with self.graph.inserting_before(node):
+                if _from_squares(node):
+                    squares = self._squares_of(norms)
+                else:
+                    square = self.graph.call_function(_aten.mul.Tensor, (norms, norms))
+                    squares = self.graph.call_function(_aten.unsqueeze.default, (square, 1))
+                keep = self.graph.call_function(_isw.keep_mask.default, (squares, alpha, beta))
+            node.replace_all_uses_with(keep)
+
+    def replace_norms(self) -> None:
+        """Those that are read otherwise, as by what predicts others."""
+        for node in self._calls(_isw.channel_norm.default):
+            if node.args[1] == 1 and _is_map(node.args[0]) and node.users:
                 with self.graph.inserting_before(node):
-                    keep = self.graph.call_function(_isw.keep_mask.default, (squares, alpha, beta))
-                node.replace_all_uses_with(keep)
+                    total = self.graph.call_function(_aten.sum.dim_IntList, (self._squares_of(node), [1]))
+                    norms = self.graph.call_function(_aten.sqrt.default, (total,))
+                node.replace_all_uses_with(norms)
 
     def replace_masks(self) -> None:
         """Masks by the operations that they are, which pickle and compile like any other."""
@@ -217,7 +234,7 @@ class _Lowering:
         """Gates that decide and drop nothing, at the same cost."""
         for node in self._calls(_isw.decide.default):
             node.args = (*node.args[:2], 0.0)
-        readers = [(node, node.args[4:6]) for node in self._calls(conv)]
+        readers = [(node, node.args[4:6] + node.args[11:]) for node in self._calls(conv)]
         readers += [(node, node.args[1:2]) for node in self._calls(mask)]
         for node, keeps in readers:
             for keep in {keep for keep in keeps if keep is not None and keep.target is not _isw.decide.default}:
@@ -226,7 +243,7 @@ class _Lowering:
 
     def open_gates(self) -> None:
         for node in self._calls(conv):
-            node.args = (*node.args[:4], None, None, *node.args[6:])
+            node.args = (*node.args[:4], None, None, *node.args[6:11])
         for node in self._calls(mask):
             node.replace_all_uses_with(node.args[0])
 
@@ -248,7 +265,7 @@ class _Lowering:
         keeps, norms = given[outputs : outputs + len(sites)], given[outputs + len(sites) :]
         for site, keep, norm in zip(sites, keeps, norms, strict=True):
             if _from_squares(keep):
-                kept.append(self._squares_of(keep))
+                kept.append(self._squares_of(keep.args[0]))
                 decisions.append(Decision(site, (float(keep.args[1]), float(keep.args[2]))))
             else:
                 kept += [keep, norm]

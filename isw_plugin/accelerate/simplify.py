@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from isw_plugin.accelerate.layers import conv, linear, mask
+from isw_plugin.accelerate.outputs import skip_outputs
 from isw_plugin.accelerate.padding import own_padding
 
 __all__ = ["constants_of", "simplify"]
@@ -57,7 +58,7 @@ def simplify(graph_module: fx.GraphModule) -> fx.GraphModule:
     _fold_batch_norms(graph_module)
     _fold_scales(graph_module)
     _fold_paddings(graph_module)
-    for step in (_name_layers, _name_masks, _fuse_residuals, _fuse_activations, _drop_open_gates, _link):
+    for step in (_name_layers, _name_masks, _fuse_residuals, _fuse_activations, _drop_open_gates, _link, _skip):
         step(graph)
     for node in _calls(graph, _aten.view.default):
         node.target = _aten.reshape.default  # maps may come in another memory order than the traced ones
@@ -324,6 +325,17 @@ def _link(graph: fx.Graph) -> None:
             elif user.target in _THROUGH and _keeps_channels(user, masked):
                 pending.append(_mask_behind(user, masked))
     graph.eliminate_dead_code()
+
+
+def _skip(graph: fx.Graph) -> None:
+    skip_outputs(graph, lambda user: user.target in _THROUGH and _is_of_channels(user))
+
+
+def _is_of_channels(user: Any) -> bool:
+    """Whether an operation through which masks go has a map's channels, each by itself."""
+    if user.target is _aten.mean.dim:
+        return sorted(dim % 4 for dim in user.args[1]) == [2, 3] and len(_size(user.args[0]) or ()) == 4
+    return len(_size(user) or ()) == 4 and (user.target is not _aten.mul.Tensor or _size(user) == _size(user.args[0]))
 
 
 def _gate_layer(layer: Any, masked: Any) -> None:

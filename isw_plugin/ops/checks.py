@@ -37,13 +37,14 @@ def check_conv2d(
     groups: int = 1,
     residual: Tensor | None = None,
     residual_gating: Gating = None,
+    out_keep: Tensor | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> None:
     """A convolution of any kind but depthwise."""
     check_map(x, dtypes)
     _check_packed(weight, bias, x.shape[1], x, groups)
     _check_window(x, weight.shape[2:4], stride, padding)
-    _check_decided(x, x.shape[1], act, gating)
+    _check_decided(x, x.shape[1], bias.shape[0], act, gating, out_keep)
     if residual is not None:
         size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
         _check_tensor(residual, "residual", (x.shape[0], bias.shape[0], *size), x.device, (x.dtype,))
@@ -59,7 +60,7 @@ def check_pooled(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequ
         raise EngineInputError(f"x: the output of a map of {x.shape[2]}x{x.shape[3]} is too small to pool")
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor, act: str, gating: Gating) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor, act: str, gating: Gating, out_keep: Tensor | None) -> None:
     """A layer on the last axis."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise EngineInputError("x: expected a tensor (N, ..., C_in)")
@@ -67,18 +68,25 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor, act: str, gating: Gati
     _check_packed(weight, bias, x.shape[-1], x)
     if tuple(weight.shape[2:4]) != (1, 1):
         raise EngineInputError(f"weight: packed from a {tuple(weight.shape[2:4])} kernel, a linear layer has none")
-    _check_decided(x, x.shape[-1], act, gating)
+    _check_decided(x, x.shape[-1], bias.shape[0], act, gating, out_keep)
 
 
 def check_depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], act: str, gating: Gating
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str,
+    gating: Gating,
+    out_keep: Tensor | None,
 ) -> None:
     """A convolution of every channel by itself."""
     check_map(x)
     _check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
     _check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
     _check_window(x, weight.shape[2:4], stride, padding)
-    _check_decided(x, x.shape[1], act, gating)
+    _check_decided(x, x.shape[1], x.shape[1], act, gating, out_keep)
 
 
 def check_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
@@ -102,10 +110,11 @@ def check_map(x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     _check_tensor(x, "x", (None,) * 4, dtypes=dtypes)
 
 
-def _check_decided(x: Tensor, channels: int, act: str, gating: Gating) -> None:
+def _check_decided(x: Tensor, channels: int, outputs: int, act: str, gating: Gating, out_keep: Tensor | None) -> None:
     if not isinstance(act, str) or act not in ACTS:
         raise EngineInputError(f"act={act!r}: expected one of {', '.join(ACTS)}")
     _check_gating(gating, "gating", x.shape[0], channels, x.device)
+    _check_keep(out_keep, "out_keep", x.shape[0], outputs, x.device)
 
 
 def _check_tensor(
@@ -170,13 +179,22 @@ def _check_gating(gating: Gating, name: str, n: int, channels: int, device: torc
         if gating.squares.shape[1] == 0:
             raise EngineInputError(f"{name}.squares: no slot, shape {tuple(gating.squares.shape)}")
         return _check_thresholds(gating.alpha, gating.beta, name)
-    if not isinstance(gating, Tensor) or gating.dtype != torch.bool:
-        found = gating.dtype if isinstance(gating, Tensor) else type(gating).__name__
-        raise EngineInputError(f"{name}: expected Statistics or a bool keep mask, got {found}")
-    _check_dense(gating, name)
-    if gating.device != device:
-        raise EngineInputError(f"{name} is on {gating.device} but x is on {device}; move them together")
-    _check_shape(gating, name, (n, channels))
+    _check_keep(gating, name, n, channels, device, "Statistics or a bool keep mask")
+
+
+def _check_keep(
+    keep: object, name: str, n: int, channels: int, device: torch.device, expected: str = "a bool keep mask"
+) -> None:
+    """A keep mask for a map of n instances and so many channels, or None."""
+    if keep is None:
+        return
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        found = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise EngineInputError(f"{name}: expected {expected}, got {found}")
+    _check_dense(keep, name)
+    if keep.device != device:
+        raise EngineInputError(f"{name} is on {keep.device} but x is on {device}; move them together")
+    _check_shape(keep, name, (n, channels))
 
 
 def _check_thresholds(alpha: object, beta: object, name: str) -> None:

@@ -49,7 +49,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _library: Any = torch.library.Library("isw", "DEF")  # type: ignore[no-untyped-call]
 _TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
-_TYPES |= {"groups": "int", "act": "str", "residual": "Tensor?"}  # others are tensors
+_TYPES |= {"groups": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?"}  # others are tensors
 
 
 def _define(plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -61,7 +61,7 @@ def _define(plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
 
     def named(args: Sequence[Any]) -> dict[str, Any]:
         left = iter(args)
-        return {each: _gating(*islice(left, 3)) if _gates(each) else next(left) for each in signature.parameters}
+        return {each: _gating(*islice(left, 3)) if _gates(each) else next(left, None) for each in signature.parameters}
 
     def run(*args: Any) -> Any:
         if args[0].is_cpu and cpu.active() is None and cpu.load():  # now there is one
@@ -87,7 +87,8 @@ def _argument(parameter: str) -> str:
     prefix = parameter.removesuffix("gating")
     if _gates(parameter):
         return f"Tensor? {prefix}gate, float {prefix}alpha, float {prefix}beta"
-    return f"{_TYPES.get(parameter, 'Tensor')} {parameter}"
+    default = "=None" if parameter == "out_keep" else ""  # it came last
+    return f"{_TYPES.get(parameter, 'Tensor')} {parameter}{default}"
 
 
 def _gating(gate: Tensor | None, alpha: float, beta: float) -> Gating:
@@ -191,11 +192,11 @@ def _public(
     return public
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, act: str, gating: Gating) -> tuple[Tensor, Tensor]:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """A 1x1 convolution whose pixels are the axes between."""
     if 0 in x.shape[1:-1]:
-        return reference.linear(x, weight, bias, act=act, gating=gating)
-    y, squares = conv2d(as_pixels(x), weight, bias, act=act, gating=gating)
+        return reference.linear(x, weight, bias, **options)
+    y, squares = conv2d(as_pixels(x), weight, bias, **options)
     return y.squeeze(3).transpose(1, 2).reshape(*x.shape[:-1], bias.shape[0]), squares
 
 

@@ -3,6 +3,7 @@
 N instances, C channels, S slots: partial sums of squares over S groups of rows (a function of the map size only).
 A feature's `gating` says which of its channels are kept: `Statistics`, a keep mask (bool (N, C), True = kept),
 or None for all. A dropped channel counts as zero, whatever it holds.
+``out_keep`` says the same of outputs, before there are any: a dropped one is zero, and so are its sums of squares.
 
 Maps and weights are float32 or bfloat16, one type in a call. Sums, bias, residual and activation are computed in
 float32 and rounded once, to the type of x; a bias is float32 or of that type. Sums of squares are float32 and of the
@@ -139,6 +140,7 @@ def conv2d(
     gating: Gating = None,
     residual: Tensor | None = None,
     residual_gating: Gating = None,
+    out_keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolution of kept channels, then bias, residual and activation.
 
@@ -152,6 +154,7 @@ def conv2d(
         gating: Which input channels are kept.
         residual: Added before the activation, (N, C_out, OH, OW).
         residual_gating: Which of its channels are kept.
+        out_keep: Which outputs are kept, bool (N, C_out); None: all.
 
     Returns:
         y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
@@ -160,7 +163,7 @@ def conv2d(
     y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding)
     if residual is not None:
         y = y + _drop(residual, residual_gating)
-    y = ACTS[act](y).to(x.dtype)
+    y = _drop(ACTS[act](y).to(x.dtype), out_keep)
     return y, _sum_rows(y)
 
 
@@ -174,6 +177,7 @@ def grouped_conv2d(
     padding: int | tuple[int, int] = 0,
     act: str = "none",
     gating: Gating = None,
+    out_keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """conv2d without a residual, of channels in groups that do not see each other.
 
@@ -181,14 +185,14 @@ def grouped_conv2d(
         x: Input, float32 (N, C_in, H, W).
         weight: From pack_weight(weight, groups).
         groups: Divides C_in and C_out.
-        stride, padding, act, gating, bias: As in conv2d.
+        stride, padding, act, gating, out_keep, bias: As in conv2d.
 
     Returns:
         y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
     """
     wide = unpack_weight(weight, bias.shape[0], groups).float()
     y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding, groups=groups)
-    y = ACTS[act](y).to(x.dtype)
+    y = _drop(ACTS[act](y).to(x.dtype), out_keep)
     return y, _sum_rows(y)
 
 
@@ -201,18 +205,25 @@ def pooled_conv2d(
     padding: int | tuple[int, int] = 0,
     act: str = "none",
     gating: Gating = None,
+    out_keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """conv2d without a residual, then 2x2 max-pooling: the map between the two is never written.
 
     Returns:
         The pooled y (N, C_out, OH // 2, OW // 2) and the partial sums of squares (N, S, C_out) of the map between.
     """
-    y, _ = conv2d(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating)
+    y, _ = conv2d(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating, out_keep=out_keep)
     return max_pool2d(y, 2), _sum_rows(y, 2)
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, *, act: str = "none", gating: Gating = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    act: str = "none",
+    gating: Gating = None,
+    out_keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Linear layer on kept features.
 
@@ -222,6 +233,7 @@ def linear(
         bias: (C_out,).
         act: One of ACTS.
         gating: Which input features are kept.
+        out_keep: Which outputs are kept, bool (N, C_out); None: all.
 
     Returns:
         y (N, ..., C_out) and its partial sums of squares (N, S, C_out).
@@ -229,6 +241,7 @@ def linear(
     kept = _drop(x.movedim(-1, 1), gating).movedim(1, -1)
     wide = unpack_weight(weight, bias.shape[0])[:, :, 0, 0].float()
     y = ACTS[act](F.linear(kept.float(), wide, bias.float())).to(x.dtype)
+    y = _drop(y.movedim(-1, 1), out_keep).movedim(1, -1)
     return y, _sum_rows(as_pixels(y))
 
 
@@ -241,6 +254,7 @@ def depthwise_conv2d(
     padding: int | tuple[int, int] = 0,
     act: str = "none",
     gating: Gating = None,
+    out_keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise convolution; a dropped channel comes out as act(bias) everywhere.
 
@@ -252,12 +266,14 @@ def depthwise_conv2d(
         padding: One number or (vertical, horizontal).
         act: One of ACTS.
         gating: Which channels are kept.
+        out_keep: Which outputs are kept, bool (N, C); None: all.
 
     Returns:
         y (N, C, OH, OW) and its sums of squares (N, 1, C).
     """
     kept = _drop(x, gating).float()
     y = ACTS[act](F.conv2d(kept, weight.float(), bias.float(), stride, padding, groups=x.shape[1])).to(x.dtype)
+    y = _drop(y, out_keep)
     return y, sum_squares(y)
 
 

@@ -27,7 +27,7 @@ struct Case {
   isw::ConvArgs<T> args{};
   Array<T> x, weight, residual, y;
   Array<float> bias, squares, gate_squares;
-  Array<uint8_t> keep;
+  Array<uint8_t> keep, out_keep;
 };
 
 void take(float number, float& out) { out = number; }
@@ -89,6 +89,11 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
   a.squares = (c.squares = Array<float>(new float[a.n * a.slots * a.c_out])).get();
   c.keep = Array<uint8_t>(new uint8_t[a.n * (a.c_in + a.c_out)]);
   for (int64_t i = 0; i < a.n * (a.c_in + a.c_out); ++i) c.keep[i] = random() % 2 ? random() % 256 : 0;
+  if (random() % 2) {
+    a.out_keep = (c.out_keep = Array<uint8_t>(new uint8_t[a.n * a.c_out])).get();
+    const bool none = random() % 8 == 0;
+    for (int64_t i = 0; i < a.n * a.c_out; ++i) c.out_keep[i] = !none && random() % 2 ? 1 + random() % 255 : 0;
+  }
   c.gate_squares = numbers(a.n * 3 * a.c_in, random);
   for (int64_t i = 0; i < a.n * 3 * a.c_in; ++i) c.gate_squares[i] *= c.gate_squares[i];
   if (random() % 3 == 0) a.gate = {c.gate_squares.get(), 3, 0.0f, 1.0f, nullptr};

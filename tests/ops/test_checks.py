@@ -68,6 +68,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         r"residual_gating: expected shape",
     ),
     "no residual": (lambda: conv(residual_gating=keep(2, 5)), "there is no residual"),
+    "out_keep channels": (lambda: conv(out_keep=keep(2, 3)), r"out_keep: expected shape \(2, 5\), got \(2, 3\)"),
+    "out_keep batch": (lambda: depthwise(out_keep=keep(1, 3)), r"out_keep: expected shape \(2, 3\)"),
+    "out_keep dtype": (lambda: grouped(out_keep=torch.ones(2, 6)), "out_keep: expected a bool keep mask"),
+    "out_keep statistics": (lambda: conv(out_keep=squares(2, 1, 5)), "out_keep: expected a bool keep mask"),
     "act": (lambda: conv(act="tanh"), "act='tanh': expected one of none, relu, relu6"),
     "stride": (lambda: conv(stride=0), "must be positive"),
     "three strides": (lambda: conv(stride=(1, 1, 1)), "expected a number or two"),
@@ -145,6 +149,9 @@ RAW: dict[str, Callable[[], Any]] = {  # torch.ops.isw itself, past the checks i
     "packed": lambda: raw(weight=torch.zeros(1, 3, 3, 3, 16)),
     "channels": lambda: raw(x=torch.zeros(2, 4, 6, 6)),
     "keep": lambda: raw(gate=keep(2, 4)),
+    "out_keep": lambda: raw(out_keep=keep(2, 3)),
+    "one out_keep": lambda: raw(out_keep=keep(5)),
+    "out_keep of numbers": lambda: raw(out_keep=torch.ones(2, 5)),
     "one keep": lambda: raw(gate=keep(6)),
     "statistics": lambda: raw(gate=torch.zeros(2, 0, 3)),
     "flat statistics": lambda: raw(gate=torch.zeros(6)),
@@ -188,6 +195,7 @@ def raw(**changed: Any) -> Any:
         "residual_gate": None,
         "residual_alpha": 0.0,
         "residual_beta": 0.0,
+        "out_keep": None,
     }
     return torch.ops.isw.conv2d(*(arguments | changed).values())
 

@@ -67,6 +67,12 @@ class Draw(random.Random):
             kind != "nothing"
         )
 
+    def out_keep(self, n: int, channels: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which outputs are kept, in bytes that need not be 1, and in plain ones."""
+        keep = self.tensor(n, channels, dtype=FLOAT32) > self.choice([-9.0, -1.0, 0.0, 1.0, 9.0])
+        given = torch.randint(1, 256, keep.shape, generator=self.torch, dtype=torch.uint8) * keep
+        return self.choice([(None, None), (keep, keep), (given.view(torch.bool), keep)])
+
     def window(self) -> tuple[tuple[int, int], ...]:
         """Map, kernel, stride and padding, which may be more than the kernel."""
         size = self.choice([(self.randint(1, 24), self.randint(1, 72)), (n := self.choice([1, 2, 4, 7, 8, 14, 16]), n)])
@@ -133,9 +139,10 @@ def convolution(draw: Draw, name: str) -> None:
         options["residual"], options["residual_gating"] = hide(draw, residual, residual_keep), given
         others = {"residual_gating": residual_keep}
     more = (groups,) if name == "grouped_conv2d" else ()
+    options["out_keep"], others["out_keep"] = draw.out_keep(n, groups * outputs)
     args = hide(draw, x, keep), pack_weight(weight, groups), bias, *more
     wanted = getattr(reference, name)(*args, **options | others, gating=keep)
-    bound = bound_of(x, weight, bias, *[residual] if others else [])
+    bound = bound_of(x, weight, bias, *[residual] if "residual" in options else [])
     check(getattr(ops, name)(*args, **options, gating=gating), wanted, bound)
 
 
@@ -151,7 +158,8 @@ def depthwise(draw: Draw) -> None:
     gating, keep = draw.gating(x)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "act": draw.choice(list(reference.ACTS))}
     args = hide(draw, x, keep), weight, bias
-    wanted = reference.depthwise_conv2d(*args, **options, gating=keep)
+    options["out_keep"], out_keep = draw.out_keep(x.shape[0], x.shape[1])
+    wanted = reference.depthwise_conv2d(*args, **options | {"out_keep": out_keep}, gating=keep)
     check(ops.depthwise_conv2d(*args, **options, gating=gating), wanted, bound_of(x, weight, bias))
 
 
@@ -161,9 +169,10 @@ def linear(draw: Draw) -> None:
     weight, bias = draw.tensor(draw.choice([1, 5, 32, 70]), x.shape[-1]), draw.tensor(1, dtype=FLOAT32)
     gating, keep = draw.gating(x, -1)
     args = hide(draw, x, keep, -1), pack_weight(weight), bias.expand(len(weight))
-    act = draw.choice(list(reference.ACTS))
-    wanted = reference.linear(*args, act=act, gating=keep)
-    check(ops.linear(*args, act=act, gating=gating), wanted, bound_of(x, weight, bias))
+    given, out_keep = draw.out_keep(x.shape[0], len(weight))
+    options: Any = {"act": draw.choice(list(reference.ACTS)), "out_keep": given}
+    wanted = reference.linear(*args, **options | {"out_keep": out_keep}, gating=keep)
+    check(ops.linear(*args, **options, gating=gating), wanted, bound_of(x, weight, bias))
 
 
 def pooling(draw: Draw) -> None:
@@ -215,10 +224,10 @@ def hostile(draw: Draw) -> None:
     gate = [draw.choice(tensors), 0.0, draw.choice([1.0, float("nan")])] if draw.random() < 0.5 else [None, 0.0, 1.0]
     packed = pack_weight(draw.tensor(5, 3, 3, 3))
     calls: dict[str, list[Any]] = {
-        "conv2d": [x, packed, bias, *window, *gate, None, None, 0.0, 0.0],
+        "conv2d": [x, packed, bias, *window, *gate, None, None, 0.0, 0.0, None],
         "grouped_conv2d": [x, pack_weight(draw.tensor(6, 1, 3, 3), 3), torch.zeros(6), 3, *window, *gate],
-        "pooled_conv2d": [x, packed, bias, *window, *gate],
-        "depthwise_conv2d": [x, draw.tensor(3, 1, 3, 3), torch.zeros(3), *window, *gate],
+        "pooled_conv2d": [x, packed, bias, *window, *gate, None],
+        "depthwise_conv2d": [x, draw.tensor(3, 1, 3, 3), torch.zeros(3), *window, *gate, None],
         "max_pool2d": [x, [2, 2], [2, 2], [0, 0]],
         "sum_squares": [x],
         "keep_mask": [torch.ones(2, 1, 3), 0.0, 1.0],

@@ -36,6 +36,7 @@ struct ConvShape {
   Window window;
   Act act;
   Gate gate, residual_gate;
+  const uint8_t* out_keep;  // [N][C_out], outputs that are made, others are zero; null: all
 };
 
 // T: how maps and weights are kept, float or BFloat16.

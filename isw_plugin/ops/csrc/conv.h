@@ -1,12 +1,15 @@
 // Direct convolution over kept channels: pack, then one parallel loop over (output block, instances, rows).
 //
 // Input channels are taken a step at a time so that a step's weights stay in the L1 cache while every tile of the
-// task passes over them; the sums wait in L2 meanwhile. Instances of small maps share a step's weights.
+// task passes over them; the sums wait in L2 meanwhile. Instances of small maps share a step's weights. Where an instance
+// keeps some outputs, a step's weights of these are gathered first, but for maps so small that this would cost more
+// than it saves: their dropped outputs are computed and made zero.
 #pragma once
 #include "api.h"
 #include "decide.h"
 #include "element.h"
 #include "epilogue.h"
+#include "gather.h"
 #include "pack.h"
 #include "tile.h"
 #include "vec.h"
@@ -20,6 +23,7 @@ constexpr int64_t task_pixels = 1024;  // partial sums of a task: 128 KB
 constexpr int64_t row_pixels = 64;  // the same when one step holds all weights
 constexpr int64_t packed_bytes = 8 << 20;  // planes packed between two barriers
 constexpr int64_t small_map = 64;
+constexpr int64_t gather_pixels = 32;  // of a map, at least
 constexpr int64_t most_instances = 32;
 
 template <typename T>
@@ -30,6 +34,7 @@ class DirectConv {
         runner_(runner),
         packing_(args.window),
         taps_(args.window.kh * args.window.kw),
+        gathers_(args.out_keep && pixels() >= gather_pixels),
         inputs_(args.c_in / args.groups),
         outputs_(args.c_out / args.groups),
         blocks_(ceil_div(outputs_, block)),
@@ -40,12 +45,15 @@ class DirectConv {
         offsets_(taps_),
         kept_(args.gate, args.n, args.c_in, runner),
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
+        out_(args.out_keep, args.n, args.c_out, larger(args.c_in, args.c_out), runner),
+        gathered_(gathers_ ? runner.workers * gathered_size() : 0),
         packed_(part_ * args.c_in * packing_.plane),
         sums_(runner.workers * sums_size()),
         squares_(runner.workers * squares_size()),
         cursors_(runner.workers * batch_) {
     for (int64_t tap = 0; tap < taps_; ++tap)
       offsets_.get()[tap] = packing_.tap(tap / args.window.kw, tap % args.window.kw);
+    std::fill(gathered_.get(), gathered_.get() + (gathers_ ? runner.workers * gathered_size() : 0), T{});
   }
 
   void run() {
@@ -62,7 +70,9 @@ class DirectConv {
     int64_t first, count;  // instances
     int64_t part_first;  // first of the instances that are packed
     int64_t input;  // first input channel that the outputs read
-    int64_t lane, channel, channels, width;  // where in the block, output channels and the lanes that hold them
+    const int32_t* outputs;
+    int64_t channels, width;  // how many, and the lanes that hold them
+    bool gathers;  // or their weights lie side by side
     float bias[2 * lanes];
   };
   struct Pass {
@@ -83,7 +93,7 @@ class DirectConv {
   }
 
   int64_t instances_per_task() const {
-    if (pixels() > small_map) return 1;
+    if (pixels() > small_map || gathers_) return 1;
     const int64_t spread = larger(1, part_ * all_blocks() / (2 * runner_.workers));
     return smaller(smaller(spread, most_instances), task_pixels / pixels());
   }
@@ -94,6 +104,8 @@ class DirectConv {
   }
   int64_t sums_size() const { return batch_ * rows_ * a_.window.ow * block; }
   int64_t squares_size() const { return batch_ * 2 * lanes * lanes; }
+  // A step's weights, a row that may be read behind it, and what gathering writes behind a row.
+  int64_t gathered_size() const { return ((smaller(step_, inputs_) + 1) * taps_ + 1) * block; }
 
   void pack(int64_t first, int64_t count) {
     constexpr int64_t planes = 4;
@@ -132,16 +144,33 @@ class DirectConv {
   // A block is `block` output channels wide, registers hold one or two vectors of them.
   void compute_block(Task& task) {
     const int64_t group = task.block_index / blocks_, first = task.block_index % blocks_ * block;
-    const int64_t count = smaller(block, outputs_ - first);
+    const int32_t* all = gathers_ ? out_.channels(task.first) : out_.in_order();
+    const int64_t count = gathers_ ? out_.count(task.first) : a_.c_out;
+    const int32_t* outputs = std::lower_bound(all, all + count, group * outputs_) + first;
+    const int32_t* last = std::lower_bound(all, all + count, (group + 1) * outputs_);
     task.input = group * inputs_;
-    for (task.lane = 0; task.lane < count; task.lane += task.width) {
-      task.channel = group * outputs_ + first + task.lane;
-      task.width = count - task.lane > lanes ? 2 * lanes : lanes;
-      task.channels = smaller(task.width, count - task.lane);
-      std::fill(task.bias, task.bias + 2 * lanes, 0.0f);
-      std::copy(a_.bias + task.channel, a_.bias + task.channel + task.channels, task.bias);
+    for (last = std::min(last, outputs + block); outputs < last; outputs += task.width) {
+      task.outputs = outputs;
+      task.width = last - outputs > lanes ? 2 * lanes : lanes;
+      task.channels = smaller(task.width, last - outputs);
+      task.gathers = !lie_together(outputs, task.channels, task.width, group * outputs_);
+      for (int64_t c = 0; c < 2 * lanes; ++c) task.bias[c] = c < task.channels ? a_.bias[outputs[c]] : 0.0f;
       compute_task(task);
     }
+    for (int64_t i = 0; i < task.count; ++i)
+      out_.for_dropped(task.first + i, group * outputs_ + first, group * outputs_ + smaller(outputs_, first + block),
+                       [&](int64_t channel) { make_zero(task, task.first + i, channel); });
+  }
+  static bool lie_together(const int32_t* outputs, int64_t count, int64_t width, int64_t group_first) {
+    return outputs[count - 1] - outputs[0] == count - 1 && (outputs[0] - group_first) % block + width <= block;
+  }
+
+  void make_zero(const Task& task, int64_t n, int64_t channel) const {
+    const int64_t first = slot_row(task.slot);
+    const Pass part = pass_of(first, slot_row(task.slot + 1) - first);
+    T* y = a_.y + (n * a_.c_out + channel) * plane() + part.first;
+    std::fill(y, y + part.stored, T{});
+    a_.squares[(n * a_.slots + task.slot) * a_.c_out + channel] = 0;
   }
 
   void compute_task(const Task& task) {
@@ -155,15 +184,13 @@ class DirectConv {
   }
   void finish_squares(const Task& task, int64_t i, int64_t c) const {
     const float* squares = squares_of(task, i) + c * lanes;
-    const int64_t channels = smaller(lanes, task.channels - c);
-    if (a_.pooled) return store_first(slot_of(task, i) + c, load(squares), channels);
-    reduce_squares(squares, channels, slot_of(task, i) + c);
+    float sums[lanes];
+    if (!a_.pooled) reduce_squares(squares, lanes, sums), squares = sums;
+    float* slot = a_.squares + ((task.first + i) * a_.slots + task.slot) * a_.c_out;
+    for (int64_t k = 0; k < smaller(lanes, task.channels - c); ++k) slot[task.outputs[c + k]] = squares[k];
   }
   float* squares_of(const Task& task, int64_t i) const {
     return squares_.get() + task.worker * squares_size() + i * 2 * lanes * lanes;
-  }
-  float* slot_of(const Task& task, int64_t i) const {
-    return a_.squares + ((task.first + i) * a_.slots + task.slot) * a_.c_out + task.channel;
   }
   float* sums_of(const Task& task, const Pass& pass, int64_t i) const {
     return sums_.get() + task.worker * sums_size() + i * pass.pixels * task.width;
@@ -177,10 +204,26 @@ class DirectConv {
       for (int64_t i = 0; i < task.count; ++i) {
         const int64_t begin = cursors[i];
         cursors[i] = kept_before(task.first + i, begin, task.input + smaller(c + step_, inputs_));
+        if (task.gathers && begin < cursors[i] && (cold || inputs_ > step_)) gather(task, begin, cursors[i]);
         if (c == 0 || begin < cursors[i]) add_step(task, pass, i, begin, cursors[i], c == 0, cold && i == 0);
       }
     }
     for (int64_t i = 0; i < task.count; ++i) finish_pass(task, pass, i);
+  }
+
+  T* gathered(const Task& task) const { return gathered_.get() + task.worker * gathered_size(); }
+  // The weights of the task's outputs for these kept inputs; those of an input further down are on their way.
+  void gather(const Task& task, int64_t begin, int64_t end) const {
+    const int64_t group = task.block_index / blocks_, size = taps_ * block;
+    const Gather<T> gather(task.outputs, task.channels, group * outputs_, inputs_, taps_);
+    const int32_t* channels = kept_.channels(task.first);
+    const T* weights = a_.weight + (group * blocks_ * inputs_ - task.input) * size;
+    T* out = gathered(task);
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t ahead = (channels[k + 2] - channels[k]) * size;
+      const T* in = weights + channels[k] * size;
+      for (int64_t tap = 0; tap < taps_; ++tap, out += block) gather.copy(in + tap * block, ahead, out);
+    }
   }
 
   // Where in the list the channels from this one on begin.
@@ -198,9 +241,9 @@ class DirectConv {
   // Stores that miss the cache would stall the epilogue.
   void prefetch_output(const Task& task, const Pass& pass) const {
     if (pass.pixels < 8 || task.count > 1) return;
-    const T* y = a_.y + (task.first * a_.c_out + task.channel) * plane() + pass.first;
+    const T* y = a_.y + task.first * a_.c_out * plane() + pass.first;
     for (int64_t c = 0; c < task.channels; ++c)
-      for (int64_t p = 0; p < pass.stored; p += line_size<T>) __builtin_prefetch(y + c * plane() + p, 1, 3);
+      for (int64_t p = 0; p < pass.stored; p += line_size<T>) __builtin_prefetch(y + task.outputs[c] * plane() + p, 1, 3);
   }
 
   void add_step(const Task& task, const Pass& pass, int64_t i, int64_t begin, int64_t end, bool first, bool cold) {
@@ -210,12 +253,12 @@ class DirectConv {
     tile.plane = packing_.plane;
     tile.pitch = packing_.pitch;
     tile.weight_plane = taps_ * block;
-    tile.weights = a_.weight + (task.block_index * inputs_ - task.input) * tile.weight_plane + task.lane;
-    tile.channels = kept_.channels(n);
+    tile.weights = task.gathers ? gathered(task) - begin * tile.weight_plane : weights_of_block(task);
+    tile.channels = task.gathers ? out_.in_order() : kept_.channels(n);
     tile.begin = begin;
     tile.end = end;
     tile.taps = offsets_.get();
-    tile.prefetch_end = cold ? kept_.count(n) : 0;
+    tile.prefetch_end = cold && !task.gathers ? kept_.count(n) : 0;
     int64_t done = 0;
     for (int64_t row = 0; row < pass.rows;) {
       const int64_t y = pass.row + row;
@@ -240,16 +283,22 @@ class DirectConv {
     }
   }
 
+  const T* weights_of_block(const Task& task) const {
+    const int64_t group = task.block_index / blocks_, output = task.outputs[0] - group * outputs_;
+    const int64_t row = (group * blocks_ + output / block) * inputs_ - task.input;
+    return a_.weight + row * taps_ * block + output % block;
+  }
+
   void finish_pass(const Task& task, const Pass& pass, int64_t i) {
     const int64_t n = task.first + i;
     for (int64_t c = 0; c < task.channels; c += lanes) {
-      const int64_t channel = n * a_.c_out + task.channel + c;
       Output<T> out;
-      out.y = a_.y + channel * plane() + pass.first;
+      out.y = a_.y + n * a_.c_out * plane() + pass.first;
       out.plane = plane();
+      out.at = task.outputs + c;
       out.channels = smaller(lanes, task.channels - c);
-      out.residual = a_.residual ? a_.residual + channel * plane() + pass.first : nullptr;
-      out.residual_keep = residual_kept_.keep() + channel;
+      out.residual = a_.residual ? a_.residual + n * a_.c_out * plane() + pass.first : nullptr;
+      out.residual_keep = residual_kept_.keep() + n * a_.c_out;
       out.squares = squares_of(task, i) + c * lanes;
       out.act = a_.act;
       const float* sums = sums_of(task, pass, i) + c;
@@ -264,6 +313,7 @@ class DirectConv {
   const Runner& runner_;
   const Packing packing_;
   const int64_t taps_;
+  const bool gathers_;
   const int64_t inputs_, outputs_, blocks_;  // of a group
   const int64_t step_;  // input channels
   const int64_t part_;  // instances packed at once
@@ -271,6 +321,8 @@ class DirectConv {
   const int64_t rows_;  // per pass of a task
   Buffer<int64_t> offsets_;
   const Kept kept_, residual_kept_;
+  const Outputs out_;
+  Buffer<T> gathered_;
   Buffer<float> packed_, sums_, squares_;
   Buffer<int64_t> cursors_;
 };

@@ -1,6 +1,7 @@
 // 1x1 convolution with output channels on the lanes: a weight that is loaded serves a tile of pixels, and maps of few
 // pixels fill their tiles. A panel (some kept channels) is packed to stay near while every group of output channels of
-// the task passes over it; sums wait in L2 meanwhile and are transposed at the end.
+// the task passes over it; sums wait in L2 meanwhile and are transposed at the end. Groups are of an instance's kept outputs,
+// whose weights are gathered for a panel where they do not lie together.
 #pragma once
 #include <array>
 #include <utility>
@@ -9,6 +10,7 @@
 #include "decide.h"
 #include "element.h"
 #include "epilogue.h"
+#include "gather.h"
 #include "conv1x1_pixel_lanes.h"
 #include "tile.h"
 #include "vec.h"
@@ -74,14 +76,23 @@ class PointwiseBlocks {
         part_(units_per_part(groups_, args.n, runner.workers)),
         kept_(args.gate, args.n, args.c_in, runner),
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
+        out_(args.out_keep, args.n, args.c_out, larger(args.c_in, args.c_out), runner),
+        gathered_(args.out_keep ? runner.workers * gathered_size : 0),
         packed_(runner.workers * group_panel * pixels_),
-        sums_(runner.workers * part_ * group_channels * pixels_) {}
+        sums_(runner.workers * part_ * group_channels * pixels_) {
+    if (out_.given()) std::fill(gathered_.get(), gathered_.get() + runner.workers * gathered_size, T{});
+  }
 
   void run() {
     const int64_t parts = ceil_div(groups_, part_);
     parallel(runner_, a_.n * parts, [&](int64_t index, int64_t worker) {
-      const int64_t first = index % parts * part_;
-      compute_task({index / parts, worker, first, smaller(groups_, first + part_)});
+      const int64_t n = index / parts, part = index % parts, groups = ceil_div(out_.count(n), group_channels);
+      compute_task({n, worker, groups * part / parts, groups * (part + 1) / parts});
+      out_.for_dropped(n, a_.c_out * part / parts, a_.c_out * (part + 1) / parts, [&](int64_t channel) {
+        T* y = a_.y + (n * a_.c_out + channel) * pixels_;
+        std::fill(y, y + pixels_, T{});
+        a_.squares[n * a_.c_out + channel] = 0;
+      });
     });
   }
 
@@ -90,8 +101,10 @@ class PointwiseBlocks {
     int64_t n, worker;
     int64_t first, last;  // groups of output channels
   };
+  static constexpr int64_t gathered_size = (group_panel + 2) * block;  // a row may be read, and one written, behind it
 
   void compute_task(const Task& task) const {
+    if (task.first == task.last) return;
     const int64_t kept = kept_.count(task.n);
     int64_t begin = 0, end;
     do {
@@ -119,14 +132,20 @@ class PointwiseBlocks {
 
   void add_panel(const Task& task, int64_t group, int64_t begin, int64_t end) const {
     static constexpr auto kernels = group_kernels<T>(std::make_integer_sequence<int, max_pixels>());
-    const int64_t channel = group * group_channels;
+    const int32_t* outputs = outputs_of(task, group);
+    const int64_t count = count_of(task, group), channel = outputs[0];
     float bias[group_channels] = {};
-    if (begin == 0) std::copy(a_.bias + channel, a_.bias + smaller(a_.c_out, channel + group_channels), bias);
+    for (int64_t i = 0; i < count; ++i) bias[i] = a_.bias[outputs[i]];
     GroupTile<T> tile;
     tile.plane = pixels_;
-    tile.weights = a_.weight + channel / block * block * a_.c_in + channel % block;
-    tile.channels = kept_.channels(task.n) + begin;
     tile.count = end - begin;
+    if (outputs[count - 1] - channel == count - 1 && channel % block + group_channels <= block) {
+      tile.weights = a_.weight + channel / block * block * a_.c_in + channel % block;
+      tile.channels = kept_.channels(task.n) + begin;
+    } else {
+      tile.weights = gather(task, outputs, count, begin, end);
+      tile.channels = out_.in_order();
+    }
     for (int64_t i = 0; i < tiles_; ++i) {
       const int64_t pixel = pixels_ * i / tiles_;
       tile.input = packed(task) + pixel;
@@ -137,21 +156,40 @@ class PointwiseBlocks {
     }
   }
 
+  const int32_t* outputs_of(const Task& task, int64_t group) const {
+    return out_.channels(task.n) + group * group_channels;
+  }
+  int64_t count_of(const Task& task, int64_t group) const {
+    return smaller(group_channels, out_.count(task.n) - group * group_channels);
+  }
+
+  const T* gather(const Task& task, const int32_t* outputs, int64_t count, int64_t begin, int64_t end) const {
+    const Gather<T> gather(outputs, count, 0, a_.c_in, 1);
+    const int32_t* channels = kept_.channels(task.n);
+    T* rows = gathered_.get() + task.worker * gathered_size;
+    for (int64_t k = begin; k < end; ++k)
+      gather.copy(a_.weight + channels[k] * block, (channels[k + 8] - channels[k]) * block, rows + (k - begin) * block);
+    return rows;
+  }
+
   void finish_group(const Task& task, int64_t group) const {
-    const int64_t first = group * group_channels, end = smaller(a_.c_out, first + group_channels);
-    for (int64_t c = first; c < end; c += lanes) {
-      const int64_t channel = task.n * a_.c_out + c;
+    const int32_t* outputs = outputs_of(task, group);
+    const int64_t count = count_of(task, group);
+    for (int64_t c = 0; c < count; c += lanes) {
       float squares[lanes * lanes] = {};
       Output<T> out;
-      out.y = a_.y + channel * pixels_;
+      out.y = a_.y + task.n * a_.c_out * pixels_;
       out.plane = pixels_;
-      out.channels = smaller(lanes, end - c);
-      out.residual = a_.residual ? a_.residual + channel * pixels_ : nullptr;
-      out.residual_keep = residual_kept_.keep() + channel;
+      out.at = outputs + c;
+      out.channels = smaller(lanes, count - c);
+      out.residual = a_.residual ? a_.residual + task.n * a_.c_out * pixels_ : nullptr;
+      out.residual_keep = residual_kept_.keep() + task.n * a_.c_out;
       out.squares = squares;
       out.act = a_.act;
-      finish(out, sums(task, group) + c - first, group_channels, pixels_);
-      reduce_squares(squares, out.channels, a_.squares + channel);
+      finish(out, sums(task, group) + c, group_channels, pixels_);
+      float totals[lanes];
+      reduce_squares(squares, lanes, totals);
+      for (int64_t i = 0; i < out.channels; ++i) a_.squares[task.n * a_.c_out + out.at[i]] = totals[i];
     }
   }
 
@@ -160,6 +198,8 @@ class PointwiseBlocks {
   const int64_t pixels_, tiles_, groups_;
   const int64_t part_;  // groups of a task
   const Kept kept_, residual_kept_;
+  const Outputs out_;
+  Buffer<T> gathered_;
   Buffer<float> packed_, sums_;
 };
 

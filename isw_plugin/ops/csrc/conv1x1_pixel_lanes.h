@@ -1,10 +1,12 @@
 // 1x1 convolution: pixels on the lanes, so outputs need no transpose. A panel (some strips of pixels of some kept
-// channels) is packed to stay in the L1 cache while every output channel of the task passes over it.
+// channels) is packed to stay in the L1 cache while every output channel of the task passes over it. A strip's outputs
+// may be any, so those that an instance drops are left out.
 #pragma once
 #include "api.h"
 #include "decide.h"
 #include "element.h"
 #include "epilogue.h"
+#include "gather.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -22,8 +24,9 @@ static_assert(block % strip_channels == 0, "a block is whole strips");
 template <typename T>
 struct Strip {
   const float* input;  // [count][vectors * lanes]
-  const float* weights;  // first output channel in its block; those made for a panel lie as [count][strip_channels]
-  const float* bias;
+  const float* weights;  // first output channel in its block
+  bool made;  // for this panel: they lie as [count][strip_channels]
+  float bias[strip_channels];
   const int32_t* channels;  // kept input channels
   int64_t count;  // of them, or of pairs
   int64_t outputs, pixels;
@@ -45,14 +48,39 @@ ISW_INLINE void add_channel(const float* in, const float* weights, Vec (&sum)[st
   }
 }
 
-ISW_INLINE const float* weights_of(const Strip<float>& s, int64_t k) { return s.weights + s.channels[k] * block; }
-ISW_INLINE const float* weights_of(const Strip<BFloat16>& s, int64_t k) { return s.weights + k * strip_channels; }
+template <bool made, typename T>
+ISW_INLINE const float* weights_of(const Strip<T>& s, int64_t k) {
+  return s.weights + (made ? k * strip_channels : s.channels[k] * block);
+}
 
-// Once for all strips of a panel: a broadcast cannot widen or pair on the way.
-static void make_weights(const BFloat16* weights, const int32_t* channels, int64_t count, float* out) {
+// Some outputs of a layer, at most strip_channels, in order.
+struct StripOutputs {
+  const int32_t* list;
+  int64_t count;
+  bool lie_together() const { return list[count - 1] - list[0] == count - 1 && list[0] % strip_channels == 0; }
+};
+
+// Weights of a strip for these inputs, side by side, once for all strips of a panel; `weights` are the layer's, of so
+// many inputs. Up to a vector is written behind them.
+static void make_weights(const float* weights, int64_t inputs, StripOutputs outputs, const int32_t* channels,
+                         int64_t count, float* out) {
+  const Gather<float> gather(outputs.list, outputs.count, 0, inputs, 1);
+  for (int64_t k = 0; k < count; ++k, out += strip_channels)
+    gather.copy(weights + channels[k] * block, (channels[k + 8] - channels[k]) * block, out);
+}
+// A broadcast cannot widen or pair on the way.
+static void make_weights(const BFloat16* weights, int64_t inputs, StripOutputs outputs, const int32_t* channels,
+                         int64_t count, float* out) {
+  const auto place_of = [&](int64_t i) { return outputs.list[i] / block * block * inputs + outputs.list[i] % block; };
+  const bool side_by_side = outputs.lie_together();
   for (int64_t k = 0; k < count; k += together<BFloat16>, out += strip_channels) {
-    for (int i = 0; i < together<BFloat16>; ++i) __builtin_prefetch(weights + channels[k + 8 + i] * block);
-    store_first(out, load_first(packed_from(weights, block, channels, k, count), strip_channels), strip_channels);
+    const BFloat16* first = weights + place_of(0);
+    for (int i = 0; i < together<BFloat16>; ++i) __builtin_prefetch(first + channels[k + 8 + i] * block);
+    if (side_by_side)
+      store_first(out, load_first(packed_from(first, block, channels, k, count), strip_channels), strip_channels);
+    else
+      for (int64_t c = 0; c < outputs.count; ++c)
+        out[c] = broadcastable(packed_from(weights, block, channels, k, count), place_of(c));
   }
 }
 
@@ -62,10 +90,10 @@ ISW_INLINE void start(const Strip<T>& s, Vec (&sum)[strip_channels][vectors]) {
   for (int c = 0; c < strip_channels; ++c)
     ISW_UNROLL
     for (int v = 0; v < vectors; ++v)
-      sum[c][v] = s.first ? broadcast(c < s.outputs ? s.bias[c] : 0) : load(s.sums + (c * vectors + v) * lanes);
+      sum[c][v] = s.first ? broadcast(s.bias[c]) : load(s.sums + (c * vectors + v) * lanes);
 }
 
-template <int vectors, typename T>
+template <bool made, int vectors, typename T>
 ISW_INLINE void multiply(const Strip<T>& s, Vec (&sum)[strip_channels][vectors]) {
   const float* in = s.input;
   int64_t k = 0;
@@ -73,17 +101,18 @@ ISW_INLINE void multiply(const Strip<T>& s, Vec (&sum)[strip_channels][vectors])
     ISW_UNROLL
     for (int i = 0; i < 4; ++i, in += vectors * lanes) {
       asm volatile("" ::: "memory");
-      if constexpr (std::is_same_v<T, float>) __builtin_prefetch(s.weights + s.channels[k + i + 8] * block);
-      add_channel<T>(in, weights_of(s, k + i), sum);
+      if constexpr (!made) __builtin_prefetch(s.weights + s.channels[k + i + 8] * block);
+      add_channel<T>(in, weights_of<made>(s, k + i), sum);
     }
   }
-  for (; k < s.count; ++k, in += vectors * lanes) add_channel<T>(in, weights_of(s, k), sum);
+  for (; k < s.count; ++k, in += vectors * lanes) add_channel<T>(in, weights_of<made>(s, k), sum);
 }
 
 template <Act act, int vectors, typename T>
 ISW_INLINE void finish_strip(const Strip<T>& s, int c, Vec (&sum)[vectors]) {
   const Output<T>& out = s.out;
-  const T* residual = out.residual && out.residual_keep[c] ? out.residual + c * out.plane : nullptr;
+  const int64_t plane = out.at[c] * out.plane;
+  const T* residual = out.residual && out.residual_keep[out.at[c]] ? out.residual + plane : nullptr;
   float* squares = out.squares + c * lanes;
   Vec total = load(squares);
   ISW_UNROLL
@@ -92,7 +121,7 @@ ISW_INLINE void finish_strip(const Strip<T>& s, int c, Vec (&sum)[vectors]) {
     Vec value = only_first(sum[v], pixels);
     if (residual) value += load_first(residual + v * lanes, pixels);
     value = rounded<T>(activate<act>(out.act, value));
-    store_first(out.y + c * out.plane + v * lanes, value, pixels);
+    store_first(out.y + plane + v * lanes, value, pixels);
     total += value * value;
   }
   store(squares, total);
@@ -101,10 +130,13 @@ ISW_INLINE void finish_strip(const Strip<T>& s, int c, Vec (&sum)[vectors]) {
 template <Act act, int vectors, typename T>
 static void run_strip(const Strip<T>& s) {
   for (int64_t c = 0; s.last && c < s.outputs; ++c)
-    for (int v = 0; v < vectors; ++v) __builtin_prefetch(s.out.y + c * s.out.plane + v * lanes, 1);
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(s.out.y + s.out.at[c] * s.out.plane + v * lanes, 1);
   Vec sum[strip_channels][vectors];
   start(s, sum);
-  multiply(s, sum);
+  if (s.made)
+    multiply<true>(s, sum);
+  else
+    multiply<false>(s, sum);
   ISW_UNROLL
   for (int c = 0; c < strip_channels; ++c) {
     if (!s.last)
@@ -173,26 +205,32 @@ class Pointwise {
         parts_(ceil_div(args.c_out, part_channels_)),
         kept_(args.gate, args.n, args.c_in, runner),
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
+        out_(args.out_keep, args.n, args.c_out, args.c_out, runner),
         packed_(runner.workers * packed_size),
-        weights_(std::is_same_v<T, float> ? 0 : runner.workers * weights_size),
+        weights_(std::is_same_v<T, float> && !args.out_keep ? 0 : runner.workers * weights_size),
         sums_(runner.workers * sums_size()),
-        squares_(runner.workers * squares_size()) {}
+        squares_(runner.workers * squares_size()) {
+    if (args.out_keep) std::fill(weights_.get(), weights_.get() + runner.workers * weights_size, 0.0f);
+  }
 
   void run() {
     parallel(runner_, a_.n * a_.slots * parts_, [&](int64_t index, int64_t worker) {
       Task task;
       task.worker = worker;
-      task.channel = (by_channels_ ? index / a_.slots % parts_ : index % parts_) * part_channels_;
-      task.channels = smaller(part_channels_, a_.c_out - task.channel);
+      task.part = by_channels_ ? index / a_.slots % parts_ : index % parts_;
       task.slot = by_channels_ ? index % a_.slots : index / parts_ % a_.slots;
       task.n = index / parts_ / a_.slots;
+      const int64_t first = first_of(task.part, out_.count(task.n));
+      task.outputs = out_.channels(task.n) + first;
+      task.channels = first_of(task.part + 1, out_.count(task.n)) - first;
       compute_task(task);
     });
   }
 
  private:
   struct Task {
-    int64_t n, slot, worker, channel, channels;
+    int64_t n, slot, worker, part, channels;
+    const int32_t* outputs;
   };
   struct Panel {
     int64_t begin, end;  // of the kept channels
@@ -200,13 +238,17 @@ class Pointwise {
     int64_t pixel[panel_strips + 1];  // where strips begin, and the last ends
   };
   static constexpr int64_t packed_size = panel_channels * strip_pixels;
-  static constexpr int64_t weights_size = panel_channels * strip_channels;
+  static constexpr int64_t weights_size = panel_channels * strip_channels + lanes;
   static constexpr int64_t least_strips = 4;  // of a worker that shares channels: it packs every panel, for half of one
 
   int64_t strips_per_part() const {
     const int64_t strips = ceil_div(a_.c_out, strip_channels);
     return by_channels_ ? ceil_div(strips, runner_.workers)
                         : units_per_part(strips, a_.n * a_.slots, runner_.workers);
+  }
+  // Of these outputs, where a part begins; parts are whole strips of about the same number.
+  int64_t first_of(int64_t part, int64_t outputs) const {
+    return smaller(outputs, ceil_div(ceil_div(outputs * part, parts_), strip_channels) * strip_channels);
   }
   int64_t pixels() const { return a_.window.oh * a_.window.ow; }
   int64_t sums_size() const { return a_.c_in > panel_channels ? part_channels_ * strip_pixels : 0; }
@@ -216,8 +258,15 @@ class Pointwise {
     const Window& w = a_.window;
     float* squares = squares_.get() + task.worker * squares_size();
     std::fill(squares, squares + squares_size(), 0.0f);
-    const int64_t last = w.oh * (task.slot + 1) / a_.slots * w.ow, kept = kept_.count(task.n);
-    for (int64_t p = w.oh * task.slot / a_.slots * w.ow; p < last;) {
+    const int64_t first = w.oh * task.slot / a_.slots * w.ow, last = w.oh * (task.slot + 1) / a_.slots * w.ow;
+    const int64_t kept = kept_.count(task.n);
+    float* slot = a_.squares + (task.n * a_.slots + task.slot) * a_.c_out;
+    out_.for_dropped(task.n, a_.c_out * task.part / parts_, a_.c_out * (task.part + 1) / parts_, [&](int64_t channel) {
+      T* y = a_.y + (task.n * a_.c_out + channel) * pixels();
+      std::fill(y + first, y + last, T{});
+      slot[channel] = 0;
+    });
+    for (int64_t p = first; task.channels && p < last;) {
       Panel panel = panel_at(p, last, smaller(kept, panel_channels));
       panel.begin = 0;
       do {
@@ -227,9 +276,11 @@ class Pointwise {
       } while (panel.begin < kept);
       p = panel.pixel[panel.strips];
     }
-    float* slot = a_.squares + (task.n * a_.slots + task.slot) * a_.c_out + task.channel;
-    for (int64_t c = 0; c < task.channels; c += lanes)
-      reduce_squares(squares + c * lanes, smaller(lanes, task.channels - c), slot + c);
+    for (int64_t c = 0; c < task.channels; c += lanes) {
+      float sums[lanes];
+      reduce_squares(squares + c * lanes, lanes, sums);
+      for (int64_t i = 0; i < smaller(lanes, task.channels - c); ++i) slot[task.outputs[c + i]] = sums[i];
+    }
   }
 
   // As many strips as the panel holds next to this many channels.
@@ -254,30 +305,31 @@ class Pointwise {
     const int64_t count = panel.end - panel.begin;
     for (int64_t i = 0; i < panel.strips; ++i) pack_strip(task, panel, i, packed + i * count * strip_pixels);
     for (int64_t c = 0; c < task.channels; c += strip_channels) {
-      const float* weights = weights_at(task, panel, task.channel + c);
+      Strip<T> strip = strip_of(task, c);
+      point_to_weights(task, panel, {task.outputs + c, strip.outputs}, strip);
       for (int64_t i = 0; i < panel.strips; ++i) {
-        Strip<T> strip = strip_of(task, task.channel + c, panel.pixel[i]);
-        strip.weights = weights;
+        strip.out.y = a_.y + task.n * a_.c_out * pixels() + panel.pixel[i];
+        strip.out.residual = a_.residual ? a_.residual + task.n * a_.c_out * pixels() + panel.pixel[i] : nullptr;
         strip.input = packed + i * count * strip_pixels;
         strip.channels = kept_.channels(task.n) + panel.begin;
         strip.count = ceil_div(count, together<T>);
         strip.first = panel.begin == 0;
         strip.last = panel.end == kept_.count(task.n);
-        strip.outputs = smaller(strip_channels, task.channels - c);
         strip.pixels = panel.pixel[i + 1] - panel.pixel[i];
         with_act(a_.act, [&](auto act) { run_strip<act.value>(strip, ceil_div(strip.pixels, lanes)); });
       }
     }
   }
 
-  const float* weights_at(const Task& task, const Panel& panel, int64_t channel) const {
-    const T* weights = a_.weight + channel / block * block * a_.c_in + channel % block;
-    if constexpr (std::is_same_v<T, float>) {
-      return weights;
-    } else {
+  void point_to_weights(const Task& task, const Panel& panel, StripOutputs outputs, Strip<T>& strip) const {
+    const int64_t channel = outputs.list[0];
+    strip.made = !std::is_same_v<T, float> || !outputs.lie_together();
+    if (strip.made) {
       float* made = weights_.get() + task.worker * weights_size;
-      make_weights(weights, kept_.channels(task.n) + panel.begin, panel.end - panel.begin, made);
-      return made;
+      make_weights(a_.weight, a_.c_in, outputs, kept_.channels(task.n) + panel.begin, panel.end - panel.begin, made);
+      strip.weights = made;
+    } else if constexpr (std::is_same_v<T, float>) {
+      strip.weights = a_.weight + channel / block * block * a_.c_in + channel % block;
     }
   }
 
@@ -293,16 +345,16 @@ class Pointwise {
     pack_pixels<1>(x + first, w.h * w.w, channels, count, pixels, out);
   }
 
-  Strip<T> strip_of(const Task& task, int64_t channel, int64_t pixel) const {
-    const int64_t plane = task.n * a_.c_out + channel;
+  // Of outputs from number c of the task's on.
+  Strip<T> strip_of(const Task& task, int64_t c) const {
     Strip<T> strip;
-    strip.bias = a_.bias + channel;
-    strip.sums = sums_.get() + task.worker * sums_size() + (channel - task.channel) * strip_pixels;
-    strip.out.y = a_.y + plane * pixels() + pixel;
+    strip.outputs = smaller(strip_channels, task.channels - c);
+    for (int64_t i = 0; i < strip_channels; ++i) strip.bias[i] = i < strip.outputs ? a_.bias[task.outputs[c + i]] : 0;
+    strip.sums = sums_.get() + task.worker * sums_size() + c * strip_pixels;
     strip.out.plane = pixels();
-    strip.out.residual = a_.residual ? a_.residual + plane * pixels() + pixel : nullptr;
-    strip.out.residual_keep = residual_kept_.keep() + plane;
-    strip.out.squares = squares_.get() + task.worker * squares_size() + (channel - task.channel) * lanes;
+    strip.out.at = task.outputs + c;
+    strip.out.residual_keep = residual_kept_.keep() + task.n * a_.c_out;
+    strip.out.squares = squares_.get() + task.worker * squares_size() + c * lanes;
     strip.out.act = a_.act;
     return strip;
   }
@@ -313,6 +365,7 @@ class Pointwise {
   const int64_t part_channels_;  // of the output channels, so that few pixels still make tasks
   const int64_t parts_;
   const Kept kept_, residual_kept_;
+  const Outputs out_;
   Buffer<float> packed_, weights_, sums_, squares_;
 };
 

@@ -69,11 +69,13 @@ static int64_t list_where(const bool* keep, bool mark, int64_t begin, int64_t en
 // The kept channels of every instance, in order.
 class Kept {
  public:
-  Kept(const Gate& gate, int64_t n, int64_t channels, const Runner& runner)
+  // also: keep only these, [N][C]; null: all.
+  Kept(const Gate& gate, int64_t n, int64_t channels, const Runner& runner, const uint8_t* also = nullptr)
       : stride_(channels + list_tail), keep_(n * channels), lists_(n * stride_), counts_(n) {
     parallel(runner, n, [&](int64_t i, int64_t) {
       bool* keep = keep_.get() + i * channels;
       decide(gate, i, channels, keep);
+      for (int64_t c = 0; also && c < channels; ++c) keep[c] = keep[c] && also[i * channels + c];
       counts_.get()[i] = list(keep, channels, lists_.get() + i * stride_);
     });
   }
@@ -93,6 +95,35 @@ class Kept {
   Buffer<bool> keep_;
   Buffer<int32_t> lists_;
   Buffer<int64_t> counts_;
+};
+
+// The outputs that each instance keeps: all of them where nothing says which.
+class Outputs {
+ public:
+  // most: of the list of numbers in their order, at least the channels.
+  Outputs(const uint8_t* keep, int64_t n, int64_t channels, int64_t most, const Runner& runner)
+      : given_(keep != nullptr),
+        channels_(channels),
+        kept_(Gate{nullptr, 0, 0, 0, keep}, keep ? n : 0, channels, runner),
+        in_order_(most + list_tail) {
+    for (int64_t i = 0; i < most + list_tail; ++i) in_order_.get()[i] = static_cast<int32_t>(i);
+  }
+  bool given() const { return given_; }
+  const int32_t* in_order() const { return in_order_.get(); }
+  const int32_t* channels(int64_t n) const { return given_ ? kept_.channels(n) : in_order(); }
+  int64_t count(int64_t n) const { return given_ ? kept_.count(n) : channels_; }
+  // body(channel) for the dropped ones in [begin, end)
+  template <typename Body>
+  void for_dropped(int64_t n, int64_t begin, int64_t end, Body body) const {
+    for (int64_t c = begin; given_ && c < end; ++c)
+      if (!kept_.keep()[n * channels_ + c]) body(c);
+  }
+
+ private:
+  bool given_;
+  int64_t channels_;
+  Kept kept_;
+  Buffer<int32_t> in_order_;
 };
 
 }  // namespace

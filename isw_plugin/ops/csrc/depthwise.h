@@ -1,4 +1,5 @@
-// Depthwise convolution, plane by plane. A dropped plane is zero, borders included, so its output is act(bias).
+// Depthwise convolution, plane by plane. A dropped plane is zero, borders included, so its output is act(bias), or zero
+// where the output is dropped.
 //
 // Where the output is as large as the input, a plane is read in place as one line of pixels, tap by tap through masks
 // that leave out what lies beyond a border; with stride 2 row by row, in the same way. Other planes are packed first,
@@ -8,6 +9,7 @@
 #include "api.h"
 #include "decide.h"
 #include "element.h"
+#include "masks.h"
 #include "pack.h"
 #include "vec.h"
 #include "workspace.h"
@@ -59,47 +61,6 @@ ISW_INLINE void run_narrow_rows(Act actual, const float* in, int64_t pitch, cons
   }
 }
 
-// Which lanes of a vector of outputs a tap reaches inside the plane; the same for all planes.
-class TapMasks {
- public:
-  explicit TapMasks(const Window& w)
-      : taps_(w.kh * w.kw),
-        fits_(w.sh == 1 && w.sw == 1 && w.oh == w.h && w.ow == w.w &&
-              ceil_div(w.oh * w.ow, lanes) * taps_ <= most_masks),
-        masks_(fits_ ? ceil_div(w.oh * w.ow, lanes) * taps_ : 0),
-        offsets_(taps_) {
-    for (int64_t tap = 0; tap < taps_; ++tap)
-      offsets_.get()[tap] = (tap / w.kw - w.ph) * w.w + tap % w.kw - w.pw;
-    if (!fits_) return;
-    std::fill(masks_.get(), masks_.get() + ceil_div(w.oh * w.ow, lanes) * taps_, Mask(0));
-    for (int64_t tap = 0; tap < taps_; ++tap) {
-      const int64_t dy = tap / w.kw - w.ph, dx = tap % w.kw - w.pw;
-      const int64_t left = larger(0, -dx), right = smaller(w.w, w.w - dx);
-      for (int64_t y = larger(0, -dy); y < smaller(w.h, w.h - dy); ++y)
-        add_pixels(tap, y * w.w + left, y * w.w + right);
-    }
-  }
-  bool fits() const { return fits_; }
-  const Mask* at(int64_t pixel) const { return masks_.get() + pixel / lanes * taps_; }
-  const int64_t* offsets() const { return offsets_.get(); }
-
- private:
-  void add_pixels(int64_t tap, int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t lane = begin % lanes, count = smaller(lanes - lane, end - begin);
-      masks_.get()[begin / lanes * taps_ + tap] |= static_cast<Mask>(((1u << count) - 1) << lane);
-      begin += count;
-    }
-  }
-
-  static constexpr int64_t most_masks = 8192;  // 16 KB, beside a plane in the L1 cache
-
-  int64_t taps_;
-  bool fits_;
-  Buffer<Mask> masks_;
-  Buffer<int64_t> offsets_;
-};
-
 // Planes whose sums are in registers at once: taps of small ones would wait for each other.
 template <typename T, int planes>
 struct Lines {
@@ -139,33 +100,6 @@ ISW_INLINE void run_masked_part(Act actual, Lines<T, planes>& lines, const TapMa
     }
 }
 
-// The same where outputs are two columns apart: a tap reads every second pixel of two vectors. Wide rows are faster
-// packed.
-class HalvedMasks {
- public:
-  explicit HalvedMasks(const Window& w)
-      : fits_(w.sw == 2 && w.ow <= 2 * lanes), taps_(w.kw), masks_(fits_ ? ceil_div(w.ow, lanes) * w.kw * 2 : 0) {
-    for (int64_t i = 0; fits_ && i < ceil_div(w.ow, lanes) * taps_; ++i)
-      for (int64_t v = 0; v < 2; ++v) {
-        const int64_t first = (2 * (i / taps_) + v) * lanes, column = first + i % taps_ - w.pw;
-        const int64_t begin = larger(0, -column), end = smaller(w.w - column, 2 * w.ow - first);
-        Mask& mask = masks_.get()[2 * i + v] = 0;
-        for (int64_t lane = 0; lane < lanes; lane += 2) mask |= (lane >= begin && lane < end) << lane;
-        reads_second_[i / taps_] |= v == 1 && mask != 0;
-      }
-  }
-  bool fits() const { return fits_; }
-  const Mask* at(int64_t column) const { return masks_.get() + column / lanes * taps_ * 2; }
-  // Whether any tap of the outputs from this column on finds a pixel in the second vector.
-  bool reads_second(int64_t column) const { return reads_second_[column / lanes]; }
-
- private:
-  bool fits_;
-  int64_t taps_;
-  bool reads_second_[2] = {};
-  Buffer<Mask> masks_;
-};
-
 // A vector of outputs of several rows; x and y are planes. `vectors`: those that the masks leave anything of.
 template <Act act, int rows, int vectors, typename T>
 ISW_INLINE void run_halved_rows(Act actual, const Window& w, const float* x, int64_t row, int64_t column,
@@ -201,7 +135,7 @@ ISW_INLINE void run_halved_rows(Act actual, const Window& w, const float* x, int
   }
 }
 
-// Numbers as floats: where they lie, or in a copy.
+// Where they lie, or in a copy.
 template <typename T>
 class Floats {
  public:
@@ -233,7 +167,7 @@ class Depthwise {
         masks_(args.window),
         halved_(args.window),
         offsets_(taps_),
-        kept_(args.gate, args.n, args.c_in, runner),
+        kept_(args.gate, args.n, args.c_in, runner, args.out_keep),
         packed_(runner.workers * packed_size()),
         dropped_(runner.workers * args.c_in) {
     for (int64_t tap = 0; tap < taps_; ++tap)
@@ -351,7 +285,8 @@ class Depthwise {
   template <Act act>
   void fill(int64_t plane, int64_t c) const {
     const int64_t pixels = a_.window.oh * a_.window.ow;
-    const Vec value = rounded<T>(activate<act>(a_.act, broadcast(a_.bias[c])));
+    const bool made = !a_.out_keep || a_.out_keep[plane];
+    const Vec value = made ? rounded<T>(activate<act>(a_.act, broadcast(a_.bias[c]))) : Vec{};
     T* y = a_.y + plane * pixels;
     int64_t p = 0;
     for (; p + lanes <= pixels; p += lanes) store(y + p, value);

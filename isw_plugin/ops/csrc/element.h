@@ -59,6 +59,10 @@ struct Pair {
 };
 ISW_INLINE Vec load(Pair p) { return paired(load_halves(p.a), p.b ? load_halves(p.b) : Halves{}); }
 
+// One number or pair as the lane of a Vec that holds it.
+ISW_INLINE float broadcastable(const BFloat16* in, int64_t i) { return widen(in[i]); }
+ISW_INLINE float broadcastable(Pair in, int64_t i) { return in[i]; }
+
 // What is packed for entry k of a list of channels: that channel, or it and the one behind it.
 template <typename T>
 ISW_INLINE auto packed_from(const T* x, int64_t plane, const int32_t* channels, int64_t k, [[maybe_unused]] int64_t end) {

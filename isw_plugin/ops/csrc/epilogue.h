@@ -10,8 +10,9 @@ namespace {
 
 template <typename T>
 struct Output {
-  T* y;  // first output channel and pixel
+  T* y;  // first pixel of the first plane
   int64_t plane;  // elements from channel to channel
+  const int32_t* at;  // planes of the channels
   int64_t channels;  // that exist, at most lanes
   const T* residual;  // like y, or null
   const bool* residual_keep;
@@ -21,10 +22,10 @@ struct Output {
 
 template <Act act, typename T>
 ISW_INLINE void finish_channel(const Output<T>& out, int64_t c, Vec value, int64_t pixels) {
-  T* y = out.y + c * out.plane;
-  if (out.residual && out.residual_keep[c]) value += load_first(out.residual + c * out.plane, pixels);
+  const int64_t plane = out.at[c] * out.plane;
+  if (out.residual && out.residual_keep[out.at[c]]) value += load_first(out.residual + plane, pixels);
   value = rounded<T>(activate<act>(out.act, value));
-  store_first(y, value, pixels);
+  store_first(out.y + plane, value, pixels);
   float* squares = out.squares + c * lanes;
   store(squares, load(squares) + value * value);
 }
@@ -78,7 +79,7 @@ ISW_INLINE void pool_row(const Output<T>& out, const float* top, const float* bo
   transpose(rows);
   ISW_UNROLL
   for (int c = 0; c < lanes; ++c)
-    if (c < out.channels) store_first(y + c * out.plane, rows[c], pairs);
+    if (c < out.channels) store_first(y + out.at[c] * out.plane, rows[c], pairs);
 }
 
 // Rows of a map -> 2x2 maxima, before the transpose; out.squares is [lanes], channels on the lanes. What a last odd

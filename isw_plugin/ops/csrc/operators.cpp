@@ -122,6 +122,15 @@ Tensor checked_gate(const MaybeTensor& gate) {
   return gate->contiguous();
 }
 
+Tensor checked_keep(const MaybeTensor& keep, int64_t n, int64_t channels) {
+  if (!keep) return {};
+  TORCH_CHECK_VALUE(keep->device().is_cpu() && keep->scalar_type() == at::kBool && keep->dim() == 2 &&
+                        keep->size(0) == n && keep->size(1) == channels,
+                    "out_keep: expected a bool CPU tensor of shape (", n, ", ", channels, "), got ",
+                    keep->scalar_type(), " on ", keep->device(), " with shape ", keep->sizes());
+  return keep->contiguous();
+}
+
 isw::Window window_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
   constexpr int64_t most = 1 << 24;  // so that no size overflows
   const auto within = [](IntArrayRef values, int64_t least) {
@@ -159,7 +168,8 @@ Tensor new_map(IntArrayRef sizes, const Tensor& like) { return isw::MapMemory::i
 
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
                                     IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
-                                    double beta, const Residual& residual_, int64_t groups, bool pooled) {
+                                    double beta, const MaybeTensor& out_keep_, const Residual& residual_,
+                                    int64_t groups, bool pooled) {
   const Tensor x = checked_map(x_), weight = checked(weight_, 5, "weight", x.scalar_type());
   const Tensor bias = checked_bias(bias_, x);
   const Tensor gate = checked_gate(gate_), residual_gate = checked_gate(residual_.gate);
@@ -181,6 +191,8 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
                     ", got ", residual.sizes());
   args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
   args.residual_gate = gate_of(residual_gate, residual_.alpha, residual_.beta, args.n, args.c_out);
+  const Tensor out_keep = checked_keep(out_keep_, args.n, args.c_out);
+  args.out_keep = data<uint8_t>(out_keep);
   args.act = act_of(act);
   if (y.numel() == 0) return {y, squares};
   with_type_of(x, [&](auto zero) {
@@ -193,27 +205,29 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
 std::tuple<Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
                                   IntArrayRef padding, std::string_view act, const MaybeTensor& gate, double alpha,
                                   double beta, const MaybeTensor& residual, const MaybeTensor& residual_gate,
-                                  double residual_alpha, double residual_beta) {
+                                  double residual_alpha, double residual_beta, const MaybeTensor& out_keep) {
   const Residual added{residual, residual_gate, residual_alpha, residual_beta};
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, added, 1, false);
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, added, 1, false);
 }
 
 std::tuple<Tensor, Tensor> grouped_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups,
                                           IntArrayRef stride, IntArrayRef padding, std::string_view act,
-                                          const MaybeTensor& gate, double alpha, double beta) {
+                                          const MaybeTensor& gate, double alpha, double beta,
+                                          const MaybeTensor& out_keep) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "x: expected Float for a grouped layer, got ", x.scalar_type());
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, {}, groups, false);
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, groups, false);
 }
 
 std::tuple<Tensor, Tensor> pooled_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
                                          IntArrayRef padding, std::string_view act, const MaybeTensor& gate,
-                                         double alpha, double beta) {
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, {}, 1, true);
+                                         double alpha, double beta, const MaybeTensor& out_keep) {
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, 1, true);
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
                                             IntArrayRef stride, IntArrayRef padding, std::string_view act,
-                                            const MaybeTensor& gate_, double alpha, double beta) {
+                                            const MaybeTensor& gate_, double alpha, double beta,
+                                            const MaybeTensor& out_keep_) {
   const Tensor x = checked_map(x_), weight = checked(weight_, 4, "weight", x.scalar_type());
   const Tensor bias = checked_bias(bias_, x), gate = checked_gate(gate_);
   isw::ConvShape args{};
@@ -224,6 +238,8 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
   TORCH_CHECK_VALUE(weight.size(0) == args.c_in && weight.size(1) == 1 && bias.size(0) == args.c_in, "weight ",
                     weight.sizes(), " and bias ", bias.sizes(), " do not fit ", args.c_in, " channels");
   args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
+  const Tensor out_keep = checked_keep(out_keep_, args.n, args.c_out);
+  args.out_keep = data<uint8_t>(out_keep);
   args.act = act_of(act);
   Tensor y = new_map({args.n, args.c_out, args.window.oh, args.window.ow}, x);
   Tensor squares = at::empty({args.n, 1, args.c_out}, x.options().dtype(at::kFloat));

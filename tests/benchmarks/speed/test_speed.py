@@ -11,7 +11,7 @@ import torch
 from benchmarks.speed import __main__ as engine
 from benchmarks.speed.networks import NETWORKS, gate_at, network, trained_networks
 from benchmarks.speed.steady import Probe
-from benchmarks.speed.ways import TRAINED, Row, measure
+from benchmarks.speed.ways import FORCED, TRAINED, Row, measure
 from isw_plugin import InstanceWisePruner
 from isw_plugin.accelerate import choose, fit
 from tests.accelerate.nets import clock, whole_clock
@@ -59,6 +59,15 @@ def test_trained_masks_are_those_that_are_stored() -> None:
     assert row.masks == TRAINED
     assert row.keep == pytest.approx(masks[[0, -1]].float().mean().item(), abs=1e-6)
     assert row.error < 1e-4
+
+
+def test_forced_masks_skip_outputs_too() -> None:
+    masks = [f"{way} 0.5" for way in FORCED]
+    inputs, outputs = measure("slimmed vgg16", 32, batch=2, masks=masks, rounds=1, compiles=False, probe=Alone())
+    assert [inputs.masks, outputs.masks] == masks
+    assert inputs.keep == pytest.approx(outputs.keep) == pytest.approx(0.5, abs=0.01)
+    assert max(inputs.error, outputs.error) < 1e-4
+    assert 1.7 < inputs.bound < 2 < 2.5 < outputs.bound < 4
 
 
 def test_a_second_run_goes_on(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
