@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isw_plugin.errors import PredictionError, StateMismatchError
-from isw_plugin.functional import channel_norm, is_tracing
+from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate
 from isw_plugin.sites import Site
 
@@ -71,17 +71,15 @@ def positions(feature: Tensor, axis: int) -> int:
         return math.prod(map(int, feature.shape[1:])) // int(feature.shape[axis])
 
 
-def statistics(feature: Tensor, axis: int, norms: Tensor | None = None) -> Statistics:
-    """Statistics of a map (N, C, H, W), (N, T, C) or (N, C), C on ``axis``; float32 (float64 for float64).
+def statistics(feature: Tensor, axis: int, norms: Tensor) -> Statistics:
+    """Statistics of a map (N, C, H, W), (N, T, C) or (N, C), C on ``axis``, whose channel norms are these (N, C).
 
-    Args:
-        norms: Its channel norms (N, C), where they are known.
+    float32 (float64 for float64).
     """
     others = [dim for dim in range(1, feature.dim()) if dim != axis % feature.dim()]
     wide = torch.promote_types(feature.dtype, torch.float32)
     mean = feature.mean(others, dtype=wide) if others else feature.to(wide)
     size = positions(feature, axis)
-    norms = channel_norm(feature, axis) if norms is None else norms
     return Statistics(norms / math.sqrt(size), mean, size)
 
 

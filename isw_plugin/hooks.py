@@ -190,8 +190,10 @@ class _Observe(Hook):
         seen = feature.detach() if head is None else UNSEEN
         gated = self._gate(call, gate, feature, norms.detach(), seen)
         if site.name in call.watched:
-            left = torch.where(call.keep[site.name][-1], norms.detach(), 0) if head is None else None
-            call.statistics[site.name] = statistics(gated.detach(), site.axis, left)
+            left = gated.detach()
+            keep = call.keep[site.name][-1]
+            known_norms = torch.where(keep, norms.detach(), 0) if head is None else memory.channel_norm(left, site.axis)
+            call.statistics[site.name] = statistics(left, site.axis, known_norms)
         return gated
 
     def _record(self, call: Call, norms: Tensor) -> None:

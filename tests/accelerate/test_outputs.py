@@ -64,6 +64,13 @@ def test_a_mask_that_a_layer_makes_needless_is_gone() -> None:
     assert [value.dim() for value in masked] == [2]  # means of c1's map, whose reader took its mask in
 
 
+def test_norms_of_a_predicted_map_are_those_that_its_kernel_summed() -> None:
+    net, pruner, images, graph = simplified(Inverted)
+    lowered, _ = lower(graph, executions(graph, images, ()), 1, [site.name for site in pruner.sites])
+    assert isw.sum_squares.default not in targets(lowered)
+    assert torch.ops.aten.pow.Tensor_Scalar not in targets(lowered)
+
+
 @pytest.mark.parametrize("case", ["masked alone", "read whole", "another decision", "decided by the map"])
 def test_only_what_all_readers_drop_is_left_out(case: str) -> None:
     graph = fx.Graph()
