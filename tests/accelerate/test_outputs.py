@@ -65,7 +65,7 @@ def test_a_mask_that_a_layer_makes_needless_is_gone() -> None:
 
 
 def test_norms_of_a_predicted_map_are_those_that_its_kernel_summed() -> None:
-    net, pruner, images, graph = simplified(Inverted)
+    _, pruner, images, graph = simplified(Inverted)
     lowered, _ = lower(graph, executions(graph, images, ()), 1, [site.name for site in pruner.sites])
     assert isw.sum_squares.default not in targets(lowered)
     assert torch.ops.aten.pow.Tensor_Scalar not in targets(lowered)
