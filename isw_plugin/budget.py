@@ -23,7 +23,7 @@ from isw_plugin.measure.macs import DenseMacs, count_dense, require_decided, sav
 from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.settings import Settings
 
-__all__ = ["Budget", "next_target"]
+__all__ = ["Budget", "next_target", "relative_norms"]
 
 _LARGEST = math.nextafter(2.0, 0.0)
 _HALVINGS = 40
@@ -41,13 +41,23 @@ def next_target(before: float | None, macs_left: float, ramp: int) -> float:
     return max(macs_left, before - step)
 
 
+def relative_norms(norms: Tensor, alpha: float, min_keep: int) -> Tensor:
+    """norm / mean norm of the channels that a batch (N, C) may drop: of instances whose CV exceeds alpha, and there not
+    the ``min_keep`` largest; flat."""
+    prunable = norms[coefficient_of_variation(norms) > alpha]
+    relative = prunable / mean_norm(prunable)
+    if min_keep:
+        relative = relative.sort(dim=1).values[:, : max(0, norms.shape[1] - min_keep)]
+    return relative.flatten()
+
+
 @dataclass(frozen=True)
 class _Curve:
     """What a site keeps under a threshold, in the last batch, and what its energy is spread over.
 
     Attributes:
-        relative: norm / mean norm of all channels of instances that may drop some, sorted.
-        prunable: Share of the batch's instances that may.
+        relative: norm / mean norm of all channels that instances may drop, sorted.
+        prunable: Their share of the batch's (instance, channel) pairs.
         spread: Mean square over squared mean of the norms, 1 + CV^2.
     """
 
@@ -56,12 +66,11 @@ class _Curve:
     spread: float
 
     @classmethod
-    def of(cls, norms: Tensor, alpha: float) -> Self:
+    def of(cls, norms: Tensor, alpha: float, min_keep: int) -> Self:
         cv = coefficient_of_variation(norms)
-        prunable = norms[cv > alpha]
-        relative = (prunable / mean_norm(prunable)).flatten().float().cpu().sort().values.numpy()
+        relative = relative_norms(norms, alpha, min_keep).float().cpu().sort().values.numpy()
         spread = (1 + cv[cv.isfinite()].square()).mean().item() if cv.isfinite().any() else 1.0
-        return cls(relative, len(prunable) / max(1, len(norms)), spread)
+        return cls(relative, len(relative) / max(1, norms.numel()), spread)
 
     def kept(self, beta: float) -> float:
         """Share of (instance, channel) pairs."""
@@ -78,7 +87,7 @@ class _Work:
     made: str | None
 
     def kept_in(self, kept: Mapping[str, float]) -> float:
-        return 1 - sum(share * (1 - kept[site]) for site, share in self.read.items())
+        return max(0.0, 1 - sum(share * (1 - kept[site]) for site, share in self.read.items()))
 
     def left(self, kept: Mapping[str, float]) -> float:
         return self.share * self.kept_in(kept) * (kept[self.made] if self.made else 1.0)
@@ -103,7 +112,9 @@ class Budget:
         self.norms, self.keep = pruner.norms, pruner.keep
         self.dense = _dense(pruner, memory.settings)
         require_decided(pruner.sites, self.keep, len(next(iter(self.keep.values()))))
-        self.curves = {site: _Curve.of(norms, self.gates[site].alpha) for site, norms in self.norms.items()}
+        self.curves = {
+            site: _Curve.of(norms, self.gates[site].alpha, memory.min_keep) for site, norms in self.norms.items()
+        }
         self.works = self._works()
         saved = sum(saved_by_site(pruner, self.keep, self.norms, self.dense).values())
         self.measured = 1 - float(torch.as_tensor(saved).mean()) / max(1, self.dense.total)
@@ -134,7 +145,7 @@ class Budget:
         return self._left({site: curve.kept(_LARGEST) for site, curve in self.curves.items()})
 
     def wanted(self, target: float) -> dict[str, float]:
-        """The beta of each site under which the last batch would have left ``target``.
+        """The beta of each site under which the last batch would have left ``target``; none where a site saves nothing.
 
         What the present thresholds left in truth, beside what curves of single sites say of them, corrects the rest:
         instances that keep much in one map keep much in the next.
@@ -146,7 +157,7 @@ class Budget:
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             betas = self._betas(middle, worth)
-            left = self._left({site: curve.kept(betas[site]) for site, curve in self.curves.items()})
+            left = self._left(present | {site: self.curves[site].kept(beta) for site, beta in betas.items()})
             low, high = (middle, high) if left > goal else (low, middle)
         return self._betas(low, worth)
 
@@ -162,7 +173,8 @@ class Budget:
         return {site: saved * self.curves[site].spread for site, saved in saves.items()}
 
     def _betas(self, price: float, worth: Mapping[str, float]) -> dict[str, float]:
-        return {site: min(math.exp(price / 2) * math.sqrt(of_site), _LARGEST) for site, of_site in worth.items()}
+        scale = math.exp(price / 2)
+        return {site: min(scale * math.sqrt(of_site), _LARGEST) for site, of_site in worth.items() if of_site > 0}
 
     def _left(self, kept: Mapping[str, float]) -> float:
         heads = sum(head.macs for head in self.heads.values()) / max(1, self.dense.total)

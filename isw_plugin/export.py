@@ -11,23 +11,30 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from isw_plugin.accelerate import Accelerated, LoadedModel
 from isw_plugin.accelerate.acceleration import masked_copy
-from isw_plugin.errors import MissingExtraError, SettingError, UnsupportedError
-from isw_plugin.inputs import arguments
+from isw_plugin.accelerate.agreement import Outcome, difference, tolerance_of
+from isw_plugin.errors import ISWError, MissingExtraError, SettingError, UnsupportedError
+from isw_plugin.folders import path_of
+from isw_plugin.gates import RandomGate
+from isw_plugin.hooks import memory_of
+from isw_plugin.inputs import arguments, call
 from isw_plugin.pruner import InstanceWisePruner
+from isw_plugin.settings import check_inputs
 from isw_plugin.sites import Inputs
 
 __all__ = ["onnx", "openvino"]
 
 _INSTANCES = 2  # export takes one for a constant
+_DRAWS = 3
 
 
 def onnx(pruner: InstanceWisePruner, file: str | os.PathLike[str], example_inputs: Inputs | None = None) -> Path:
@@ -42,8 +49,11 @@ def onnx(pruner: InstanceWisePruner, file: str | os.PathLike[str], example_input
         The file's path. Axis 0 of every input is any number of instances.
 
     Raises:
-        SettingError: No pruner, or another ending.
-        UnsupportedError: The model cannot be exported, or is accelerated.
+        SettingError: No pruner, no name of such a file, or inputs that the model does not take.
+        UnsupportedError: The model cannot be exported, is accelerated or draws noise (RandomGate); or the file does not
+            give what the masked model gives for two instances of noise, which is compared where onnxruntime is
+            installed, and not where it is not.
+        AttachError: The pruner was removed, or its sites are not known yet.
         MissingExtraError: onnx or onnxscript is not installed (``isw_plugin[onnx]``).
     """
     path = _path(file, ".onnx")
@@ -64,7 +74,7 @@ def openvino(pruner: InstanceWisePruner, file: str | os.PathLike[str], example_i
         The file's path. Weights keep their type.
 
     Raises:
-        SettingError, UnsupportedError: As ``onnx``.
+        SettingError, UnsupportedError, AttachError: As ``onnx``, whose file it is made from.
         MissingExtraError: openvino, onnx or onnxscript is not installed (``isw_plugin[openvino]``).
     """
     path = _path(file, ".xml")
@@ -80,11 +90,9 @@ def openvino(pruner: InstanceWisePruner, file: str | os.PathLike[str], example_i
 
 
 def _path(file: str | os.PathLike[str], ending: str) -> Path:
-    path = Path(file)
-    if path.suffix != ending:
-        raise SettingError(
-            f"file={str(file)!r}: a name that ends in {ending}, such as {path.with_suffix(ending).name!r}"
-        )
+    path = path_of(file, "file", f"m{ending}")
+    if path.suffix != ending or path.is_dir():
+        raise SettingError(f"file={str(file)!r}: a file's name that ends in {ending}, such as {path.stem + ending!r}")
     if not path.parent.is_dir():
         raise SettingError(f"file={str(file)!r}: the folder {path.parent} does not exist")
     return path
@@ -101,11 +109,20 @@ def _program(pruner: Any, example_inputs: Inputs | None) -> Any:
         raise SettingError(f"the pruner of a model is exported, and this is a {type(pruner).__name__}")
     for package in ("onnx", "onnxscript"):
         _imported(package, "onnx")
+    check_inputs(example_inputs)
     pruner._require_attached()
+    pruner.sites  # noqa: B018  # raises where they are not known yet
     inputs = example_inputs if example_inputs is not None else pruner._settings.inputs
-    args, kwargs = arguments(pytree.tree_map_only(Tensor, _example, inputs))
-    shapes = pytree.tree_map(_shape, (args, kwargs))
     model = masked_copy(pruner.model).cpu()
+    _require_no_noise(model, inputs)
+    args, kwargs = arguments(_drawn(inputs))
+    program = _exported(model, args, kwargs)
+    _require_same(program, model, inputs)
+    return program
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    shapes = pytree.tree_map(_shape, (args, kwargs))
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=_by_name(model.forward, *shapes))
@@ -113,6 +130,54 @@ def _program(pruner: Any, example_inputs: Inputs | None) -> Any:
             return torch.onnx.export(program, dynamo=True, verbose=False, custom_translation_table=table)
     except Exception as error:
         raise UnsupportedError(f"{type(model).__name__} cannot be exported: {_reason(error)}") from error
+
+
+def _require_no_noise(model: nn.Module, inputs: Inputs) -> None:
+    """Raise SettingError where the model does not take the inputs, UnsupportedError where its outputs are drawn."""
+    memory = memory_of(model)
+    drawn = memory is not None and any(isinstance(g, RandomGate) and not g.keeps_all for g in memory.gates.values())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            one, other = _outputs(model, inputs), _outputs(model, inputs)
+    except ISWError:
+        raise
+    except Exception as error:
+        raise SettingError(f"example_inputs: {type(model).__name__} does not take them: {_reason(error)}") from error
+    if drawn or difference(one, other, {}, _tolerance(model)):
+        raise UnsupportedError(
+            "a gate or layer draws noise, of which another runtime draws its own (RandomGate by the last bits of "
+            "norms): export with a gate that decides the same every time, such as MinNorm(0.5)"
+        )
+
+
+def _require_same(program: Any, model: nn.Module, inputs: Inputs) -> None:
+    """Raise UnsupportedError where onnxruntime, if there is one, gives something else than the masked model."""
+    if find_spec("onnxruntime") is None:
+        return
+    problems = []
+    for seed in range(_DRAWS):  # rounding may turn a near-tie of one
+        args, kwargs = arguments(_drawn(inputs, seed))
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                found = Outcome(list(program(*args, **kwargs)))
+        except Exception as error:
+            warnings.warn(f"the file was not compared: onnxruntime cannot run it ({_reason(error)})", stacklevel=4)
+            return
+        problems.append(difference(found, _outputs(model, inputs, seed), {}, 10 * _tolerance(model)))
+        if not problems[-1]:
+            return
+    raise UnsupportedError(f"the file would not give what the masked model gives: {problems[-1]} in onnxruntime")
+
+
+def _outputs(model: nn.Module, inputs: Inputs, seed: int = 0) -> Outcome:
+    """Tensors of the masked model's outputs for two instances."""
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(call(model, _drawn(inputs, seed)))
+    return Outcome([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+
+def _tolerance(model: nn.Module) -> float:
+    return tolerance_of(tensor.dtype for tensor in model.parameters())
 
 
 def _sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
@@ -130,8 +195,15 @@ def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _example(tensor: Tensor) -> Tensor:
-    return torch.zeros((_INSTANCES, *tensor.shape[1:]) if tensor.dim() else (), dtype=tensor.dtype)
+def _drawn(inputs: Inputs, seed: int = 0) -> Any:
+    """Inputs of this form for two instances: noise, and zeros for whole numbers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        zeros = torch.zeros((_INSTANCES, *tensor.shape[1:]) if tensor.dim() else (), dtype=tensor.dtype)
+        return zeros.normal_(generator=generator) if tensor.is_floating_point() else zeros
+
+    return pytree.tree_map_only(Tensor, drawn, inputs)
 
 
 def _shape(leaf: object) -> dict[int, Any] | None:

@@ -31,17 +31,17 @@ _LARGEST_HEADER = 1 << 23  # bytes of a safetensors header; a tensor takes about
 _DEEPEST = 64
 
 
-def path_of(folder: str | os.PathLike[str]) -> Path:
-    """The folder that a user means.
+def path_of(given: str | os.PathLike[str], kind: str = "folder", example: str = "runs/gated") -> Path:
+    """The folder, or the file, that a user means.
 
     Raises:
         SettingError: It names none.
     """
-    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str) or not os.fspath(folder):
-        raise SettingError(f"folder={folder!r}: the path of a folder, such as 'runs/gated'")
-    if "\0" in os.fspath(folder):
-        raise SettingError(f"folder={folder!r}: no path holds the character 0")
-    return Path(folder)
+    if not isinstance(given, str | os.PathLike) or not isinstance(os.fspath(given), str) or not os.fspath(given):
+        raise SettingError(f"{kind}={given!r}: the path of a {kind}, such as {example!r}")
+    if "\0" in os.fspath(given):
+        raise SettingError(f"{kind}={given!r}: no path holds the character 0")
+    return Path(given)
 
 
 class File(NamedTuple):

@@ -1,7 +1,7 @@
 """The callables placed in a model: record norms, decide, mask.
 
-Module-level classes, so that a model pickles with them; what they share holds no module, and drops its
-tensors on copy and pickle, so that a copied model (EMA) has hooks and memory of its own.
+Module-level classes, so that a model pickles with them; what they share holds no module but the parameters of gates,
+and drops what calls recorded on copy and pickle, so that a copied model (EMA) has hooks and memory of its own.
 """
 
 import inspect

@@ -42,7 +42,7 @@ def made_learned(model: nn.Module, sites: Sequence[Site], gates: Mapping[str, Ga
         try:
             _require_layers(site, layers)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                torch.manual_seed(zlib.crc32(site.name.encode()))
+                torch.default_generator.manual_seed(zlib.crc32(site.name.encode()))
                 made[site.name] = gate.learn(layers)
         except SettingError as error:
             wrong[site.name] = str(error)

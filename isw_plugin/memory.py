@@ -149,7 +149,7 @@ class Memory:
         min_keep: Channels that every instance keeps at every site, the largest.
         channel_norm, mask: What takes a map's norms (Eq. 3), and what drops its channels; operators while it is traced.
         tape: The training forwards whose penalty has not been taken.
-        settings: What the pruner of a copied model is rebuilt from; holds no module either.
+        settings: What the pruner of a copied model is rebuilt from; of modules it holds ``learned`` alone.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:

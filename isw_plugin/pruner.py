@@ -364,6 +364,8 @@ class InstanceWisePruner:
         """
         self._require_attached()
         self._settings.set_thresholds(self.model, parameters, per_site)
+        if parameters or per_site is not None:
+            self._settings.budget = None  # thresholds that were not steered to it
         self._configure()
 
     def step(self) -> None:
@@ -398,11 +400,12 @@ class InstanceWisePruner:
             (tensor([2, 2]), MinNorm(ratio=0.5), False)
         """
         gate, differed, enabled = self.gate, self._settings.per_site, self.enabled
+        budget = self._settings.budget
         self.enable(per_site=per_site, **parameters)
         try:
             yield
         finally:
-            self._settings.gate = gate
+            self._settings.gate, self._settings.budget = gate, budget
             if per_site is not None:
                 self._settings.set_thresholds(self.model, {}, differed)
             self._configure()

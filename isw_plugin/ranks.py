@@ -1,11 +1,12 @@
 """What all processes of a torch.distributed group have seen, put together."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["averaged", "of_all_ranks", "ranks"]
+__all__ = ["averaged", "of_all_ranks", "on_all_ranks", "ranks"]
 
 T = TypeVar("T")
 
@@ -25,6 +26,21 @@ def of_all_ranks(value: T) -> list[T]:
     values: list[T] = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def on_all_ranks(attempt: Callable[[], T]) -> T:
+    """What it gives on this rank; what it raises on one, all raise, so that none waits for another."""
+    try:
+        mine = attempt()
+    except Exception as error:
+        ours = type(error).__module__.startswith("isw_plugin.")  # others may not pickle
+        of_all_ranks(error if ours else RuntimeError(f"another rank failed: {error!r}"))
+        raise
+    failed: list[Exception | None] = of_all_ranks(None)
+    for error in failed:
+        if error is not None:
+            raise error
+    return mine
 
 
 def ranks() -> int:

@@ -13,13 +13,12 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from isw_plugin.budget import Budget, next_target
+from isw_plugin.budget import Budget, next_target, relative_norms
 from isw_plugin.errors import AttachError, BudgetError, NothingRecordedError, SettingError
-from isw_plugin.functional import coefficient_of_variation, mean_norm
 from isw_plugin.gates import CVGate
-from isw_plugin.hooks import memory_of
+from isw_plugin.hooks import Memory, memory_of
 from isw_plugin.pruner import InstanceWisePruner
-from isw_plugin.ranks import of_all_ranks
+from isw_plugin.ranks import of_all_ranks, on_all_ranks
 from isw_plugin.settings import Settings
 from isw_plugin.values import as_count
 
@@ -62,7 +61,8 @@ def steer_thresholds(
         keep: Site name -> share of (instance, channel) pairs to keep, in (0, 1]; sites that are not named stay.
         macs_left: Share of the dense MACs to leave, in (0, 1], as ``count_macs`` counts them at the size that the sites
             were found on: inputs, outputs of predicted sites and heads.
-        ramp: Calls in which the budget falls from 1 to ``macs_left``; 0: it holds at once.
+        ramp: Calls in which the budget falls from 1 to ``macs_left``; 0: it holds at once. How far it has come is
+            forgotten where gate parameters or ``per_site`` are set (``enable``, ``set_thresholds``).
         rate: How far to move, in (0, 1]; the first call with a budget goes the whole way.
 
     Returns:
@@ -71,7 +71,7 @@ def steer_thresholds(
     Raises:
         SettingError: No pruner, another gate, no or an unknown site, a share or rate outside its range, keep beside
             macs_left or none of them.
-        NothingRecordedError: No gated forward before.
+        NothingRecordedError: No gated forward before. Raised on all ranks where one had none.
         BudgetError: More is left where every site drops all that it can. Thresholds stay.
 
     Example:
@@ -88,20 +88,20 @@ def steer_thresholds(
         >>> round(1 - count_macs(model, images).saved.mean().item(), 1)
         0.7
     """
-    settings = _settings(pruner)
+    memory, settings = _attached(pruner)
     _check_rate(rate)
     if (keep is None) == (macs_left is None):
         raise SettingError("thresholds follow macs_left=, a share of the MACs, or keep=, shares of channels by site")
     if macs_left is not None:
         budget = checked_budget(macs_left, ramp, rate)
-        _recorded(pruner)
         return _steered(pruner, settings, budget, ramp, rate)
     shares = _checked_shares(pruner, keep)
     if ramp:
         raise SettingError(f"ramp={ramp!r} is of macs_left; with keep=, let the shares fall from call to call")
-    norms = _recorded(pruner)
+    norms = on_all_ranks(lambda: _recorded(pruner))
     held = {site: _alpha(pruner, site) for site in shares if site in norms}
-    _move(pruner, {site: _wanted(norms[site], alpha, shares[site]) for site, alpha in held.items()}, rate)
+    wanted = {site: _wanted(norms[site], alpha, shares[site], memory.min_keep) for site, alpha in held.items()}
+    _move(pruner, wanted, rate)
     return None
 
 
@@ -113,7 +113,7 @@ def checked_budget(macs_left: float, ramp: int, rate: float) -> float:
 
 
 def _steered(pruner: InstanceWisePruner, settings: Settings, macs_left: float, ramp: int, rate: float) -> float:
-    budget = Budget(pruner)
+    budget = on_all_ranks(lambda: _budget(pruner))
     least = max(of_all_ranks(budget.least() if budget.finite else 0.0))
     if least > macs_left:
         raise BudgetError(
@@ -124,6 +124,11 @@ def _steered(pruner: InstanceWisePruner, settings: Settings, macs_left: float, r
     _move(pruner, budget.wanted(target) if budget.finite else {}, rate if settings.budget is not None else 1.0)
     settings.budget = target
     return budget.measured
+
+
+def _budget(pruner: InstanceWisePruner) -> Budget:
+    _recorded(pruner)
+    return Budget(pruner)
 
 
 def _move(pruner: InstanceWisePruner, mine: Mapping[str, float], rate: float) -> None:
@@ -138,13 +143,12 @@ def _move(pruner: InstanceWisePruner, mine: Mapping[str, float], rate: float) ->
     pruner.set_thresholds(per_site=per_site)
 
 
-def _wanted(norms: Tensor, alpha: float, keep: float) -> float:
+def _wanted(norms: Tensor, alpha: float, keep: float, min_keep: int) -> float:
     """The beta that drops all but this share of a batch's channels, norms (N, C); NaN where none may be dropped."""
     dropped = round((1 - keep) * norms.numel())
-    prunable = norms[coefficient_of_variation(norms) > alpha]
-    if not dropped or not len(prunable):
+    relative = relative_norms(norms, alpha, min_keep)
+    if not dropped or not len(relative):
         return math.nan if dropped else 0.0
-    relative = (prunable / mean_norm(prunable)).flatten()
     smallest_kept = relative.kthvalue(min(dropped + 1, len(relative))).values.item()
     return min(max(smallest_kept, _SMALLEST), _LARGEST)
 
@@ -154,8 +158,8 @@ def _alpha(pruner: InstanceWisePruner, site: str) -> float:
     return alpha
 
 
-def _settings(pruner: Any) -> Settings:
-    """The settings of a pruner that can be steered."""
+def _attached(pruner: Any) -> tuple[Memory, Settings]:
+    """Of a pruner that can be steered."""
     if not isinstance(pruner, InstanceWisePruner):
         raise SettingError(f"a pruner is steered, and this is a {type(pruner).__name__}: InstanceWisePruner.of(model)")
     if not isinstance(pruner.gate, CVGate):
@@ -163,11 +167,11 @@ def _settings(pruner: Any) -> Settings:
     memory = memory_of(pruner.model)
     if memory is None or memory.settings is None:
         raise AttachError("this pruner was removed from its model: attach another")
-    return memory.settings
+    return memory, memory.settings
 
 
 def _check_rate(rate: Any) -> None:
-    if not isinstance(rate, Real) or not 0 < float(rate) <= 1:
+    if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 < float(rate) <= 1:
         raise SettingError(f"rate={rate!r}: how far to move lies in (0, 1]")
 
 

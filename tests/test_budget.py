@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, count_macs, load_pretrained, steer_thresholds, steering
+from isw_plugin.budget import Budget, _Work
 from isw_plugin.errors import BudgetError, NothingRecordedError, SettingError
 from tests.conftest import Plain
 
@@ -190,6 +191,39 @@ def test_a_budget_below_what_gates_reach_is_refused_before_anything_changes() ->
     with pytest.raises(BudgetError, match=r"macs_left=0.01: 0\.\d+ of the MACs are left.*fit_predictors"):
         steer_thresholds(pruner, macs_left=0.01)
     assert pruner.state_dict() == before
+
+
+def test_channels_that_must_stay_are_left() -> None:
+    pruner = attached(chain(), min_keep=16)
+    pruner.model(images(0))
+    with pytest.raises(BudgetError, match=r"1\.000 of the MACs are left"):
+        steer_thresholds(pruner, macs_left=0.8)
+    pruner = attached(chain(), min_keep=10)
+    steered(pruner, 60, macs_left=0.8, rate=0.2)
+    assert left_on_others(pruner) == pytest.approx(0.8, abs=0.01)
+
+
+def test_thresholds_that_a_user_sets_start_a_ramp_anew() -> None:
+    pruner = attached(chain())
+    steered(pruner, 2, macs_left=0.8, ramp=2)
+    with pruner.gating(beta=0.3):
+        assert pruner.state_dict()["budget"] is None
+    pruner.disable()
+    pruner.step()
+    assert pruner.state_dict()["budget"] == pytest.approx(0.8)
+    pruner.enable(per_site={})
+    assert steered(pruner, 1, macs_left=0.8, ramp=2) == 1.0
+    assert pruner.state_dict()["budget"] == pytest.approx(0.9)
+
+
+def test_a_site_that_saves_nothing_stays_as_it_is() -> None:
+    shares = next(s for s in itertools.permutations([0.1, 0.2, 0.3, 0.15, 0.25]) if sum(s) > 1)
+    work = _Work(1.0, dict(zip("abcde", shares, strict=True)), None)
+    assert work.kept_in(dict.fromkeys("abcde", 0.0)) == 0.0
+    pruner = attached(chain())
+    pruner.model(images(0))
+    betas = Budget(pruner)._betas(-1.0, {"0": 0.0, "2": 1e-17, "4": 0.25})
+    assert betas == pytest.approx({"2": math.exp(-0.5) * 1e-17**0.5, "4": math.exp(-0.5) / 2})
 
 
 @pytest.mark.parametrize(

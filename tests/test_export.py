@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor
 
-from isw_plugin import CVGate, InstanceWisePruner, MinNorm, export
+from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate, export
 from isw_plugin.errors import AttachError, MissingExtraError, SettingError, UnsupportedError
 from tests.accelerate.nets import Slimmed, attached, images_for, seeded
 from tests.conftest import Plain, Tokens
@@ -85,6 +85,54 @@ def test_names_of_files(tmp_path: Path) -> None:
     pruner.remove()
     with pytest.raises(AttachError):
         export.onnx(pruner, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", [None, "", 3, b"m.onnx", "a\0.onnx", ".", "/"])
+def test_what_names_no_file(file: Any) -> None:
+    with pytest.raises(SettingError, match=r"^file="):
+        export.onnx(attached(seeded(Plain), Plain().images()), file)
+
+
+def test_inputs_that_the_model_does_not_take(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    pruner = attached(seeded(Plain), Plain().images())
+    with pytest.raises(SettingError, match=r"example_inputs: Plain does not take them: .*channels"):
+        export.onnx(pruner, tmp_path / "m.onnx", torch.zeros(1, 5, 8, 8))
+    with pytest.raises(SettingError, match="is a shape"):
+        export.onnx(pruner, tmp_path / "m.onnx", (1, 3, 8, 8))
+    unknown = InstanceWisePruner(seeded(Plain))
+    with pytest.raises(AttachError, match="no sites"):
+        export.onnx(unknown, tmp_path / "m.onnx", Plain().images())
+    assert list(tmp_path.iterdir()) == []
+
+
+def noisy(feature: Tensor, norms: Tensor) -> Tensor:
+    return torch.rand_like(norms) > 0.5
+
+
+def _differs(self: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
+    return [torch.zeros(2, 5)]
+
+
+@pytest.mark.parametrize("gate", [RandomGate(0.5), noisy], ids=["hashed", "drawn"])
+def test_noise_is_refused(tmp_path: Path, gate: Any) -> None:
+    pytest.importorskip("onnxscript")
+    pruner = attached(seeded(Plain), Plain().images(), gate=gate)
+    state = torch.get_rng_state()
+    with pytest.raises(UnsupportedError, match=r"draws noise.*MinNorm"):
+        export.onnx(pruner, tmp_path / "m.onnx")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_gives_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "__call__", _differs)
+    with pytest.raises(UnsupportedError, match=r"not give what the masked model gives: .* in onnxruntime"):
+        export.onnx(attached(seeded(Plain), Plain().images()), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from isw_plugin import InstanceWisePruner, MinNorm, evaluate, steering
+from isw_plugin import InstanceWisePruner, MinNorm, evaluate, ranks, steering
 from isw_plugin.errors import NothingRecordedError, SettingError
 from isw_plugin.steering import steer_thresholds
 from tests.conftest import Plain
@@ -194,6 +195,25 @@ def test_ranks_take_the_mean_of_what_they_want(monkeypatch: pytest.MonkeyPatch) 
     assert beta(pruner) == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize("wanted", [{"keep": {"a": 0.5}}, {"macs_left": 0.5}], ids=["keep", "macs"])
+def test_what_one_rank_raises_all_raise(monkeypatch: pytest.MonkeyPatch, wanted: dict[str, Any]) -> None:
+    pruner = gated(norms_of(0), alpha=0.0)
+    monkeypatch.setattr(ranks, "of_all_ranks", lambda mine: [mine, NothingRecordedError("of the other")])
+    with pytest.raises(NothingRecordedError, match="of the other"):
+        steer_thresholds(pruner, **wanted)
+    assert pruner.per_site == {}
+
+
+def test_channels_that_must_stay_are_not_counted_on() -> None:
+    norms = norms_of(0, channels=8)
+    pruner = InstanceWisePruner(OneMap(8), torch.zeros(1, 8, 1, 1), alpha=0.0, beta=0.7, min_keep=6)
+    pruner.step()
+    see(pruner, norms)
+    steer_thresholds(pruner, {"a": 0.85}, rate=1.0)
+    assert kept(pruner, norms) == pytest.approx(0.85, abs=0.01)
+    assert beta(pruner) < 1
+
+
 @pytest.mark.parametrize(
     ("keep", "rate", "message"),
     [
@@ -203,6 +223,7 @@ def test_ranks_take_the_mean_of_what_they_want(monkeypatch: pytest.MonkeyPatch) 
         ({"b": 0.5}, 0.1, r"'b', which is no site. Close names: a"),
         ({"a": 0.5}, 0.0, r"rate=0.0"),
         ({"a": 0.5}, 1.5, r"rate=1.5"),
+        ({"a": 0.5}, True, r"rate=True"),
     ],
 )
 def test_wrong_values_say_what_is_right(keep: dict[str, float], rate: float, message: str) -> None:

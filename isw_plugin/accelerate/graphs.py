@@ -32,6 +32,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _MAKERS = {"arange", "full", "zeros", "ones", "scalar_tensor"}  # operators that may take no tensor
 _INTERNAL = {  # names with an underscore that export leaves
+    "__and__",  # and other operators of Python on tensors
+    "__lshift__",
+    "__or__",
+    "__rshift__",
+    "__xor__",
     "_adaptive_avg_pool2d",
     "_log_softmax",
     "_native_batch_norm_legit_no_training",

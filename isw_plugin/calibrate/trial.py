@@ -12,6 +12,7 @@ from isw_plugin.calibrate.result import Candidate, Parameters
 from isw_plugin.gates import CVGate, LearnedGate
 from isw_plugin.measure.evaluate import Forward, GateReport, evaluate
 from isw_plugin.measure.scores import Metric, cross_entropy
+from isw_plugin.measure.sweep import at_reference
 from isw_plugin.pruner import InstanceWisePruner
 
 __all__ = ["Measured", "Trial", "first"]
@@ -71,7 +72,7 @@ class Trial:
             self.cv = self.off.records.cv
             return self.off
         if isinstance(self.pruner.gate, LearnedGate):  # without it the network is another
-            with self.pruner.gating(**self.pruner.gate.reference):
+            with at_reference(self.pruner, self.pruner.gate):
                 return self.measured.evaluate(self.pruner)
         enabled = self.pruner.enabled
         self.pruner.disable()

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from isw_plugin.accelerate import Accelerated, LoadedModel, Record
 from isw_plugin.errors import AttachError, SettingError, UnsupportedError
-from isw_plugin.gates import LearnedGate
+from isw_plugin.gates import Gate, LearnedGate
 from isw_plugin.hooks import Part, column_keep, has_hooks, memory_of, reader_parts
 from isw_plugin.inputs import call, instances_in, measuring
 from isw_plugin.pruner import InstanceWisePruner
@@ -163,12 +163,12 @@ def saved_by_site(
         scores: What ``keep`` was decided on.
     """
     keep = {name: mask.cpu() for name, mask in keep.items()}
-    sites, heads = pruner.sites, pruner.heads
+    sites, heads, gates = pruner.sites, pruner.heads, _gates(pruner)
     own = _own_macs(pruner, dense) | {name: float(head.macs) for name, head in heads.items()}
     parts = reader_parts(sites) if own else {}
     saved = {}
     for site in sites:
-        gate = pruner.gate
+        gate = gates[site.name]
         if isinstance(gate, LearnedGate) and not gate.whole_channels:
             macs = [dense.per_call(name) for name in site.layers]
             layers = [pruner.model.get_submodule(name) for name in site.layers]
@@ -187,14 +187,20 @@ def saved_by_site(
 
 def _own_macs(pruner: InstanceWisePruner, dense: DenseMacs) -> dict[str, float]:
     """What gates with parameters take for one image, by site."""
-    own, gate = {}, pruner.gate
-    if not isinstance(gate, LearnedGate):
-        return {}
+    own, gates = {}, _gates(pruner)
     for site in pruner.sites:
-        layers = [pruner.model.get_submodule(name) for name in site.layers]
-        macs = [dense.per_call(name) for name in site.layers]
-        own[site.name] = gate.macs(pruner.learned[site.name], layers, macs)
+        gate = gates[site.name]
+        if isinstance(gate, LearnedGate):
+            layers = [pruner.model.get_submodule(name) for name in site.layers]
+            macs = [dense.per_call(name) for name in site.layers]
+            own[site.name] = gate.macs(pruner.learned[site.name], layers, macs)
     return own
+
+
+def _gates(pruner: InstanceWisePruner) -> Mapping[str, Gate]:
+    """By site, with what differs there."""
+    memory = memory_of(pruner.model)
+    return memory.gates if memory else {}
 
 
 def _undone(site: Site, layer: str, parts: Sequence[Part], keep: dict[str, Tensor], dense: DenseMacs) -> Tensor:

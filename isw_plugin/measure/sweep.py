@@ -1,6 +1,7 @@
 """Time against the share of channels kept, by gate parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from isw_plugin.gates import LearnedGate
 from isw_plugin.measure.latency import Latency, compare
 from isw_plugin.pruner import InstanceWisePruner
 
-__all__ = ["LatencyPoint", "latency_by_keep"]
+__all__ = ["LatencyPoint", "at_reference", "latency_by_keep"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,19 @@ def _at_most(pruner: InstanceWisePruner, images: Tensor) -> Accelerated:
     gate = pruner.gate
     if not isinstance(gate, LearnedGate):
         return pruner.accelerate(images, backend="dense")
-    with pruner.gating(**gate.reference):
+    with at_reference(pruner, gate):
         return pruner.accelerate(images, backend="gated")
+
+
+@contextmanager
+def at_reference(pruner: InstanceWisePruner, gate: LearnedGate) -> Iterator[None]:
+    """Gates on at the reference inside, at all sites; what else differs at single sites goes on differing."""
+    others = {
+        site: {name: value for name, value in differs.items() if name not in gate.reference}
+        for site, differs in pruner.per_site.items()
+    }
+    with pruner.gating(per_site=others, **gate.reference):
+        yield
 
 
 def _kept(model: Accelerated, images: Tensor) -> float:

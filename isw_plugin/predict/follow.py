@@ -13,7 +13,7 @@ from isw_plugin.errors import NothingRecordedError, PredictionError, SettingErro
 from isw_plugin.heads import Head, Lesson, features
 from isw_plugin.hooks import Memory
 from isw_plugin.predict.ridge import moments, solved
-from isw_plugin.ranks import averaged, ranks
+from isw_plugin.ranks import averaged, on_all_ranks, ranks
 from isw_plugin.values import as_count, as_number
 
 __all__ = ["follow"]
@@ -31,19 +31,29 @@ def follow(heads: Mapping[str, Head], memory: Memory, decay: float, every: int) 
     every = as_count("every", every, "the calls from one solution to the next", least=1)
     if not heads:
         raise PredictionError("there are no heads to follow the network: fit_predictors first")
+    lessons = on_all_ranks(lambda: _lessons(heads, memory, decay))
+    later = {}
+    with torch.no_grad():
+        for name, head in heads.items():
+            held = _taught(head, memory.heads[name].weight.device, lessons.get(name, ()), decay)
+            head = replace(head, moments=held, followed=head.followed + 1)
+            later[name] = head if head.followed % every else _solved(head, averaged(held))
+    return later
+
+
+def _lessons(heads: Mapping[str, Head], memory: Memory, decay: float) -> dict[str, list[Lesson]]:
+    """What the last forward has shown; at the first one, whether enough of such are remembered."""
     lessons = memory.take_lessons()
     if not lessons.keys() & heads.keys():
         raise NothingRecordedError(
             "heads follow the last training forward with gates on, which never ran or was taken already: call the "
             "model in training mode, with gradients and after step(), before each call"
         )
-    later = {}
-    with torch.no_grad():
-        for name, head in heads.items():
-            held = _taught(head, memory.heads[name].weight.device, lessons.get(name, ()), decay)
-            head = replace(head, moments=held, followed=head.followed + 1)
-            later[name] = head if head.followed % every else _solved(name, head, averaged(held), decay)
-    return later
+    for name, head in heads.items():
+        if not head.followed:
+            images = sum(len(rms) for _, rms in lessons.get(name, ())) * ranks()
+            _require_memory(name, images / (1 - decay), decay, _IMAGES * head.weight.shape[1])
+    return lessons
 
 
 def _taught(head: Head, device: torch.device, seen: Sequence[Lesson], decay: float) -> Tensor:
@@ -60,11 +70,9 @@ def _taught(head: Head, device: torch.device, seen: Sequence[Lesson], decay: flo
     return held
 
 
-def _solved(name: str, head: Head, held: Tensor, decay: float) -> Head:
+def _solved(head: Head, held: Tensor) -> Head:
     """Fitted anew to these moments of all ranks, if they hold enough."""
-    images, needed = held[0, 0].item() * ranks(), _IMAGES * head.weight.shape[1]
-    if images < needed:
-        _require_memory(name, images / (1 - decay**head.followed), decay, needed)
+    if held[0, 0].item() * ranks() < _IMAGES * head.weight.shape[1]:
         return replace(head, moments=held)
     weight, bias = solved(held, _PENALTY)
     return replace(head, moments=held, weight=weight, bias=bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isw_plugin import CVGate, InstanceWisePruner, MinNorm, evaluate, load_accelerated, load_pretrained
+from isw_plugin import FBS, CVGate, InstanceWisePruner, MinNorm, RandomGate, evaluate, load_accelerated, load_pretrained
 from isw_plugin.accelerate import Accelerated, saved
 from isw_plugin.accelerate.graphs import _function
 from isw_plugin.errors import (
@@ -51,6 +51,15 @@ def test_what_comes_back_gives_the_same_bits(tmp_path: Path, kind: Any, gate: An
         assert torch.equal(again(batch), fast(batch))
         assert torch.equal(again(batch), fast(batch))  # from its tape
     assert (again.execution, again.choices, again.fitted) == (fast.execution, fast.choices, fast.fitted)
+
+
+@pytest.mark.parametrize("gate", [FBS(0.5), RandomGate(0.4)], ids=["fbs", "random"])
+def test_other_gates_come_back_too(tmp_path: Path, gate: Any) -> None:
+    images = images_for(Slimmed())
+    fast = fast_one(Slimmed, images, gate=gate)
+    assert fast.execution == "accelerated"
+    fast.save_pretrained(tmp_path)
+    assert torch.equal(load_accelerated(tmp_path)(images), fast(images))
 
 
 def test_decisions_are_recorded(tmp_path: Path) -> None:
@@ -285,7 +294,9 @@ def test_macs_of_a_loaded_one_are_refused(folder: Path) -> None:
         evaluate(load_accelerated(folder), [(Plain().images(), torch.arange(4))])
 
 
-@pytest.mark.parametrize("name", ["aten.relu.default", "isw.conv2d.default", "aten.arange.default", "sizes.mul"])
+@pytest.mark.parametrize(
+    "name", ["aten.relu.default", "isw.conv2d.default", "aten.arange.default", "sizes.mul", "aten.__or__.Tensor"]
+)
 def test_operators_that_graphs_call(name: str) -> None:
     assert callable(_function(name))
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from isw_plugin import FBS, LCCL, InstanceWisePruner, calibrate, load_pretrained
 from isw_plugin.errors import AttachError, PredictionError, SettingError, StateMismatchError, UnsupportedError
 from isw_plugin.measure import latency_by_keep
+from isw_plugin.measure.sweep import at_reference
 from tests.conftest import Concat, Net, Preactivation, Residual, Tokens, hooks_of, made
 from tests.predict.nets import Down, Grouped, Inverted, Stack
 
@@ -62,14 +63,18 @@ def test_training_moves_the_parameters(gate: str) -> None:
     assert all(not torch.equal(now, then) for now, then in zip(pruner.gate_parameters(), before, strict=True))
 
 
-def test_parameters_start_the_same_everywhere_and_leave_the_generator_alone() -> None:
-    found = []
+def test_parameters_start_the_same_everywhere_and_leave_the_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[nn.Parameter]] = []
+    seeded: list[int] = []
     for seed in (0, 7):
         net = made(Down)
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        found.append(InstanceWisePruner(net, net.images(1), gate="lccl").gate_parameters())
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+            found.append(InstanceWisePruner(net, net.images(1), gate="lccl").gate_parameters())
         assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded  # generators of devices
     assert all(map(torch.equal, *found))
 
 
@@ -265,6 +270,23 @@ def test_densities_are_calibrated_against_every_channel() -> None:
     found = calibrate(pruner, [(images, labels)], max_drop=0.4)
     assert found.accuracy == 1.0
     assert pruner.gate.density == found.best.parameters["density"] < 1
+
+
+def test_the_reference_is_the_same_whatever_was_calibrated_before() -> None:
+    net, pruner = attached(Stack, FBS(0.5))
+    images = net.images(32)
+    with pruner.gating(density=1.0):
+        labels = net(images).argmax(1)
+    pruner.set_thresholds(per_site={"c2": {"density": 1 / 6, "l1": 0.5}})
+    with pytest.warns(UserWarning, match="allows to lose"):
+        found = calibrate(pruner, [(images, labels)], max_drop=1.0)
+    assert found.accuracy == 1.0
+    points = latency_by_keep(pruner, net.images(), [{"density": 0.5}], rounds=1)
+    assert points[0].keep_ratio == 1.0
+    net, pruner = attached(Stack, LCCL(margin=1e6), per_site={"c2": {"branch": "shared"}})
+    with at_reference(pruner, pruner.gate):  # a branch cannot change
+        assert pruner.gate.margin == 0
+        assert pruner.per_site == {"c2": {"branch": "shared"}}
 
 
 def test_single_sites_have_densities_of_their_own() -> None:

@@ -168,6 +168,15 @@ def test_channel_gating_counts_the_first_part_always() -> None:
     torch.testing.assert_close(macs.gated, left)
 
 
+def test_macs_are_of_the_parts_of_the_site() -> None:
+    net = made(Stack)
+    pruner = InstanceWisePruner(net, net.images(1), 0.0, gate=ChannelGating(parts=4), per_site={"c2": {"parts": 2}})
+    pruner.enable(margin=1e6)
+    macs = count_macs(net, IMAGES)
+    inputs = net.c2.in_channels
+    assert macs.per_site["c2"].tolist() == [macs.per_layer["c2"] * (inputs // 2) / inputs] * 6
+
+
 # -- LCCL ------------------------------------------------------------------------------------------
 
 

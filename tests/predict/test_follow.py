@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from isw_plugin import InstanceWisePruner, calibrate, load_pretrained, steer_thresholds
+from isw_plugin import InstanceWisePruner, calibrate, load_pretrained, ranks, steer_thresholds
 from isw_plugin.errors import AttachError, NothingRecordedError, PredictionError, SettingError, StateMismatchError
 from isw_plugin.functional import channel_norm
 from isw_plugin.heads import Head
@@ -369,6 +369,31 @@ def test_settings_are_checked_before_anything_is_changed(settings: dict[str, Any
 def test_the_decay_that_is_named_is_below_one() -> None:
     with pytest.raises(SettingError, match=r"needs 8,192: decay=0\.999878 remembers"):
         _require_memory("c2", 20, 0.9, 8192)
+
+
+def test_memory_is_checked_at_the_first_call_alone() -> None:
+    net, pruner = predicting(Stack)
+    net.train()
+    net(batch(net, 0, 4)).mean().backward()
+    with pytest.raises(SettingError, match="remembers about 8 images"):
+        pruner.follow_predictors(decay=0.5, every=10)
+    for _ in range(4):
+        net(torch.full((4, 3, 8, 8), math.inf)).mean()
+        pruner.follow_predictors(decay=0.9, every=5)
+    net(batch(net, 1, 4)).mean().backward()
+    before = pruner.heads["c2"].weight
+    pruner.follow_predictors(decay=0.9, every=5)  # 4 images of the 16 that it needs, of 40 that it remembers
+    assert torch.equal(pruner.heads["c2"].weight, before)
+
+
+def test_what_one_rank_raises_all_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, pruner = predicting(Stack)
+    net.train()(batch(net, 0)).mean().backward()
+    before = pruner.heads["c2"]
+    monkeypatch.setattr(ranks, "of_all_ranks", lambda mine: [mine, NothingRecordedError("of the other")])
+    with pytest.raises(NothingRecordedError, match="of the other"):
+        pruner.follow_predictors()
+    assert_equal(pruner.heads["c2"], before)
 
 
 def test_without_heads_or_gates_there_is_nothing_to_follow() -> None:
