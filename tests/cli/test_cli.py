@@ -91,6 +91,7 @@ def test_gate_from_a_model_to_a_page_and_two_folders(place: Path) -> None:
     if fast.execution == "accelerated":
         torch.testing.assert_close(fast(x), pruner.model(x), atol=1e-5, rtol=1e-4)
     assert "is not empty" in refused("gate", "net.py:net", *images, "--out", "out")
+    isw("gate", "net.py:net", *images, "--max-drop", "0.49", "--out", "out", "--force")
     assert [file.name for file in place.iterdir() if file.name.startswith(".out")] == []
     evaluated = json.loads(isw("evaluate", "out/fast", "--data", "data", "--json").stdout)  # at 16 pixels, as gated
     assert (evaluated["instances"], evaluated["execution"]) == (9, fast.execution)
@@ -118,6 +119,20 @@ def test_force_replaces_what_isw_wrote_and_nothing_else(place: Path) -> None:
     Path("deep/page/thesis.tex").write_text("years")
     assert "holds thesis.tex, which isw did not write" in refused("report", "net.py:gated", *images, "--force")
     assert Path("deep/page/thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize(
+    "name", ["holiday.png", "report/me.png", "gated/net.py", "fast/deeper/index.html", "photos/1.png"]
+)
+def test_force_never_replaces_what_isw_does_not_write(place: Path, name: str) -> None:
+    images = ("--data", "data", "--size", "16", "--out", "page")
+    isw("report", "net.py:gated", *images)
+    theirs = place / "page" / name
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    theirs.write_text("mine")
+    assert f"holds {name}, which isw did not write" in refused("report", "net.py:gated", *images, "--force")
+    assert theirs.read_text() == "mine"
+    assert (place / "page" / "index.html").is_file()
 
 
 def test_evaluate_and_report_and_export_of_a_gated_model(place: Path) -> None:
