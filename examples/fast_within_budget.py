@@ -117,10 +117,10 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
     models = {"dense": before, "dense, fine-tuned": plain, "ours": gates.model}
     rows = [_row(name, model, job) for name, model in models.items()]
     for batch, rounds in TIMED.items():
-        images = _images(job, batch)
-        fast = {"dense, fine-tuned": job.pruner(plain).accelerate(images, backend="dense")}
-        fast["ours"] = gates.accelerate(images)
-        for row, of_row in zip(rows[1:], _times(fast, images, rounds, job.device), strict=True):
+        chosen_on = _images(job, "held_out", batch)
+        fast = {"dense, fine-tuned": job.pruner(plain).accelerate(chosen_on, backend="dense")}
+        fast["ours"] = gates.accelerate(chosen_on)
+        for row, of_row in zip(rows[1:], _times(fast, _images(job, "test", batch), rounds, job.device), strict=True):
             row[f"batch_{batch}"] = of_row
         rows[0][f"batch_{batch}"] = rows[1][f"batch_{batch}"]  # the same layers
         InstanceWisePruner.of(plain).remove()
@@ -138,8 +138,11 @@ def _row(name: str, model: nn.Module, job: Job) -> dict[str, Any]:
     }
 
 
-def _images(job: Job, count: int) -> Tensor:
-    return next(iter(Batches(job.splits.test, job.splits, count, job.device)))[0]
+def _images(job: Job, part: str, count: int) -> Tensor:
+    """From all over a part: folders are in the order of classes."""
+    images = getattr(job.splits, part)
+    spread = images.at(torch.linspace(0, len(images) - 1, count).long())
+    return next(iter(Batches(spread, job.splits, count, job.device)))[0]
 
 
 def _times(fast: dict[str, Accelerated], images: Tensor, rounds: int, device: torch.device) -> list[dict[str, Any]]:

@@ -77,10 +77,11 @@ class GatedTraining:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         plain, tensors = heads_tensors(self.pruner.state_dict())
-        return tensors, plain
+        return tensors, {"pruner": plain, "predict": self.predict}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self.pruner.load_state_dict(heads_of(facts, tensors))
+        self.pruner.load_state_dict(heads_of(facts["pruner"], tensors))
+        self.predict = bool(facts["predict"])
 
 
 def save_gates(run: RunFolder, name: str, pruner: InstanceWisePruner) -> None:
@@ -102,6 +103,7 @@ def fit_heads(pruner: InstanceWisePruner, splits: ImageSplits) -> bool:
     try:
         pruner.fit_predictors(images, max_instances=FIT_ON)
     except PredictionError as error:
+        pruner.drop_predictors()  # a failed fit leaves the heads of an earlier one
         print(f"norms are measured everywhere: {error}")
         return False
     return True

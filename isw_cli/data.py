@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from isw_cli.errors import InputError
 
@@ -18,25 +19,38 @@ __all__ = ["Images", "Preparation", "images_in", "keep_preparation", "preparatio
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm's models mostly want it
 _FILE = "images.json"
+_CROPS = ("center", "squash", "border")
 _SPLITS = {"held out": ("val", "valid", "validation"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """From a picture to what a model reads (C, size, size)."""
+    """From a picture to what a model reads (C, size, size), by timm's steps.
+
+    Attributes:
+        crop_pct: Share of the scaled picture's side that is cut out.
+        interpolation, crop_mode: As timm names them.
+        classes: Of the images that the model was gated on, by label; None: not known.
+    """
 
     size: int
     channels: int
     mean: Sequence[float]
     std: Sequence[float]
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+    crop_mode: str = "center"
+    classes: Sequence[str] | None = None
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        picture = picture.convert("L" if self.channels == 1 else "RGB")
-        steps: list[Any] = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        if picture.size != (self.size, self.size):
-            steps = [v2.Resize(self.size, antialias=True), v2.CenterCrop(self.size), *steps]
-        tensor: Tensor = v2.Compose(steps)(picture)
+        tensor: Tensor = self._steps(picture.convert("L" if self.channels == 1 else "RGB"))
         return tensor
+
+    @cached_property
+    def _steps(self) -> Any:
+        given = asdict(self)
+        side, channels, _ = given.pop("size"), given.pop("channels"), given.pop("classes")
+        return create_transform((channels, side, side), **given)
 
 
 def preparation(model: nn.Module, size: int | None, folder: Path | None = None) -> Preparation:
@@ -49,22 +63,26 @@ def preparation(model: nn.Module, size: int | None, folder: Path | None = None) 
     if folder is not None and (folder / _FILE).is_file():
         found = _stored(folder / _FILE)
         return found if size is None else replace(found, size=size)
-    declared = getattr(model, "pretrained_cfg", None) or {}
-    channels, *sides = declared.get("input_size", (3, 224, 224))
-    mean, std = (tuple(declared.get(name, default))[:channels] for name, default in (("mean", _MEAN), ("std", _STD)))
-    return Preparation(size or sides[-1], channels, mean, std)
+    if not getattr(model, "pretrained_cfg", None):
+        return Preparation(size or 224, 3, _MEAN, _STD)
+    declared = resolve_model_data_config(model)
+    channels, _, side = declared.pop("input_size")
+    mean, std = (tuple(declared.pop(name))[:channels] for name in ("mean", "std"))
+    picked = {name: declared[name] for name in ("crop_pct", "interpolation", "crop_mode")}
+    return Preparation(size or side, channels, mean, std, **picked)
 
 
-def keep_preparation(folder: Path, prepare: Preparation) -> None:
-    """For who loads the model from this folder."""
-    (folder / _FILE).write_text(json.dumps(asdict(prepare)))
+def keep_preparation(folder: Path, images: "Images") -> None:
+    """For who loads the model from this folder: how images are prepared, and what its outputs stand for."""
+    (folder / _FILE).write_text(json.dumps(asdict(replace(images.prepare, classes=images.classes))))
 
 
 def _stored(file: Path) -> Preparation:
     try:
         found = Preparation(**json.loads(file.read_text()))
         fits = 0 < found.size <= 4096 and found.channels == len(found.mean) == len(found.std) and 0 not in found.std
-    except (ValueError, TypeError):
+        fits = fits and 0.1 <= found.crop_pct <= 1 and found.crop_mode in _CROPS and found._steps is not None
+    except (ValueError, TypeError, KeyError):
         fits = False
     if not fits:
         raise InputError(f"{file} is damaged: write the folder anew with isw gate, or delete this file and pass --size")

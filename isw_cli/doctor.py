@@ -19,6 +19,7 @@ __all__ = ["build_kernels", "examine"]
 _EXTRAS = {
     "report": ("matplotlib",),
     "onnx": ("onnx", "onnxscript"),
+    "onnxruntime": ("onnx", "onnxruntime"),
     "openvino": ("openvino",),
     "pruning": ("torch-pruning",),
 }

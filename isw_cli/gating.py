@@ -1,63 +1,44 @@
 """`isw gate` and `isw report`: from a model and images to thresholds, a page, and a fast model."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from isw_cli.data import keep_preparation
+from isw_cli.data import Images, keep_preparation
 from isw_cli.errors import InputError
 from isw_cli.look import loaded
 from isw_cli.models import attached
 from isw_cli.output import Tracked, as_json, folder_for, table, tell
+from isw_cli.request import Request
 from isw_plugin import calibrate, evaluate
 from isw_plugin.accelerate import Accelerated
+from isw_plugin.errors import UnsupportedError
 
 __all__ = ["gate_model", "write_report"]
 
 
-def gate_model(
-    name: str,
-    data: Path,
-    out: Path,
-    max_drop: float,
-    size: int | None,
-    batch: int,
-    limit: int,
-    pretrained: bool,
-    weights: Path | None,
-    force: bool,
-    json: bool,
-) -> None:
+def gate_model(request: Request, out: Path, max_drop: float, force: bool, json: bool) -> None:
     from isw_plugin.report import write  # says at once that matplotlib is missing
 
+    name = request.model
     with folder_for(out, force) as draft:
-        found, held_out, images = loaded(name, data, size, batch, limit, pretrained, weights)
-        inputs, _ = next(iter(images))
+        found, held_out, images = loaded(request)
+        inputs, _ = next(iter(held_out))  # what is reported on chooses nothing
         pruner = attached(found, inputs)
-        choice = calibrate(pruner, Tracked(held_out, "reading"), max_drop=max_drop, max_instances=limit)
+        choice = calibrate(pruner, Tracked(held_out, "reading"), max_drop=max_drop, max_instances=request.limit)
         pruner.disable()
         off = evaluate(pruner.model, Tracked(images, "gates off"))
         pruner.step()
         on = evaluate(pruner.model, Tracked(images, "gates on"), records=True)
         fast = pruner.accelerate(inputs)
-        reason = fast.verdict()
-        write(
-            on,
-            draft / "report",
-            classes=images.classes,
-            calibration=choice,
-            title=f"{name}, gated",
-            caption=f"{name} on {data}",
-            off=off,
-            speed=reason,
-        )
         pruner.save_pretrained(draft / "gated")
-        keep_preparation(draft / "gated", images.prepare)
-        if fast.execution != "masked":
-            fast.save_pretrained(draft / "fast")
-            keep_preparation(draft / "fast", images.prepare)
+        keep_preparation(draft / "gated", images)
+        verdict = fast.verdict() + _saved(fast, draft / "fast", images)
+        shown = {"title": f"{name}, gated", "caption": f"{name} on {request.data}", "speed": verdict}
+        write(on, draft / "report", classes=images.classes, calibration=choice, off=off, **shown)
         facts = {
             "model": name,
             "images": on.instances,
@@ -67,16 +48,30 @@ def gate_model(
             "prune_ratio": on.prune_ratio,
             "macs_saved": on.macs_saved,
             "execution": fast.execution,
-            "verdict": reason,
+            "verdict": verdict,
             "seconds": {
                 key: asdict(fast.fitted)[key] for key in ("dense", "gated", "all_kept", "instances", "threads")
             },
+            "wrote": ["report/index.html", "gated"] + ["fast"] * (draft / "fast").is_dir(),
             "out": str(out),
         }
-    as_json(facts) if json else _show(facts, fast)
+    as_json(facts) if json else _show(facts)
 
 
-def _show(facts: dict[str, Any], fast: Accelerated) -> None:
+def _saved(fast: Accelerated, folder: Path, images: Images) -> str:
+    """Saves a fast model with how images are prepared; says why where it cannot be saved."""
+    if fast.execution == "masked":
+        return ""
+    try:
+        fast.save_pretrained(folder)
+    except UnsupportedError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        return f"; it was not saved: {error}"
+    keep_preparation(folder, images)
+    return ""
+
+
+def _show(facts: dict[str, Any]) -> None:
     thresholds = ", ".join(f"{key} {value:g}" for key, value in facts["thresholds"].items())
     rows = [
         ("thresholds", thresholds),
@@ -87,17 +82,15 @@ def _show(facts: dict[str, Any], fast: Accelerated) -> None:
     ]
     table(f"{facts['model']}, {facts['images']:,} images", ("", ""), rows)
     tell(facts["verdict"])
-    places = ["report/index.html", "gated"] + ["fast"] * (fast.execution != "masked")
-    tell("wrote " + ", ".join(f"{facts['out']}/{place}" for place in places))
+    tell("wrote " + ", ".join(f"{facts['out']}/{place}" for place in facts["wrote"]))
 
 
-def write_report(
-    name: str, data: Path, out: Path, size: int | None, batch: int, limit: int, force: bool, json: bool
-) -> None:
+def write_report(request: Request, out: Path, force: bool, json: bool) -> None:
     from isw_plugin.report import write
 
+    name, data = request.model, request.data
     with folder_for(out, force) as draft:
-        found, _, images = loaded(name, data, size, batch, limit, False, None)
+        found, _, images = loaded(request)
         if found.pruner is None:
             raise InputError(
                 f"{name} has no gates: `isw gate {name} --data {data}` chooses thresholds and writes a page"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from isw_cli.errors import InputError
+from isw_cli.request import Request
 
 __all__ = ["app"]
 
@@ -21,6 +22,10 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A timm name, a saved folder, or file.py:function.", metavar="MODEL")]
+Architecture = Annotated[
+    str | None,
+    typer.Option("--model", help="What makes the model of a saved folder, where timm does not: file.py:function."),
+]
 Data = Annotated[Path, typer.Option(help="A folder of images for every class, or val and test with such folders.")]
 Size = Annotated[int | None, typer.Option(min=8, max=4096, help="Side of the images; None: as the model declares.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
@@ -32,8 +37,13 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Drop = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Accuracy that gates may cost, a fraction: 0.01 is a point.")
 ]
-Alpha = Annotated[float, typer.Option(min=0.0, help="Drop where the variation of norms exceeds this.")]
-Beta = Annotated[float, typer.Option(min=0.0, max=1.99, help="Drop channels below this share of the mean norm.")]
+Alpha = Annotated[
+    float | None, typer.Option(min=0.0, help="Drop where the variation of norms exceeds this; the model's own, or 0.")
+]
+Beta = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.99, help="Drop channels below this share of the mean norm; the model's own, or 1."),
+]
 
 
 def _command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -70,11 +80,11 @@ def _command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @_command("sites")
-def sites(model: Model, size: Size = None, json: Json = False) -> None:
+def sites(model: Model, architecture: Architecture = None, size: Size = None, json: Json = False) -> None:
     """Show the maps that can be gated, and why the others cannot."""
     from isw_cli.look import show_sites
 
-    show_sites(model, size, json)
+    show_sites(Request(model, architecture=architecture, size=size, batch=2), json)
 
 
 @_command("gate")
@@ -83,6 +93,7 @@ def gate(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the page, the gated model and the fast one.")] = Path("gated"),
     max_drop: Drop = 0.01,
+    architecture: Architecture = None,
     size: Size = None,
     batch: Batch = 16,
     limit: Limit = 1000,
@@ -94,13 +105,15 @@ def gate(
     """Choose thresholds on images, measure, write a page, and make the model fast where that is possible."""
     from isw_cli.gating import gate_model
 
-    gate_model(model, data, out, max_drop, size, batch, limit, pretrained, weights, force, json)
+    request = Request(model, data, architecture, size, batch, limit, pretrained, weights)
+    gate_model(request, out, max_drop, force, json)
 
 
 @_command("evaluate")
 def evaluate(
     model: Model,
     data: Data,
+    architecture: Architecture = None,
     size: Size = None,
     batch: Batch = 16,
     limit: Limit = 1000,
@@ -111,28 +124,30 @@ def evaluate(
     """Accuracy, channels dropped, MACs and time of a model as it is."""
     from isw_cli.look import show_evaluation
 
-    show_evaluation(model, data, size, batch, limit, pretrained, weights, json)
+    show_evaluation(Request(model, data, architecture, size, batch, limit, pretrained, weights), json)
 
 
 @_command("bench")
 def bench(
     model: Model,
+    architecture: Architecture = None,
     size: Size = None,
     batch: Batch = 1,
-    alpha: Alpha = 0.0,
-    beta: Beta = 1.0,
+    alpha: Alpha = None,
+    beta: Beta = None,
     json: Json = False,
 ) -> None:
     """Time a model with its gates, or these, against its best dense form, on noise."""
     from isw_cli.look import show_times
 
-    show_times(model, size, batch, alpha, beta, json)
+    show_times(Request(model, architecture=architecture, size=size, batch=batch), alpha, beta, json)
 
 
 @_command("export")
 def export(
     model: Model,
     to: Annotated[Path, typer.Option(help="The file: .onnx, or .xml for OpenVINO.")],
+    architecture: Architecture = None,
     size: Size = None,
     force: Force = False,
     json: Json = False,
@@ -140,7 +155,7 @@ def export(
     """Write a gated model, as masks, for another runtime."""
     from isw_cli.look import write_export
 
-    write_export(model, to, size, force, json)
+    write_export(Request(model, architecture=architecture, size=size, batch=2), to, force, json)
 
 
 @_command("report")
@@ -148,6 +163,7 @@ def report(
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("report"),
+    architecture: Architecture = None,
     size: Size = None,
     batch: Batch = 16,
     limit: Limit = 1000,
@@ -157,7 +173,7 @@ def report(
     """Write a page about a gated model and images."""
     from isw_cli.gating import write_report
 
-    write_report(model, data, out, size, batch, limit, force, json)
+    write_report(Request(model, data, architecture, size, batch, limit), out, force, json)
 
 
 @_command("build")

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from isw_cli.errors import InputError
+from isw_cli.request import Request
 from isw_plugin import InstanceWisePruner, load_accelerated, load_pretrained
 from isw_plugin.accelerate import LoadedModel
-from isw_plugin.errors import ISWError
+from isw_plugin.errors import ISWError, StateMismatchError
 
-__all__ = ["Subject", "attached", "subject"]
+__all__ = ["Subject", "attached", "line", "subject"]
 
 _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 
@@ -34,27 +35,29 @@ class Subject:
     random: bool = False
 
 
-def subject(name: str, *, classes: int | None = None, pretrained: bool = False, weights: Path | None = None) -> Subject:
+def subject(request: Request, classes: int | None = None) -> Subject:
     """The model that a user names.
 
     Args:
         classes: How many a timm model is made for; None: as many as it declares.
-        weights: A safetensors file or state_dict for a timm name or a function.
 
     Raises:
         InputError: There is none; says what is close.
     """
+    name, weights = request.model, request.weights
     function, path = _FUNCTION.fullmatch(name), Path(name)
+    if request.architecture is not None and (function or not path.is_dir()):
+        raise InputError(f"--model {request.architecture} is for a saved folder, and {name} is none: leave it out")
     if function:
         found = _called(Path(function["file"]), function["name"])
     elif path.is_dir():
         if weights is not None:
             raise InputError(f"--weights: {name} is a saved folder, which has its own")
-        return _loaded(path)
+        return _loaded(path, request.architecture)
     elif path.suffix == ".py" or path.is_file():
         raise InputError(f"{name} is a file: name the function in it that makes the model, as {name}:make")
     else:
-        found = _of_timm(name, classes, pretrained)
+        found = _of_timm(name, classes, request.pretrained)
     if weights is not None:
         _fill(found.model, weights)
         found = Subject(found.name, found.model, found.pruner)
@@ -62,7 +65,7 @@ def subject(name: str, *, classes: int | None = None, pretrained: bool = False, 
 
 
 def attached(found: Subject, inputs: Tensor | None, alpha: float = 0.5, beta: float = 1.0) -> InstanceWisePruner:
-    """Its pruner, or a new one."""
+    """Its pruner as it is, or a new one with these thresholds."""
     if isinstance(found.model, LoadedModel):
         raise InputError(f"{found.name} is a fast model, which has no gates to set: name the gated model's folder")
     return found.pruner or InstanceWisePruner(found.model, inputs, alpha=alpha, beta=beta)
@@ -81,7 +84,7 @@ def _of_timm(name: str, classes: int | None, pretrained: bool) -> Subject:
         model = timm.create_model(name.removeprefix("timm/"), pretrained=pretrained, **options)
     except Exception as error:  # no network, no such weights
         raise InputError(
-            f"{name}: timm cannot make it: {_line(error)}. --weights FILE takes weights that you have"
+            f"{name}: timm cannot make it: {line(error)}. --weights FILE takes weights that you have"
         ) from error
     return Subject(name, model.eval(), random=not pretrained)
 
@@ -98,12 +101,12 @@ def _called(file: Path, function: str) -> Subject:
         made = getattr(module, function, None)
         found = made() if callable(made) else None
     except Exception as error:  # the user's own
-        raise InputError(f"{file}:{function} raised {type(error).__name__}: {_line(error)}") from error
+        raise InputError(f"{file}:{function} raised {type(error).__name__}: {line(error)}") from error
     if made is None or not callable(made):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InputError(f"{file} has no function {function!r}; it has {', '.join(names[:8]) or 'none'}")
     if isinstance(found, InstanceWisePruner):
-        return Subject(f"{file}:{function}", found.model, found)
+        return Subject(f"{file}:{function}", found.model.eval(), found)
     if not isinstance(found, nn.Module):
         raise InputError(
             f"{file}:{function} gave a {type(found).__name__}: it has to return a torch.nn.Module or a pruner"
@@ -111,14 +114,32 @@ def _called(file: Path, function: str) -> Subject:
     return Subject(f"{file}:{function}", found.eval())
 
 
-def _loaded(folder: Path) -> Subject:
+def _loaded(folder: Path, architecture: str | None) -> Subject:
+    fast = (folder / "accelerated.json").is_file() and not (folder / "pruner.json").is_file()
+    if fast and architecture is not None:
+        raise InputError(f"--model {architecture}: {folder} holds a fast model, which needs none: leave it out")
+    model = None if architecture is None else _bare(architecture)
     try:
-        if (folder / "accelerated.json").is_file() and not (folder / "pruner.json").is_file():
+        if fast:
             return Subject(str(folder), load_accelerated(folder))
-        pruner = load_pretrained(folder)
+        pruner = load_pretrained(folder, model)
+    except StateMismatchError as error:
+        hint = ". Name what makes it: --model file.py:function" if model is None else ""
+        raise InputError(f"{folder}: {line(error)}{hint}") from error
     except ISWError as error:
-        raise InputError(f"{folder}: {_line(error)}") from error
+        raise InputError(f"{folder}: {line(error)}") from error
     return Subject(str(folder), pruner.model, pruner)
+
+
+def _bare(architecture: str) -> nn.Module:
+    """What a function makes, without gates: the saved ones take their place."""
+    function = _FUNCTION.fullmatch(architecture)
+    if function is None:
+        raise InputError(f"--model {architecture}: name a function that makes the model, as file.py:make")
+    made = _called(Path(function["file"]), function["name"])
+    if made.pruner is not None:
+        made.pruner.remove()
+    return made.model
 
 
 def _fill(model: nn.Module, file: Path) -> None:
@@ -131,12 +152,13 @@ def _fill(model: nn.Module, file: Path) -> None:
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # whatever is said of a damaged file
-        raise InputError(f"--weights {file} is no safetensors file and no state_dict: {_line(error)}") from error
+        raise InputError(f"--weights {file} is no safetensors file and no state_dict: {line(error)}") from error
     try:
         model.load_state_dict(state.get("state_dict", state))
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"--weights {file} does not fit the model: {_line(error)}") from error
+        raise InputError(f"--weights {file} does not fit the model: {line(error)}") from error
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """What it says, in one line."""
     return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -1,6 +1,7 @@
 """What a command shows: tables for people, JSON for programs; progress on stderr."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -17,7 +18,11 @@ from isw_cli.errors import InputError
 __all__ = ["Tracked", "as_json", "errors", "folder_for", "table", "tell"]
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-_OURS = ("fast", "gated", "index.html", "report")  # beside figures
+_FIGURES = "classes|cv_per_site|easiest_hardest|easy_to_hard|frontier|heatmap|keep_per_site|latency"
+_OURS = re.compile(  # all that the commands write, below --out
+    rf"(report/)?(index\.html|({_FIGURES})\.png)"
+    r"|(gated|fast)/((pruner|accelerated|images)\.json|[a-z]+-[0-9a-f]{16}\.safetensors)"
+)
 _plain = Console(highlight=False, soft_wrap=True, markup=False)
 
 
@@ -59,12 +64,12 @@ def folder_for(out: Path, force: bool) -> Iterator[Path]:
     """A draft that becomes ``out`` when all went well; what was there before is there until then."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
-    held = sorted(file.name for file in out.iterdir()) if out.is_dir() else []
+    held = sorted(file for file in out.rglob("*") if file.is_symlink() or not file.is_dir())
     if held and not force:
         raise InputError(f"--out {out} is not empty: name another folder, or pass --force to replace it")
-    foreign = [name for name in held if name not in _OURS and not name.endswith(".png")]
-    if foreign:
-        raise InputError(f"--out {out} holds {foreign[0]}, which isw did not write: name another folder")
+    for name in (file.relative_to(out).as_posix() for file in held):
+        if not _OURS.fullmatch(name):
+            raise InputError(f"--out {out} holds {name}, which isw did not write: name another folder")
     out = out.absolute()
     nearest = next(parent for parent in out.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=nearest) as temporary:

@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from isw_cli import gating
+from isw_cli.data import Images, images_in, keep_preparation, preparation
+from isw_cli.errors import InputError
 from isw_cli.main import app
-from isw_plugin import load_accelerated, load_pretrained
+from isw_plugin import InstanceWisePruner, load_accelerated, load_pretrained
+from isw_plugin.accelerate import Accelerated
+from isw_plugin.errors import UnsupportedError
 
 NET = """
 import torch
 from torch import nn
-from isw_plugin import InstanceWisePruner
+from isw_plugin import InstanceWisePruner, MinNorm
 
 def net():
     torch.manual_seed(0)
@@ -32,6 +37,18 @@ def net():
 def gated():
     pruner = InstanceWisePruner(net(), torch.zeros(1, 3, 16, 16), alpha=0.0, beta=1.0)
     return pruner
+
+def own():
+    return InstanceWisePruner(net(), torch.zeros(1, 3, 16, 16), alpha=0.1, per_site={"0": {"beta": 0.3}})
+
+def ratio():
+    return InstanceWisePruner(net(), torch.zeros(1, 3, 16, 16), gate=MinNorm(0.5))
+
+def wide():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
+
+def fixed():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 3))
 
 def broken():
     raise KeyError("no such width")
@@ -91,13 +108,65 @@ def test_gate_from_a_model_to_a_page_and_two_folders(place: Path) -> None:
     if fast.execution == "accelerated":
         torch.testing.assert_close(fast(x), pruner.model(x), atol=1e-5, rtol=1e-4)
     assert "is not empty" in refused("gate", "net.py:net", *images, "--out", "out")
+    isw("gate", "net.py:net", *images, "--max-drop", "0.49", "--out", "out", "--force")
     assert [file.name for file in place.iterdir() if file.name.startswith(".out")] == []
     evaluated = json.loads(isw("evaluate", "out/fast", "--data", "data", "--json").stdout)  # at 16 pixels, as gated
     assert (evaluated["instances"], evaluated["execution"]) == (9, fast.execution)
     if fast.execution == "accelerated":
         assert evaluated["accuracy"] == pytest.approx(found["accuracy"])
+    for model in ("net.py:net", "net.py:gated"):  # whose own gates give way
+        read = json.loads(isw("evaluate", "out/gated", "--model", model, "--data", "data", "--json").stdout)
+        assert read["accuracy"] == pytest.approx(found["accuracy"])
+        assert read["prune_ratio"] == pytest.approx(found["prune_ratio"])
+    assert "--model file.py:function" in refused("sites", "out/gated")
+    assert "needs none: leave it out" in refused("sites", "out/fast", "--model", "net.py:net")
+    Path("data/dog").rename("data/wolf")
+    assert "was gated on other classes than data holds (dog, wolf differ)" in refused(
+        "evaluate", "out/fast", "--data", "data"
+    )
     Path("out/fast/images.json").write_text('{"size": 0}')
     assert "images.json is damaged" in refused("evaluate", "out/fast", "--data", "data")
+
+
+def test_gate_chooses_what_runs_on_held_out_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, accelerate = [], InstanceWisePruner.accelerate
+    monkeypatch.setattr(InstanceWisePruner, "accelerate", lambda self, x: given.append(x) or accelerate(self, x))
+    isw("gate", "net.py:net", "--data", "data", "--size", "16", "--batch", "4", "--max-drop", "0.49", "--out", "out")
+    held_out, reported = images_in(place / "data", preparation(torch.nn.Identity(), 16), 4, 1000)
+    torch.testing.assert_close(given, [next(iter(held_out))[0]])
+    assert not set(held_out.files) & set(reported.files)
+
+
+def test_a_fast_model_that_cannot_be_saved_costs_nothing_else(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(self: Accelerated, folder: Path) -> None:
+        raise UnsupportedError("its graph holds a Turing machine")
+
+    monkeypatch.setattr(Accelerated, "save_pretrained", save)
+    arguments = ("gate", "net.py:net", "--data", "data", "--size", "16", "--max-drop", "0.49", "--out", "out", "--json")
+    found = json.loads(isw(*arguments).stdout)
+    assert found["verdict"].endswith("; it was not saved: its graph holds a Turing machine")
+    assert found["wrote"] == ["report/index.html", "gated"]
+    assert sorted(file.name for file in Path("out").iterdir()) == ["gated", "report"]
+    assert "a Turing machine" in Path("out/report/index.html").read_text()
+
+
+def test_images_are_prepared_as_timm_does(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet")
+    picture = Image.fromarray(torch.randint(0, 256, (180, 240, 3)).byte().numpy())
+    prepare = preparation(model, None)
+    declared = timm.data.resolve_model_data_config(model)
+    wanted = timm.data.create_transform(**declared)(picture)
+    assert (declared["crop_pct"], prepare.crop_pct) == (0.95, 0.95)
+    torch.testing.assert_close(prepare(picture), wanted, atol=0, rtol=0)
+    keep_preparation(tmp_path, Images((), (), ("cat", "dog"), prepare, 1))
+    kept = preparation(torch.nn.Identity(), None, tmp_path)
+    assert kept.classes == ["cat", "dog"]
+    torch.testing.assert_close(kept(picture), wanted, atol=0, rtol=0)
+    facts = json.loads((tmp_path / "images.json").read_text())
+    for name, value in (("crop_pct", 0), ("crop_mode", "shear"), ("interpolation", "magic")):
+        (tmp_path / "images.json").write_text(json.dumps(facts | {name: value}))
+        with pytest.raises(InputError, match="is damaged"):
+            preparation(torch.nn.Identity(), None, tmp_path)
 
 
 def _net(place: Path) -> torch.nn.Module:
@@ -120,6 +189,20 @@ def test_force_replaces_what_isw_wrote_and_nothing_else(place: Path) -> None:
     assert Path("deep/page/thesis.tex").read_text() == "years"
 
 
+@pytest.mark.parametrize(
+    "name", ["holiday.png", "report/me.png", "gated/net.py", "fast/deeper/index.html", "photos/1.png"]
+)
+def test_force_never_replaces_what_isw_does_not_write(place: Path, name: str) -> None:
+    images = ("--data", "data", "--size", "16", "--out", "page")
+    isw("report", "net.py:gated", *images)
+    theirs = place / "page" / name
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    theirs.write_text("mine")
+    assert f"holds {name}, which isw did not write" in refused("report", "net.py:gated", *images, "--force")
+    assert theirs.read_text() == "mine"
+    assert (place / "page" / "index.html").is_file()
+
+
 def test_evaluate_and_report_and_export_of_a_gated_model(place: Path) -> None:
     images = ("--data", "data", "--size", "16")
     assert json.loads(isw("evaluate", "net.py:gated", *images, "--json").stdout)["instances"] == 9
@@ -138,10 +221,25 @@ def test_bench_says_how_fast_or_why_not(place: Path) -> None:
     assert re.match(r"not faster|\d+\.\d\d times as fast", found["verdict"])
 
 
+def test_bench_times_the_gates_that_were_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(self: InstanceWisePruner, inputs: torch.Tensor) -> None:
+        raise InputError(f"{self.gate} {self.per_site}")
+
+    monkeypatch.setattr(InstanceWisePruner, "accelerate", seen)
+    own = ("bench", "net.py:own", "--size", "16")
+    assert refused(*own) == "isw bench: CVGate(alpha=0.1, beta=1.0) {'0': {'beta': 0.3}}"
+    assert refused(*own, "--alpha", "0.4") == "isw bench: CVGate(alpha=0.4, beta=1.0) {'0': {'beta': 0.3}}"
+    assert refused(*own, "--beta", "0.5") == "isw bench: CVGate(alpha=0.1, beta=0.5) {}"
+    assert refused("bench", "net.py:net", "--size", "16") == "isw bench: CVGate(alpha=0.0, beta=1.0) {}"
+    said = refused("bench", "net.py:ratio", "--size", "16", "--alpha", "0.1")
+    assert "--alpha: the model's gates are MinNorm(ratio=0.5), which has none" in said
+
+
 def test_doctor_says_what_is_here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(isw("doctor", "--json").stdout)
     assert found["torch"] == torch.__version__
     assert found["kernels"] == "loaded"
+    assert re.fullmatch(r"onnx \S+, onnxruntime \S+", found["onnxruntime"])
     monkeypatch.setattr("isw_cli.doctor.load", lambda: False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
@@ -164,6 +262,10 @@ BAD = {
     "no gates to report": (("report", "net.py:net", "--data", "data", "--size", "16"), "isw gate net.py:net --data"),
     "no weights": (("evaluate", "net.py:net", "--data", "data", "--weights", "gone.pt"), "gone.pt does not exist"),
     "weights that are none": (("evaluate", "net.py:net", "--data", "data", "--weights", "net.py"), "no state_dict"),
+    "other classes": (("evaluate", "net.py:wide", "--data", "data", "--size", "16"), "1000 outputs and data 3 classes"),
+    "another side": (("gate", "net.py:fixed", "--data", "data", "--size", "8"), "does not run on images of 8 x 8"),
+    "an architecture for none": (("sites", "net.py:net", "--model", "net.py:net"), "--model net.py:net is for a saved"),
+    "an architecture that is none": (("sites", "data", "--model", "net"), "--model net: name a function"),
     "out is a file": (("gate", "net.py:net", "--data", "data", "--out", "net.py"), "--out net.py is a file"),
 }
 

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fast_within_budget
 import pytest
 import timm
 import torch
-from fast_within_budget import arguments, main
-from images import DataError, ImageSplits, load
+from fast_within_budget import Job, arguments, main
+from images import DataError, ImageSplits, load, normalise
 from models import load_model
 from run_folder import OtherRunError
 from safetensors.torch import save_file
@@ -72,6 +73,35 @@ def test_the_budget_is_met_on_images_that_nothing_was_chosen_on(finished: tuple[
     for row in results["rows"]:
         assert row["batch_1"]["ms"] > 0
         assert row["batch_32"]["runs"] in ("dense", "accelerated")
+
+
+def test_what_runs_is_chosen_on_held_out_and_timed_on_all_kinds_of_test_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = load("digits", 16, 0)
+    by_class = splits.test.at(splits.test.labels.argsort(stable=True))  # as folders are
+    job = Job(arguments(options(tmp_path)), dataclasses.replace(splits, test=by_class), None, torch.device("cpu"))
+    places = torch.linspace(0, len(by_class) - 1, 32).long()
+    assert by_class.labels[places].unique().tolist() == list(range(10))
+    spread = normalise(by_class.pixels[places], splits)
+    torch.testing.assert_close(fast_within_budget._images(job, "test", 32), spread)
+    chosen: list[Any] = []
+    timed: list[Any] = []
+    gates = SimpleNamespace(model=None, save_pretrained=lambda folder: None, accelerate=chosen.append)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    attached = InstanceWisePruner(plain, torch.zeros(1, 3, 16, 16))
+    attached.accelerate = lambda images, backend: chosen.append(images)  # type: ignore[method-assign]
+    for name, made in {"start": None, "stored": plain, "pruner": attached}.items():
+        monkeypatch.setattr(Job, name, lambda *_, made=made: made)
+    job.run = SimpleNamespace(path=tmp_path)  # type: ignore[assignment]
+    monkeypatch.setattr(fast_within_budget, "TIMED", {32: 1})
+    monkeypatch.setattr(fast_within_budget, "gated_model", lambda job: gates)
+    monkeypatch.setattr(fast_within_budget, "_row", lambda name, *_: {"network": name})
+    monkeypatch.setattr(fast_within_budget, "_times", lambda fast, images, *_: timed.append(images) or [{}, {}])
+    fast_within_budget.rows_of(job)
+    held_out = fast_within_budget._images(job, "held_out", 32)
+    torch.testing.assert_close(chosen, [held_out, held_out])
+    torch.testing.assert_close(timed, [spread])
 
 
 def test_table_plots_and_provenance_are_written(finished: tuple[Path, dict[str, Any]]) -> None:
