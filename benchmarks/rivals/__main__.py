@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.lab.circumstances import circumstances
 from benchmarks.lab.images import DataError, Images, ImageSplits, load
-from benchmarks.lab.run_folder import OtherRunError
+from benchmarks.lab.run_folder import OtherRunError, require_equal
 from benchmarks.rivals.measuring import BATCHES, measure
 from benchmarks.rivals.networks import NETWORKS
 from benchmarks.rivals.rivals import RIVALS
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             bench = Bench(_fewer(load(args.data, 32, seed), scale), args.out, scale, seed)
             for name in scale.networks:
                 for row in args.rows:
-                    _measured(bench, name, row)
+                    _measured(bench, name, row, _settings(args, scale, row))
                     table = _written(args, scale)
     return table or _written(args, scale)
 
@@ -80,27 +80,44 @@ def _file(out: Path, name: str, row: str, seed: int) -> Path:
     return out / "rows" / f"{name}-{row}-{seed}.json"
 
 
-def _measured(bench: Bench, name: str, row: str) -> None:
-    file = _file(bench.out, name, row, bench.seed)
+def _settings(args: argparse.Namespace, scale: Scale, row: str) -> dict[str, Any]:
+    """What a row depends on besides the names in its file's."""
+    settings = {"data": Path(args.data).name, "rival": repr(RIVALS[row]), **vars(scale)}
+    del settings["networks"]
+    return settings
+
+
+def _known(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """A row that was measured; None: not yet."""
     if not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text())
+    require_equal(found.get("settings", {}), settings, file)
+    return found
+
+
+def _measured(bench: Bench, name: str, row: str, settings: dict[str, Any]) -> None:
+    file = _file(bench.out, name, row, bench.seed)
+    if _known(file, settings) is None:
         print(f"{name}, {row}, seed {bench.seed}", flush=True)
-        found = measure(bench, name, row)
+        found = measure(bench, name, row) | {"settings": settings, "circumstances": circumstances("benchmarks.rivals")}
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found | {"circumstances": circumstances("benchmarks.rivals")}, indent=1))
+        file.write_text(json.dumps(found, indent=1))
 
 
 def _written(args: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     """rivals.json and rivals.md."""
-    found = {name: {row: _of_seeds(args.out, name, row, args.seeds) for row in RIVALS} for name in (*scale.networks,)}
+    found = {name: {row: _of_seeds(args, scale, name, row) for row in RIVALS} for name in scale.networks}
     table = {"scale": args.scale, "settings": vars(scale), "networks": found}
     (args.out / "rivals.json").write_text(json.dumps(table, indent=1) + "\n")
     (args.out / "rivals.md").write_text("\n".join(_page(name, rows) for name, rows in found.items()))
     return table
 
 
-def _of_seeds(out: Path, name: str, row: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    files = [_file(out, name, row, seed) for seed in seeds]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+def _of_seeds(args: argparse.Namespace, scale: Scale, name: str, row: str) -> list[dict[str, Any]]:
+    settings = _settings(args, scale, row)
+    found = (_known(_file(args.out, name, row, seed), settings) for seed in args.seeds)
+    return [each for each in found if each is not None]
 
 
 def _page(name: str, rows: dict[str, list[dict[str, Any]]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lab.images import normalise
+from benchmarks.lab.images import Images, normalise
 from benchmarks.rivals.rivals import RIVALS
 from benchmarks.rivals.training import Bench
 from isw_plugin import InstanceWisePruner, evaluate
@@ -43,13 +43,20 @@ def measure(bench: Bench, name: str, row: str) -> dict[str, Any]:
 
 
 def _ms(bench: Bench, pruner: InstanceWisePruner, batch: int, gated: bool) -> dict[str, Any]:
-    """Milliseconds of a batch: a median, the quartiles, and what ran."""
-    images = normalise(bench.splits.test.pixels[:batch].to(bench.device), bench.splits)
-    fast = pruner.accelerate(images, backend="auto" if gated else "dense")
+    """Milliseconds of a batch of test images: a median, the quartiles, and what ran, chosen on training images."""
     with _one_thread():
+        fast = pruner.accelerate(_some(bench, bench.splits.train, batch), backend="auto" if gated else "dense")
+        images = _some(bench, bench.splits.test, batch)
         seconds = sorted(_seconds(lambda: fast(images), bench))
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    return {"ms": 1e3 * middle, "low": 1e3 * low, "high": 1e3 * high, "runs": fast.execution, "why": fast.reason}
+        low, middle, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
+        about = {"threads": torch.get_num_threads(), "runs": fast.execution, "why": fast.reason}
+    return {"ms": middle, "low": low, "high": high, **about}
+
+
+def _some(bench: Bench, images: Images, count: int) -> Tensor:
+    """Spread over the set, which is sorted by class."""
+    places = torch.linspace(0, len(images) - 1, count).round().long()
+    return normalise(images.at(places).pixels.to(bench.device), bench.splits)
 
 
 def _seconds(run: Callable[[], Tensor], bench: Bench) -> list[float]:

@@ -64,6 +64,7 @@ class Bench:
             "row": row,
             "rival": repr(RIVALS.get(row)),
             "seed": self.seed,
+            "data": self.splits.name,
             "images": len(self.splits.train),
             **{key: getattr(scale, key) for key in ("width", "epochs_dense", "epochs", "batch", "peak")},
         }

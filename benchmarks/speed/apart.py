@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.speed import runtimes
 from benchmarks.speed.networks import gate_at, network, noise
 from isw_plugin import InstanceWisePruner
+from isw_plugin.ops import cpu
 
 __all__ = ["WAYS", "Apart", "Task"]
 
@@ -158,7 +159,9 @@ def _error(run: Callable[[], Any], model: nn.Module, images: Tensor) -> float:
 
 
 def _fast(task: Task, pruner: InstanceWisePruner, images: Tensor) -> Any:
-    kept = task.models / f"{task.stem}-{task.way}.pickle" if task.models else None
+    cpu.load()
+    about = f"{task.way}-{task.keep}-{torch.get_num_threads()}-{cpu.active()}"
+    kept = task.models / f"{task.stem}-{about}.pickle" if task.models else None
     if kept and kept.exists():
         return pickle.loads(kept.read_bytes())  # which this study wrote
     fast = pruner.accelerate(images, backend=task.way)

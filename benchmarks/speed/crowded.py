@@ -181,7 +181,8 @@ def take(args: argparse.Namespace, models: Path) -> None:
         network_name, side, batch = name.rsplit(":", 2)
         task = Task("", network_name, int(side), int(batch), args.threads, models=models)
         tasks = [dataclasses.replace(task, way=way) for way in args.ways]
-        cells = [cell for cell in cells if cell.network != name or cell.situation not in situations]
+        again = {(name, situation, way) for situation in situations for way in args.ways}
+        cells = [cell for cell in cells if (*cell.row, cell.way) not in again]
         cells += _cells(name, tasks, situations, args.rounds, args.calls)
         if args.out:
             write(cells, args.threads, args.out)

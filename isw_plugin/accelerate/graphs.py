@@ -1,7 +1,7 @@
 """Graphs that run, as plain JSON values and tensors by name, and back.
 
 A file may come from anybody: a graph calls nothing but operators of PyTorch and of ours that compute from tensors, and
-the engine's layers; names in a file are looked up, never evaluated.
+the engine's layers; names in a file are looked up, never evaluated. ONNX in a file is examined by runtime.py.
 """
 
 import math

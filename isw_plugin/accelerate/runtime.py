@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from isw_plugin.accelerate.onnx_graph import onnx_of
+from isw_plugin.errors import StateMismatchError
 
-__all__ = ["OnnxRuntime", "is_installed"]
+__all__ = ["OnnxRuntime", "is_installed", "require_own"]
+
+_OPERATORS = {  # that onnx_of writes
+    *("Add", "AveragePool", "Clip", "Concat", "Conv", "Div", "Gelu", "GlobalAveragePool", "HardSigmoid", "HardSwish"),
+    *("Identity", "MatMul", "MaxPool", "Mul", "ReduceMean", "Relu", "Reshape", "Sigmoid", "Sub", "Tanh", "Transpose"),
+}
 
 
 def is_installed() -> bool:
@@ -68,3 +74,31 @@ def _session(model: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def require_own(content: bytes) -> None:
+    """Refuse ONNX from a file that holds what ``onnx_of`` does not write: other operators or files, functions, graphs.
+
+    Raises:
+        StateMismatchError: It does.
+    """
+    import onnx
+
+    model = onnx.load_from_string(content)  # looks at no other file
+    graph, nodes = model.graph, model.graph.node
+    is_own = (
+        _has_only(model, "ir_version opset_import graph")
+        and _has_only(graph, "node name initializer input output")
+        and all(_has_only(node, "input output op_type attribute") and node.op_type in _OPERATORS for node in nodes)
+        and all(_has_only(each, "name type f i ints") for node in nodes for each in node.attribute)
+        and all(_has_only(tensor, "dims data_type name raw_data") for tensor in graph.initializer)
+    )
+    if not is_own:
+        raise StateMismatchError(
+            "its ONNX model holds what this isw_plugin does not write: save the accelerated model anew, or load it "
+            "with the version that saved it"
+        )
+
+
+def _has_only(message: Any, fields: str) -> bool:
+    return {field.name for field, _ in message.ListFields()} <= set(fields.split())

@@ -20,7 +20,7 @@ from isw_plugin.accelerate.graphs import TensorNames, decoded_plan, encoded_plan
 from isw_plugin.accelerate.loaded import Form, LoadedModel, leaf_form, warn_of_another_processor
 from isw_plugin.accelerate.plan import Plan
 from isw_plugin.accelerate.plans import Plans
-from isw_plugin.accelerate.runtime import OnnxRuntime, is_installed
+from isw_plugin.accelerate.runtime import OnnxRuntime, is_installed, require_own
 from isw_plugin.errors import EngineInputError, ISWError, NothingSavedError, StateMismatchError, UnsupportedError
 from isw_plugin.folders import DOCUMENTS, parsed, path_of, replace, short, tensor_file, tensors_in
 from isw_plugin.machine import hardware, own_version
@@ -56,7 +56,7 @@ def load_accelerated(folder: str | os.PathLike[str]) -> LoadedModel:
     """Bring back a fast model that ``save_pretrained`` of an accelerated model wrote.
 
     Nothing is unpickled, timed, traced or downloaded, and the model that it was made from is not needed. Warns where
-    the processor is another than the one that layers were chosen on.
+    the processor is another than the one that layers were chosen on, and where onnxruntime ran it and cannot here.
 
     Args:
         folder: What was saved.
@@ -120,14 +120,19 @@ def _decoded_graph(graph: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> P
     if graph["runtime"] is None:
         return plan
     if not is_installed():
-        warnings.warn(
-            "the saved model was fastest by onnxruntime, which is not installed here (extra onnxruntime): it runs by "
-            "PyTorch",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return plan
-    return dataclasses.replace(plan, runtime=OnnxRuntime(tensors[graph["runtime"]].numpy().tobytes()))
+        return _by_pytorch(plan, "is not installed here (extra onnxruntime)")
+    content = tensors[graph["runtime"]].numpy().tobytes()
+    require_own(content)
+    try:
+        return dataclasses.replace(plan, runtime=OnnxRuntime(content))
+    except Exception as error:  # whatever onnxruntime says, an older one for instance
+        return _by_pytorch(plan, f"cannot run it here ({short(error)})")
+
+
+def _by_pytorch(plan: Plan, reason: str) -> Plan:
+    text = f"the saved model was fastest by onnxruntime, which {reason}: it runs by PyTorch"
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+    return plan
 
 
 def _instances(plan: Plan, plans: Plans) -> list[int] | None:

@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isw_plugin import InstanceWisePruner, load_accelerated
-from isw_plugin.accelerate import choose, plan, saved
+from isw_plugin.accelerate import choose, plan, runtime, saved
 from isw_plugin.accelerate.accelerated import Accelerated
-from isw_plugin.accelerate.runtime import OnnxRuntime, is_installed
+from isw_plugin.accelerate.runtime import OnnxRuntime, is_installed, require_own
+from isw_plugin.errors import StateMismatchError
 from tests.accelerate.nets import assert_close
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="onnx and onnxruntime are not installed")
@@ -68,6 +70,9 @@ def test_it_gives_what_the_model_does(name: str) -> None:
     model, images = Net(FUNCTIONS[name]), torch.randn(3, 3, 12, 12)
     fast = dense(model, images)
     assert (fast.execution, fast.fitted.runtime == "PyTorch") == ("dense", name in ELSEWHERE)
+    for held in fast.plans.values():
+        if held.runtime is not None:
+            require_own(held.runtime.model())
     for batch in (images, images[:1], torch.randn(5, 3, 12, 12).to(memory_format=torch.channels_last)):
         assert_close(fast(batch), model(batch))
 
@@ -107,14 +112,14 @@ def test_half_types_run_by_pytorch() -> None:
 
 def test_threads_follow_torch() -> None:
     fast = dense(Net(F.relu), torch.randn(3, 3, 12, 12))
-    runtime = next(iter(fast.plans.values())).run
-    assert isinstance(runtime, OnnxRuntime)
+    run = next(iter(fast.plans.values())).run
+    assert isinstance(run, OnnxRuntime)
     held = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             fast(torch.randn(3, 3, 12, 12))
-            assert runtime._session.get_session_options().intra_op_num_threads == threads
+            assert run._session.get_session_options().intra_op_num_threads == threads
     finally:
         torch.set_num_threads(held)
 
@@ -137,4 +142,59 @@ def test_a_runtime_that_is_gone_is_told_at_load(tmp_path: Path, monkeypatch: pyt
     dense(Net(FUNCTIONS["silu"]), torch.randn(2, 3, 12, 12)).save_pretrained(tmp_path)
     monkeypatch.setattr(saved, "is_installed", lambda: False)
     with pytest.warns(RuntimeWarning, match="onnxruntime, which is not installed here"):
+        load_accelerated(tmp_path)
+
+
+def test_a_runtime_that_fails_is_told_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, images = dense(Net(FUNCTIONS["silu"]), torch.randn(2, 3, 12, 12)), torch.randn(2, 3, 12, 12)
+    wanted = fast(images)
+    fast.save_pretrained(tmp_path)
+
+    def old(model: bytes, threads: int) -> None:
+        raise RuntimeError("Unsupported model IR version")
+
+    monkeypatch.setattr(runtime, "_session", old)
+    with pytest.warns(RuntimeWarning, match="cannot run it here .*IR version.*: it runs by PyTorch"):
+        again = load_accelerated(tmp_path)
+    assert_close(again(images), wanted)
+
+
+def as_custom(model: Any) -> None:
+    model.graph.node[0].domain = "com.microsoft"
+
+
+def as_other(model: Any) -> None:
+    model.graph.node[0].op_type = "Erf"
+
+
+def as_external(model: Any) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.external_data.add(key="location", value="../weights.bin")
+    tensor.data_location = tensor.EXTERNAL
+
+
+def as_nested(model: Any) -> None:
+    model.graph.node[0].attribute.add(name="body").g.name = "body"
+
+
+def as_function(model: Any) -> None:
+    model.functions.add(name="Conv")
+
+
+@pytest.mark.parametrize("change", [as_custom, as_other, as_external, as_nested, as_function])
+def test_onnx_that_is_not_ours_is_refused_at_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
+) -> None:
+    import onnx
+
+    def changed(self: OnnxRuntime) -> bytes:
+        model = onnx.load_from_string(written(self))
+        change(model)
+        return bytes(model.SerializeToString())
+
+    fast, written = dense(Net(F.relu), torch.randn(2, 3, 12, 12)), OnnxRuntime.model
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxRuntime, "model", changed)
+        fast.save_pretrained(tmp_path)
+    with pytest.raises(StateMismatchError, match="ONNX model holds what this isw_plugin does not write: save"):
         load_accelerated(tmp_path)

@@ -5,10 +5,21 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
 #include "processors.h"
+
+static thread_local bool starved = false;  // no memory for this thread
+
+void* operator new(size_t size) {
+  void* memory = starved ? nullptr : malloc(size);
+  return memory ? memory : throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { free(memory); }
+void operator delete(void* memory, size_t) noexcept { free(memory); }
 
 namespace {
 
@@ -66,6 +77,42 @@ bool raises() {
   return false;
 }
 
+// Helpers that cannot be made are done without.
+bool starves() {
+  std::atomic<int> done{0};
+  starved = true;
+  run(20, 100, [&](int64_t) { ++done; });
+  starved = false;
+  sigset_t held;
+  pthread_sigmask(SIG_SETMASK, nullptr, &held);
+  return done == 100 && !sigismember(&held, SIGTERM) && each_once(20, 100);
+}
+
+// Whether all tasks run on processors that this thread may use.
+bool within_own() {
+  const isw::Affinity own = isw::Affinity::own();
+  std::atomic<bool> right{true};
+  run(30, 60, [&](int64_t) {
+    cpu_set_t mask;
+    sched_getaffinity(0, sizeof mask, &mask);
+    if (CPU_COUNT(&mask) != own.count()) right = false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  });
+  return right;
+}
+
+// A caller that is bound to one processor makes helpers, which others use later.
+bool bound() {
+  bool right = false;
+  std::thread([&] {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu(), &one);
+    right = sched_setaffinity(0, sizeof one, &one) == 0 && isw::usable_processors() == 1 && within_own();
+  }).join();
+  return right && within_own();
+}
+
 bool forks() {
   const pid_t child = fork();
   if (child == 0) _exit(each_once(2, 100) ? 0 : 1);
@@ -84,5 +131,7 @@ int main(int count, char** words) {
     printf("%lld\n", quota == isw::unlimited ? -1LL : static_cast<long long>(quota));
     return 0;
   }
-  printf("many %d alone %d raises %d forks %d\n", many_callers(), alone(), raises(), count == 2 || forks());
+  const bool many = many_callers(), own = alone(), error = raises(), memory = starves(), processors = bound();
+  printf("many %d alone %d raises %d starves %d bound %d forks %d\n", many, own, error, memory, processors,
+         count == 2 || forks());
 }

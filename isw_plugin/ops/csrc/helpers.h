@@ -12,9 +12,10 @@
 #include <deque>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
+
+#include "processors.h"
 
 namespace isw {
 namespace {
@@ -70,7 +71,8 @@ class Job {
   }
 
   const int64_t workers;
-  std::atomic<int64_t> inside{0};  // helpers; changed under the lock
+  const Affinity& affinity = Affinity::own();  // of the caller
+  std::atomic<int64_t> inside{0};              // helpers; changed under the lock
 
  private:
   struct alignas(64) Share {
@@ -149,30 +151,34 @@ class Helpers {
     left_.wait(guard, is_done);
   }
 
-  // False: the system has no thread left; whoever calls works alone. Signals are for the program's own threads.
+  // False: the system has no thread or memory left; whoever calls works alone. Signals are for the program's own threads.
   bool start() {
     sigset_t all, held;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &held);
-    helpers_.emplace_back();
+    const size_t before = helpers_.size();
     bool started = true;
     try {
+      helpers_.emplace_back();
       std::thread([this, worker = static_cast<int64_t>(helpers_.size())] { help(worker); }).detach();
-    } catch (const std::system_error&) {
-      helpers_.pop_back();
+    } catch (...) {  // no memory is as good a reason; open() must not fail once it listed its job
+      if (helpers_.size() > before) helpers_.pop_back();
       started = false;
     }
     pthread_sigmask(SIG_SETMASK, &held, nullptr);
     return started;
   }
 
+  // Wherever the caller of its job may run. Else one that is bound to a processor would bind whom it makes, for good.
   [[noreturn]] void help(int64_t worker) {
+    Affinity affinity = Affinity::own();
     Guard guard = locked();
     Helper& self = helpers_[worker - 1];
     for (;;) {
       if (Job* job = job_for(worker)) {
         ++job->inside;
         guard.unlock();
+        if (affinity != job->affinity) (affinity = job->affinity).apply();
         job->work(worker);
         guard = locked();
         if (--job->inside == 0) left_.notify_all();

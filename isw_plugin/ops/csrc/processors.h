@@ -1,4 +1,4 @@
-// How many threads of this process can run at once: its affinity mask and the quotas of its control groups. More would
+// How many threads of a caller can run at once: its affinity mask and the quotas of its control groups. More would
 // wait for each other. Needs no torch header.
 #pragma once
 #if defined(__linux__)
@@ -61,24 +61,53 @@ inline int64_t quota_of_groups() {
   return least;
 }
 
-inline int64_t affinity() {
-#if defined(__linux__)
-  cpu_set_t mask;
-  if (sched_getaffinity(0, sizeof mask, &mask) == 0) return CPU_COUNT(&mask);  // fails above 1024 processors
-#endif
-  return unlimited;
-}
+inline int64_t milliseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::milliseconds(1); }
 
-// Looked up again after a second: masks and quotas change while a process runs.
+// The processors that a thread may use.
+class Affinity {
+ public:
+  // Of the calling thread; looked up again after a second, as masks and quotas change while a process runs.
+  static const Affinity& own() {
+    thread_local Affinity own;
+    thread_local int64_t until = 0;
+    const int64_t now = milliseconds();
+    if (now >= until) {
+      own.read();
+      until = now + 1000;
+    }
+    return own;
+  }
+
+#if defined(__linux__)
+  int64_t count() const { return known_ ? CPU_COUNT(&mask_) : unlimited; }
+  bool operator!=(const Affinity& other) const { return known_ != other.known_ || !CPU_EQUAL(&mask_, &other.mask_); }
+  void apply() const {
+    if (known_) sched_setaffinity(0, sizeof mask_, &mask_);
+  }
+
+ private:
+  void read() { known_ = sched_getaffinity(0, sizeof mask_, &mask_) == 0; }  // fails above 1024 processors
+
+  cpu_set_t mask_{};
+  bool known_ = false;
+#else
+  int64_t count() const { return unlimited; }
+  bool operator!=(const Affinity&) const { return false; }
+  void apply() const {}
+
+ private:
+  void read() {}
+#endif
+};
+
 inline int64_t usable_processors() {
-  using Clock = std::chrono::steady_clock;
-  static std::atomic<int64_t> known{0}, until{0};
-  const int64_t now = Clock::now().time_since_epoch() / std::chrono::milliseconds(1);
+  static std::atomic<int64_t> quota{0}, until{0};
+  const int64_t now = milliseconds();
   if (now >= until) {
-    known = std::min(affinity(), quota_of_groups());
+    quota = quota_of_groups();
     until = now + 1000;
   }
-  return known;
+  return std::min(Affinity::own().count(), quota.load());
 }
 
 }  // namespace

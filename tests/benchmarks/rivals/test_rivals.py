@@ -1,15 +1,24 @@
 """The study on digits: every gate is trained, measured and listed; what was not run says so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.lab.images import load, normalise
 from benchmarks.lab.networks import build
+from benchmarks.lab.run_folder import OtherRunError
+from benchmarks.rivals import __main__ as study
+from benchmarks.rivals import measuring
 from benchmarks.rivals.__main__ import SCALES, arguments, main
 from benchmarks.rivals.networks import network
+from benchmarks.rivals.training import Bench
 from isw_plugin import count_macs
+
+ROW = {"error": 1.0, "prune_ratio": 0.0, "macs_saved": 0.0, "macs": 1, "parameters": 1, "extra_parameters": 0}
 
 
 def test_smoke_fills_the_rows_that_were_asked_for(tmp_path: Path) -> None:
@@ -28,6 +37,50 @@ def test_smoke_fills_the_rows_that_were_asked_for(tmp_path: Path) -> None:
     before = (tmp_path / "rows" / "m-cifarnet-fbs-0.json").stat().st_mtime_ns
     main(arguments(options))  # nothing is done twice
     assert (tmp_path / "rows" / "m-cifarnet-fbs-0.json").stat().st_mtime_ns == before
+
+
+def test_rows_of_other_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "measure", lambda bench, name, row: ROW)
+    options = ["--out", str(tmp_path), "--rows", "none"]
+    table = main(arguments(options))
+    assert main(arguments([*options, "--measured"])) == table
+    for other, said in (
+        (["--scale", "minutes"], r"test_images: 64 there, 2000 asked"),
+        (["--data", "cifar10"], r"data: 'digits' there, 'cifar10' asked"),
+    ):
+        with pytest.raises(OtherRunError, match=said):
+            main(arguments([*options, *other, "--measured"]))
+    monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], test_images=32))
+    with pytest.raises(OtherRunError, match="test_images: 64 there, 32 asked"):
+        main(arguments(options))
+
+
+def test_times_are_chosen_for_the_threads_and_not_the_images_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = load("digits", 32, 0)
+    scale = replace(SCALES["smoke"], rounds=3)
+    bench = Bench(splits, Path("nowhere"), scale, 0)
+    chosen: list[tuple[int, torch.Tensor]] = []
+
+    class Pruner:
+        def accelerate(self, images: torch.Tensor, backend: str) -> SimpleNamespace:
+            chosen.append((torch.get_num_threads(), images))
+            return Fast(execution=backend, reason="")
+
+    class Fast(SimpleNamespace):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            assert not torch.equal(images, chosen[0][1])
+            return images
+
+    held = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        row = measuring._ms(bench, Pruner(), 4, True)  # type: ignore[arg-type]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(held)
+    assert (row["threads"], row["runs"], chosen[0][0]) == (1, "auto", 1)
+    every = normalise(splits.train.pixels, splits)
+    assert all((every == image).flatten(1).all(1).any() for image in chosen[0][1])
 
 
 @pytest.mark.parametrize(("name", "millions"), [("m-cifarnet", 174.3), ("resnet20", 40.8)])

@@ -1,5 +1,6 @@
 """The crowded study and its processes: what they compute and how they are kept, not what they time."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.speed import crowded
+from benchmarks.speed import apart, crowded
 from benchmarks.speed.apart import Apart, Task
 from benchmarks.speed.crowded import Cell
 from benchmarks.speed.networks import network, noise
 from benchmarks.speed.quota import quota
 from benchmarks.speed.runtimes import installed, load, onnx_of
+from isw_plugin.ops import cpu
 
 NAME = "slimmed vgg16"
 LINUX = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity masks here")
@@ -28,7 +30,38 @@ def test_a_process_times_what_it_was_given(tmp_path: Path) -> None:
         assert all(0 < seconds < 60 for seconds in process.seconds(2))
         child = process._process
     assert not child.is_alive()
-    assert [path.name for path in tmp_path.iterdir()] == ["slimmed-vgg16-32-2-gated.pickle"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"slimmed-vgg16-32-2-gated-0.5-1-{active()}.pickle"]
+
+
+def active() -> str | None:
+    cpu.load()
+    return cpu.active()
+
+
+def test_a_model_made_otherwise_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was chosen for other gates, threads or instructions is another model."""
+    made: list[Task] = []
+
+    class Pruner:
+        def accelerate(self, images: torch.Tensor, backend: str) -> str:
+            made.append(task)
+            return backend
+
+    task = Task("gated", NAME, 32, 2, models=tmp_path)
+    images, held = noise(2, 32), torch.get_num_threads()
+    assert [apart._fast(task, Pruner(), images) for _ in range(2)] == ["gated", "gated"]  # type: ignore[arg-type]
+    assert len(made) == 1
+    apart._fast(dataclasses.replace(task, keep=0.3), Pruner(), images)  # type: ignore[arg-type]
+    assert len(made) == 2
+    torch.set_num_threads(held + 1)
+    try:
+        apart._fast(task, Pruner(), images)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(held)
+    assert len(made) == 3
+    monkeypatch.setattr(cpu, "active", lambda: "other")
+    apart._fast(task, Pruner(), images)  # type: ignore[arg-type]
+    assert len(made) == 4
 
 
 @LINUX
@@ -125,6 +158,9 @@ def test_a_second_run_takes_what_is_missing(tmp_path: Path, monkeypatch: pytest.
     crowded.main([*command, "quiet", "one busy process"])
     assert asked == [(f"{NAME}:32:1", situation, "gated", "dense") for situation in ("quiet", "one busy process")]
     assert len(crowded.read(tmp_path)) == 4
+    crowded.main([*command, "quiet", "--ways", "dense", "torch"])
+    assert [cell.way for cell in crowded.read(tmp_path) if cell.situation == "quiet"] == ["gated", "dense", "torch"]
+    assert len(crowded.read(tmp_path)) == 5
 
 
 @LINUX
