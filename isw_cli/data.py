@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from isw_cli.errors import InputError
@@ -65,7 +66,7 @@ def preparation(model: nn.Module, size: int | None, folder: Path | None = None) 
         return found if size is None else replace(found, size=size)
     if not getattr(model, "pretrained_cfg", None):
         return Preparation(size or 224, 3, _MEAN, _STD)
-    declared = resolve_model_data_config(model)
+    declared = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     channels, _, side = declared.pop("input_size")
     mean, std = (tuple(declared.pop(name))[:channels] for name in ("mean", "std"))
     picked = {name: declared[name] for name in ("crop_pct", "interpolation", "crop_mode")}

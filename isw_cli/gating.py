@@ -37,7 +37,7 @@ def gate_model(request: Request, out: Path, max_drop: float, force: bool, json: 
         pruner.save_pretrained(draft / "gated")
         keep_preparation(draft / "gated", images)
         verdict = fast.verdict() + _saved(fast, draft / "fast", images)
-        shown = {"title": f"{name}, gated", "caption": f"{name} on {request.data}", "speed": verdict}
+        shown: dict[str, Any] = {"title": f"{name}, gated", "caption": f"{name} on {request.data}", "speed": verdict}
         write(on, draft / "report", classes=images.classes, calibration=choice, off=off, **shown)
         facts = {
             "model": name,

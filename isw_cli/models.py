@@ -13,7 +13,7 @@ from isw_cli.errors import InputError
 from isw_cli.request import Request
 from isw_plugin import InstanceWisePruner, load_accelerated, load_pretrained
 from isw_plugin.accelerate import LoadedModel
-from isw_plugin.errors import ISWError, StateMismatchError
+from isw_plugin.errors import ISWError
 
 __all__ = ["Subject", "attached", "line", "subject"]
 
@@ -123,11 +123,9 @@ def _loaded(folder: Path, architecture: str | None) -> Subject:
         if fast:
             return Subject(str(folder), load_accelerated(folder))
         pruner = load_pretrained(folder, model)
-    except StateMismatchError as error:
-        hint = ". Name what makes it: --model file.py:function" if model is None else ""
-        raise InputError(f"{folder}: {line(error)}{hint}") from error
     except ISWError as error:
-        raise InputError(f"{folder}: {line(error)}") from error
+        hint = ". Here: --model file.py:function" if "load_pretrained(folder, model)" in str(error) else ""
+        raise InputError(f"{folder}: {line(error)}{hint}") from error
     return Subject(str(folder), pruner.model, pruner)
 
 
