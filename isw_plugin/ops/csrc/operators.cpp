@@ -13,9 +13,7 @@
 #include <vector>
 
 #include "api.h"
-#include "helpers.h"
 #include "maps.h"
-#include "processors.h"
 
 namespace {
 
@@ -25,15 +23,31 @@ using MaybeTensor = std::optional<Tensor>;
 
 std::atomic<const isw::Kernels*> kernels{nullptr};
 
+// The tasks that a worker begins with, on a cache line of their own.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Every worker has the same part of the tasks in every layer, so that it finds the instances that it wrote in its own
+// cache; between cores without a common one a map travels for longer than it takes to compute. When done it helps the
+// others, task by task: instances keep different numbers of channels.
 void run_tasks(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state) {
-  isw::Helpers::instance().run(workers, tasks, body, state);
+  const int64_t count = std::min(workers, tasks);
+  std::vector<Share> shares(count);
+  for (int64_t i = 0; i < count; ++i) {
+    shares[i].next = tasks * i / count;
+    shares[i].end = tasks * (i + 1) / count;
+  }
+  at::parallel_for(0, count, 1, [&](int64_t worker, int64_t) {
+    for (int64_t i = 0; i < count; ++i) {
+      Share& share = shares[(worker + i) % count];
+      for (int64_t task = share.next++; task < share.end; task = share.next++) body(state, task, worker);
+    }
+  });
 }
 
-// Within a parallel region of PyTorch's, its threads are busy.
-isw::Runner runner() {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return {std::max<int64_t>(1, std::min(threads, isw::usable_processors())), run_tasks};
-}
+isw::Runner runner() { return {std::max(1, at::get_num_threads()), run_tasks}; }
 
 Tensor checked(const Tensor& t, int64_t dim, const char* name, at::ScalarType type = at::kFloat) {
   TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == type && t.dim() == dim, name, ": expected a ", type,
