@@ -44,6 +44,7 @@ def made_learned(model: nn.Module, sites: Sequence[Site], gates: Mapping[str, Ga
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.default_generator.manual_seed(zlib.crc32(site.name.encode()))
                 made[site.name] = gate.learn(layers)
+            _require_size(site, gate)
         except SettingError as error:
             wrong[site.name] = str(error)
     if wrong:
@@ -58,6 +59,15 @@ def made_learned(model: nn.Module, sites: Sequence[Site], gates: Mapping[str, Ga
 def _require_layers(site: Site, layers: Sequence[nn.Module]) -> None:
     if not all(isinstance(layer, LAYERS) for layer in layers):
         raise SettingError("a norm makes this map, and gates with parameters read what layers read")
+
+
+def _require_size(site: Site, gate: LearnedGate) -> None:
+    other = next((shape for shape in site.made if shape[1:] != site.shape[1:]), None)
+    if gate.same_size and other is not None:
+        raise SettingError(
+            f"its layer makes {other} and the map is {site.shape}: {type(gate).__name__} needs a map of the size that "
+            "its layer makes"
+        )
 
 
 def kept_learned(made: Learned, before: Mapping[str, nn.Module]) -> Learned:

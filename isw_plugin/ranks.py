@@ -37,9 +37,9 @@ def on_all_ranks(attempt: Callable[[], T]) -> T:
         of_all_ranks(error if ours else RuntimeError(f"another rank failed: {error!r}"))
         raise
     failed: list[Exception | None] = of_all_ranks(None)
-    for error in failed:
-        if error is not None:
-            raise error
+    for elsewhere in failed:
+        if elsewhere is not None:
+            raise elsewhere
     return mine
 
 

@@ -55,6 +55,7 @@ class LCCL(LearnedGate):
     margin: float = 0.0
     fixed: ClassVar = ("branch",)
     whole_channels: ClassVar = False
+    same_size: ClassVar = True
     reference: ClassVar = {"margin": 0.0}
 
     def __post_init__(self) -> None:

@@ -37,11 +37,13 @@ class LearnedGate(ABC):
     Attributes:
         fixed: Names of settings on which the shapes of parameters depend: they stay as they are once attached.
         whole_channels: Whether what is dropped is whole channels. If not, ``saved`` says what that saves.
+        same_size: Whether maps must be of the size that their layers make, with no pooling between.
         reference: Settings at which ``calibrate`` measures the accuracy that may be lost.
     """
 
     fixed: ClassVar[tuple[str, ...]] = ()
     whole_channels: ClassVar[bool] = True
+    same_size: ClassVar[bool] = False
     reference: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod

@@ -78,6 +78,7 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 
 def _site(graph: Graph, ends: Ends, value: int, readers: Readers, taps: Taps, makings: Makings) -> Site:
     axis, names = ends.axes[value], ends.layers[value]
+    made = {node.name: graph.shapes[node.outputs[0]][1:] for node in graph.nodes if node.name in names}
     return Site(
         name=names[0],
         layers=names,
@@ -88,6 +89,7 @@ def _site(graph: Graph, ends: Ends, value: int, readers: Readers, taps: Taps, ma
         consumers=tuple(readers.of(value, axis)),
         overwritten=any(value in call.inputs and _drops_in_place(graph.modules[call.name]) for call in graph.calls),
         making=makings.of(value, axis, names),
+        made=tuple(made[name] for name in names if name in made),
     )
 
 

@@ -80,6 +80,7 @@ class Site:
         consumers: Its readers.
         overwritten: Whether a dropout in place changes the map in training.
         making: How it is made.
+        made: Shape of one instance of what each of ``layers`` makes in the probe, the last time.
     """
 
     name: str
@@ -91,3 +92,4 @@ class Site:
     consumers: tuple[Consumer, ...]
     overwritten: bool = False
     making: Making = Making()
+    made: tuple[tuple[int, ...], ...] = ()

@@ -199,6 +199,16 @@ def test_lccl_is_the_product_of_two_relus(branch: str) -> None:
     torch.testing.assert_close(count_macs(net, IMAGES).gated, left)
 
 
+def test_a_pooled_map_is_refused_when_attached() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    )
+    with pytest.raises(SettingError, match=r"LCCL needs a map of the size that its layer makes\): exclude=\['0'\]"):
+        InstanceWisePruner(net, IMAGES, gate=LCCL())
+    pruner = InstanceWisePruner(net, IMAGES, gate=LCCL(), exclude="0")
+    assert [site.made for site in pruner.sites] == [((4, 3, 3),)]
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("padding", "dilation"), [(0, 1), (1, 1), (2, 1), (1, 2), ("same", 1)])
