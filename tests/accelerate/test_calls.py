@@ -140,6 +140,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any]], object]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # as torch's own forward mode begins
 @pytest.mark.parametrize("execution", ["accelerated", "masked"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transforms_of_torch_func_are_refused(
