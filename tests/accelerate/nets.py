@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate
+from isw_plugin.accelerate import choose, fit
 from isw_plugin.accelerate.accelerated import Accelerated
 from isw_plugin.functional import coefficient_of_variation
 from isw_plugin.gates import keeps_all
@@ -254,3 +256,9 @@ def whole_clock(winner: str) -> Callable[..., Rounds]:
         return rounds
 
     return take_turns
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, *winners: str) -> None:
+    """Both clocks: that of layers and that of the whole."""
+    monkeypatch.setattr(fit, "seconds_in_place", clock(*winners))
+    monkeypatch.setattr(choose, "take_turns", whole_clock(winners[-1]))

@@ -26,20 +26,14 @@ from tests.accelerate.nets import (
     assert_close,
     assert_runs_as_masked,
     attached,
-    clock,
     images_for,
     seeded,
-    whole_clock,
+    set_clock,
 )
 from tests.accelerate.nets import Downsampled as Down
 from tests.conftest import Plain, Residual, hooks_of, made
 
 GATES = [CVGate(0.1, 0.9), CVGate(0.4, 1.2), MinNorm(0.45), RandomGate(0.4, seed=3), above]
-
-
-def set_clock(monkeypatch: pytest.MonkeyPatch, *winners: str) -> None:
-    monkeypatch.setattr(fit, "seconds_in_place", clock(*winners))
-    monkeypatch.setattr(module, "take_turns", whole_clock(winners[-1]))
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,10 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from isw_plugin import InstanceWisePruner
-from isw_plugin.accelerate import Accelerated, fit
-from isw_plugin.accelerate import choose as module
+from isw_plugin.accelerate import Accelerated
 from isw_plugin.accelerate.calls import Call, size_of
 from isw_plugin.errors import EngineInputError, ISWError, SettingError, UnsupportedError
-from tests.accelerate.nets import attached, clock, whole_clock
+from tests.accelerate.nets import attached, set_clock
 from tests.conftest import Plain, made
 
 IMAGES = made(Plain).images()
@@ -29,8 +28,7 @@ def pruner() -> InstanceWisePruner:
 @pytest.fixture(scope="module")
 def fast(pruner: InstanceWisePruner) -> Accelerated:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "seconds_in_place", clock("gated"))
-        patch.setattr(module, "take_turns", whole_clock("gated"))
+        set_clock(patch, "gated")
         return pruner.accelerate(IMAGES, backend="gated")
 
 

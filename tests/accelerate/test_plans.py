@@ -10,18 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from isw_plugin import InstanceWisePruner
-from isw_plugin.accelerate import Accelerated, fit, plans
-from isw_plugin.accelerate import choose as module
+from isw_plugin.accelerate import Accelerated, plans
 from isw_plugin.accelerate.execution import DenseConv, DenseLinear, GatedConv
 from isw_plugin.errors import EngineInputError, SettingError
-from tests.accelerate.nets import assert_close, assert_runs_as_masked, attached, clock, images_for, seeded, whole_clock
+from tests.accelerate.nets import assert_close, assert_runs_as_masked, attached, images_for, seeded, set_clock
 from tests.conftest import Plain, made
 
 
 @pytest.fixture(autouse=True)
 def _gated_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "seconds_in_place", clock("gated"))
-    monkeypatch.setattr(module, "take_turns", whole_clock("gated"))
+    set_clock(monkeypatch, "gated")
 
 
 class Two(nn.Module):

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,7 @@ from isw_plugin.errors import (
     StateMismatchError,
     UnsupportedError,
 )
-from tests.accelerate.nets import Inverted, Slimmed, attached, images_for, seeded
+from tests.accelerate.nets import Inverted, Slimmed, attached, images_for, seeded, set_clock
 from tests.conftest import Plain, SqueezeExcite, Tokens
 
 
@@ -33,10 +34,23 @@ def fast_one(kind: Any, images: Tensor, backend: str = "gated", gate: Any = None
     return attached(seeded(kind), images, gate=gate or CVGate(0.1, 0.9)).accelerate(images, backend=backend)
 
 
+@pytest.fixture(autouse=True)
+def _gated_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, "gated")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "fast"
+    with pytest.MonkeyPatch.context() as patch:
+        set_clock(patch, "gated")
+        fast_one(Plain, Plain().images()).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    fast_one(Plain, Plain().images()).save_pretrained(tmp_path / "fast")
-    return tmp_path / "fast"
+def folder(tmp_path: Path, original: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "fast"))
 
 
 @pytest.mark.parametrize("backend", ["gated", "dense"])
