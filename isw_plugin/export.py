@@ -107,11 +107,11 @@ def _program(pruner: Any, example_inputs: Inputs | None) -> Any:
         )
     if not isinstance(pruner, InstanceWisePruner):
         raise SettingError(f"the pruner of a model is exported, and this is a {type(pruner).__name__}")
-    for package in ("onnx", "onnxscript"):
-        _imported(package, "onnx")
     check_inputs(example_inputs)
     pruner._require_attached()
     pruner.sites  # noqa: B018  # raises where they are not known yet
+    for package in ("onnx", "onnxscript"):
+        _imported(package, "onnx")
     inputs = example_inputs if example_inputs is not None else pruner._settings.inputs
     model = masked_copy(pruner.model).cpu()
     _require_no_noise(model, inputs)
