@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -39,7 +40,12 @@ KINDS = [
     "test_vit",
     "test_vit4",  # SwiGLU, RMS norms
 ]
-GRAPHS = [pytest.param(name, marks=() if name in ("test_resnet", "test_vit4") else pytest.mark.slow) for name in KINDS]
+PREDICTED = ("test_byobnet", "test_efficientnet", "test_resnet")
+
+
+def quick(*names: str) -> list[Any]:
+    """All kinds, these few in continuous integration."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in KINDS]
 
 
 def built(name: str) -> tuple[nn.Module, Tensor]:
@@ -58,13 +64,15 @@ def test_models_of_every_kind_pass_every_step(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", quick("test_byobnet", "test_convnext2", "test_efficientnet", "test_resnet", "test_vit")
+)
 def test_models_of_every_kind_are_accelerated(name: str) -> None:
     assert check_engine(*built(name)) == {"execution": "accelerated", "accelerate": "ok"}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "test_efficientnet"])
+@pytest.mark.parametrize("name", [name for name in quick("test_resnet") if name.values[0] in PREDICTED])
 def test_models_are_accelerated_with_norms_predicted(name: str) -> None:
     results = check_engine(*built(name), predicted=True)
     heads, of = results.pop("heads").split(" of ")
@@ -73,7 +81,7 @@ def test_models_are_accelerated_with_norms_predicted(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", quick("test_resnet", "test_vit4"))
 def test_models_of_every_kind_are_exported_and_compiled(name: str) -> None:
     assert check_graphs(*built(name)) == {"export": "ok", "compile": "ok"}
 
