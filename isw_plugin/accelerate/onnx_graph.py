@@ -53,6 +53,7 @@ class _Writer:
         self.outputs: list[Any] = []
 
     def write(self, node: fx.Node) -> None:
+        """Add what a node computes; UnsupportedError where there is no operator for it."""
         if node.op == "placeholder":
             self.inputs.append(self._value(node))
         elif node.op == "get_attr":
@@ -64,6 +65,7 @@ class _Writer:
             _WRITERS.get(node.target, _alike)(self, node)
 
     def model(self) -> bytes:
+        """All that was written, as an ONNX file holds it; UnsupportedError where an output has no name of its own."""
         names = [value.name for value in (*self.inputs, *self.outputs)]
         if len(set(names)) < len(names):
             raise UnsupportedError("an output is an input, or another output")

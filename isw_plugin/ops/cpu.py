@@ -35,6 +35,7 @@ class _Loader:
             return self.isa is not None
 
     def switch(self, isa: str) -> None:
+        """Build and load these kernels, or raise BuildError; the lock is the caller's."""
         try:
             self._link(isa, build(isa))
         except _UNUSABLE:  # built for another machine, say: a cache may be shared
