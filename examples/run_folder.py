@@ -88,7 +88,7 @@ def require_free_or_same(path: Path, settings: dict[str, Any]) -> None:
     """Raise OtherRunError unless the path is free or holds a run with these settings; changes nothing."""
     known = path / "settings.json"
     if known.exists():
-        _require_equal(_settings(known), json.loads(json.dumps(settings)), path)
+        require_equal(_settings(known), json.loads(json.dumps(settings)), path)
     elif path.exists() and not path.is_dir():
         raise OtherRunError(f"{path} is a file: choose another --out")
     elif path.exists() and any(file.name != _LOCK and not file.name.endswith(".draft") for file in path.iterdir()):
@@ -112,7 +112,8 @@ def _settings(known: Path) -> dict[str, Any]:
         raise damaged(known, error) from error
 
 
-def _require_equal(found: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+def require_equal(found: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+    """Raise OtherRunError unless what was done at this path was done with these settings."""
     keys = sorted(found.keys() | asked.keys())
     other = [f"{k}: {found.get(k)!r} there, {asked.get(k)!r} asked" for k in keys if found.get(k) != asked.get(k)]
     if other:
