@@ -15,6 +15,7 @@ from run_folder import OtherRunError, RunFolder
 from slimmed_vgg16 import arguments, main, vgg16
 
 from isw_plugin.errors import SettingError
+from isw_plugin.measure import Latency
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slimmed_vgg16.py"
 SMALL = "--width 0.125 --epochs-dense 2 --epochs-finetune 1 --prune-ratio 0.2 --max-drop 0.49 --device cpu".split()  # noqa: SIM905
@@ -26,6 +27,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "done"
     main(arguments([*SMALL, "--lambda", "0", "1e-6", "--out", str(out)]))
     return out
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerating and timing every row takes most of a run, and going on with one is not about that."""
+    time_of_each = Latency(1.0, 1.0, 1.0, batch=1, batches=1, hardware="none", threads=1)
+    monkeypatch.setattr("slimmed_vgg16._times", lambda job, models: [("dense", time_of_each)] * len(models))
 
 
 def test_results_hold_every_row_with_its_provenance(finished: Path) -> None:
@@ -58,6 +66,7 @@ def test_the_slimmed_model_can_be_rebuilt_from_its_file(finished: Path) -> None:
     assert sum(facts["widths"]) < 0.85 * dense
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_finished_run_trains_nothing_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in finished.glob("*.safetensors")}
     main(arguments([*SMALL, "--lambda", "1e-6", "--out", str(finished)]))
@@ -76,6 +85,7 @@ def test_a_missing_folder_makes_no_run(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("untimed")
 def test_kill_9_loses_at_most_an_epoch(finished: Path, tmp_path: Path) -> None:
     """Killed in the second dense epoch, the run goes on and ends in the same weights, bit for bit."""
     out = tmp_path / "killed"
@@ -104,6 +114,7 @@ def test_wrong_options_are_refused_before_anything_is_made(tmp_path: Path, optio
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("untimed")
 def test_another_lambda_needs_no_new_dense_training(finished: Path) -> None:
     before = (finished / "dense.safetensors").stat().st_mtime_ns
     main(arguments([*SMALL, "--lambda", "1e-5", "--out", str(finished)]))
