@@ -11,7 +11,8 @@ from torch import Tensor
 from isw_plugin import CVGate, InstanceWisePruner, MinNorm, RandomGate, export
 from isw_plugin.errors import AttachError, MissingExtraError, SettingError, UnsupportedError
 from tests.accelerate.nets import Slimmed, attached, images_for, seeded
-from tests.conftest import Plain, Tokens
+from tests.conftest import Plain, Tokens, made
+from tests.predict.nets import Down, predicted_by_hand, predicting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters about themselves
 
@@ -52,6 +53,16 @@ def test_a_hundred_images_in_batches_of_any_size(runtime: Any, tmp_path: Path, k
     for batch in (slice(0, 100), slice(0, 1), slice(1, 4)):
         torch.testing.assert_close(run(file, images[batch]), wanted[batch], atol=1e-4, rtol=1e-4)
     assert not list(tmp_path.glob(".export-*"))
+
+
+def test_norms_that_are_predicted(runtime: Any, tmp_path: Path) -> None:
+    write, name, run = runtime
+    net, pruner = predicting(Down)
+    images = net.images(100)
+    wanted, _ = predicted_by_hand(made(Down), pruner, images)
+    file = write(pruner, tmp_path / name)
+    for batch in (slice(0, 100), slice(0, 1)):
+        torch.testing.assert_close(run(file, images[batch]), wanted[batch], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@
     python -m benchmarks.zoo predicted --out FOLDER      #     accelerated, with norms predicted wherever they can be
     python -m benchmarks.zoo graphs --out FOLDER         #     exported and compiled
     python -m benchmarks.zoo pruned --out FOLDER         # (c) after torch-pruning took half of the channels
-    python -m benchmarks.zoo report --out FOLDER         # results/models.md and summary.json from it
+    python -m benchmarks.zoo report --out FOLDER         # results/ of the parts that were run
     python -m benchmarks.zoo gates --only "resnet*" --out FOLDER
 
 A line of JSON a model is written as soon as it is known; a second run goes on where the first stopped.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from datetime import date
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks.zoo import predicted
 from benchmarks.zoo.checks import check
 from benchmarks.zoo.graphs import check_engine, check_graphs
 from benchmarks.zoo.models import build, smallest
@@ -106,12 +108,19 @@ PARTS: dict[str, Callable[[str], Record]] = {
 
 
 def report(records: dict[str, list[Record]], root: Path) -> None:
-    """Write the page and its numbers, below the root of the repository."""
-    told = summary(records)
+    """Write the pages of what was run, and their numbers, below the root of the repository."""
     results = root / "benchmarks" / "zoo" / "results"
     results.mkdir(parents=True, exist_ok=True)
-    (results / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
-    (results / "models.md").write_text(page(told, f"{hardware()}, threads: {torch.get_num_threads()}, {date.today()}"))
+    where = f"{hardware()}, threads: {torch.get_num_threads()}, {date.today()}"
+    if any(those for part, those in records.items() if part != "predicted"):
+        told = summary(records)
+        (results / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
+        (results / "models.md").write_text(page(told, where))
+    if records.get("predicted"):
+        rows = predicted.rows(records["predicted"])
+        (results / "predicted.json").write_text(json.dumps(rows, indent=1) + "\n")
+        versions = ", ".join(f"{name} {version(name)}" for name in ("timm", "torch"))
+        (results / "predicted.md").write_text(predicted.page(rows, f"{versions}; {where}"))
 
 
 def main() -> None:

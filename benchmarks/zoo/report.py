@@ -19,13 +19,12 @@ The member with the fewest parameters of every timm module, and the tiny test mo
 biases and scaled filters. "gated": attached, bit-identical with gates off and at beta 0, a finite penalty with
 gradients where sites are and none behind them, gates that drop 5-95 % and change the output, zeros in the columns
 of every reader, a batch equal to its images alone, the same under `scope="consumers"`, and restored by `remove()`.
-"engine": `accelerate()` decides and computes what masking does; the note says where it does not skip. "predicted": the
-same with norms predicted, by random heads, at every site that can have one. "graphs": exported and compiled
-(aot_eager). "pruned first": torch-pruning takes half of the channels of all layers or, where it cannot, of those that
-share their channels with no other layer (the note says where); then all of "gated". "skipped" is not counted as
-passed."""
-_PARTS = {"gates": "gated", "engine": "engine", "predicted": "predicted", "graphs": "graphs", "pruned": "pruned first"}
-_SAID = ("execution", "heads", "pruned")  # what a record tells beside its steps
+"engine": `accelerate()` decides and computes what masking does; the note says where it does not skip. "graphs":
+exported and compiled (aot_eager). "pruned first": torch-pruning takes half of the channels of all layers or, where it
+cannot, of those that share their channels with no other layer (the note says where); then all of "gated".
+"skipped" is not counted as passed."""
+_PARTS = {"gates": "gated", "engine": "engine", "graphs": "graphs", "pruned": "pruned first"}
+_SAID = ("execution", "heads", "apart", "pruned")  # what a record tells beside its steps
 _WORDS = ("ok", "skipped", "no", "not run")
 
 

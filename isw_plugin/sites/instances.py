@@ -4,10 +4,12 @@ Two runs with different numbers become one graph, whose shapes hold ``INSTANCES`
 a model is near it, so that no size of a map is taken for it.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from isw_plugin.sites.graph import Call, Graph, Node
@@ -89,12 +91,34 @@ def _paired(few: Iterable[_T], many: Iterable[_T], key: Callable[[_T], Hashable]
 
 def mixing(graph: Graph) -> str:
     """What reads along the axis that follows the number of instances, so that they are steps of one; "" if nothing."""
+    alike: set[int] = set()  # values that are the same for every instance, whatever the inputs
     for node in graph.nodes:
-        if node.inputs and _mixes(graph, node):
+        if not node.inputs:
+            continue
+        harmless = alike.issuperset(node.inputs)
+        if _mixes(graph, node) and not (harmless and _averages(graph, node)):
             where = node.name or (node.callers[-1] if node.callers else "")
             kind = type(graph.modules[node.name]).__name__ if node.name else node.kind
             return f"{where} ({kind})" if where else kind
+        if harmless or _forgets(graph, node):
+            alike.update(node.outputs)
     return ""
+
+
+def _forgets(graph: Graph, node: Node) -> bool:
+    """Whether a layer norm takes each number for itself, so that its bias is all that it gives (CSATv2)."""
+    size: tuple[int, ...] = ()
+    if node.kind == "native_layer_norm":
+        size = tuple(node.args[1])
+    elif node.kind == "norm" and isinstance(norm := graph.modules[node.name], nn.LayerNorm):
+        size = norm.normalized_shape
+    return len(node.inputs) == 1 and len(size) > 0 and math.prod(size) == 1
+
+
+def _averages(graph: Graph, node: Node) -> bool:
+    """Whether a product is a mean, which is the same over any number of equal values."""
+    maker = graph.producers.get(node.inputs[-2]) if node.kind in _PRODUCTS else None
+    return node.kind.startswith(_ATTENTION) or (maker is not None and maker.kind == "_softmax")
 
 
 def _mixes(graph: Graph, node: Node) -> bool:

@@ -62,7 +62,8 @@ def dependency_graph(model: nn.Module, inputs: Inputs) -> Any:
         except Exception as error:  # whatever it meets
             raise UnsupportedError(
                 f"torch-pruning cannot trace {type(model).__name__}{_near(model, error)}, so channels that must go "
-                f"together are not known: {error!r}"
+                f"together are not known ({error!r}); the model is as it was, and takes masks and gates without being "
+                "pruned"
             ) from error
 
 

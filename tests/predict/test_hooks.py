@@ -151,13 +151,14 @@ def test_other_types_predict(dtype: torch.dtype) -> None:
     assert pruner.norms["c2"].dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
 
 
-def test_a_compiled_model_predicts() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_predicts(backend: str) -> None:
     net, pruner = predicting(Residual)
     images = net.images()
-    expected = net(images)
-    keep = pruner.keep
-    compiled = torch.compile(net, backend="eager")
+    expected, keep = predicted_by_hand(made(Residual), pruner, images)
+    compiled = torch.compile(net, backend=backend)
     torch.testing.assert_close(compiled(images), expected)
+    assert pruner.keep.keys() == keep.keys()
     assert all(torch.equal(mask, keep[name]) for name, mask in pruner.keep.items())
     pruner.drop_predictors()
     torch.testing.assert_close(compiled(images), net(images))

@@ -136,13 +136,15 @@ def test_an_accelerated_mobilenet_decides_alike() -> None:
     assert_accelerated_alike(model, pruner, images[:4])
 
 
-def test_an_exported_program_predicts() -> None:
-    net, _ = predicting(Down)
-    images = net.images(4)
+@pytest.mark.parametrize("kind", PREDICTED)
+def test_an_exported_program_predicts(kind: type[Net]) -> None:
+    net, pruner = predicting(kind)
+    images, batch = net.images(4), torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
-        expected = net(images)
-        program = torch.export.export(net, (images,), strict=False)
-    torch.testing.assert_close(program.module()(images), expected)
+        program = torch.export.export(net, (net.images(3),), dynamic_shapes=({0: batch},)).module()
+    expected, _ = predicted_by_hand(made(kind), pruner, images)
+    for some in (images, images[:1]):
+        torch.testing.assert_close(program(some), expected[: len(some)])
 
 
 # -- static pruners --------------------------------------------------------------------------------
@@ -194,6 +196,34 @@ def test_heads_go_through_nni() -> None:
         compact(net, {"block.c1": {"weight": silent, "bias": None}}, images)
     assert net.block.c1.out_channels == 4
     assert pruner.gates.predicted == ()
+
+
+def test_heads_see_the_masks_of_nni() -> None:
+    """Wrapped by NNI, where layers compute with masked weights: what is fitted, and what is predicted."""
+    pytest.importorskip("nni", reason="needs isw_plugin[nni]")
+    from nni.compression.pruning import L1NormPruner
+
+    from isw_plugin.toolkits.nni import InstanceWisePruner as Pruner
+    from tests.toolkits.test_nni import ALL
+
+    net, images = made(Residual), made(Residual).images(240)
+    static = L1NormPruner(net, [{"op_names": ["block.c1"], "sparse_ratio": 0.5}])
+    _, masks = static.compress()
+    gates = Pruner.from_compressor(static, ALL, alpha=0.0, beta=0.6, example_inputs=images[:1]).gates
+    bare = made(Residual)
+    with torch.no_grad():
+        for key, mask in masks["block.c1"].items():
+            bare.block.c1.get_parameter(key).mul_(mask)
+    twin = InstanceWisePruner(bare, images[:1], alpha=0.0, beta=0.6)
+    assert gates.fit_predictors(images.split(48)) == twin.fit_predictors(images.split(48))
+    heads = predicting(Residual)[1].state_dict()["heads"]
+    gates.load_state_dict(gates.state_dict() | {"heads": heads, "enabled": True})
+    with torch.no_grad():
+        given = net(images)
+    twin.remove()
+    expected, kept = predicted_by_hand(bare, gates, images)
+    torch.testing.assert_close(given, expected)
+    assert all(torch.equal(gates.keep[name], mask) for name, mask in kept.items())
 
 
 def test_torch_pruning_drops_heads_of_what_it_changes() -> None:

@@ -126,6 +126,54 @@ def test_attention_along_axis_0_tells_that_it_is_no_axis_of_instances(mix: Calla
             InstanceWisePruner(model, torch.zeros(7, 1, 4))
 
 
+FORGETTING: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "a module": lambda m, x: m.norm(x),
+    "a function": lambda m, x: F.layer_norm(x, (1,), bias=m.norm.bias),
+}
+
+
+@pytest.mark.parametrize("norm", FORGETTING)
+def test_attention_along_axis_0_to_what_is_alike_for_all_instances_is_no_mixing(norm: str) -> None:
+    """As in CSATv2: a layer norm of single numbers leaves its bias, whose mean over any batch is the same."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.b(F.relu(m.a(x)))
+        q, k, v = m.qkv(FORGETTING[norm](m, x.unsqueeze(-1))).unbind(-1)
+        return m.d(F.relu(m.c(x + attended(q, k, v))))
+
+    model = ByForward(forward, norm=nn.LayerNorm(1), qkv=nn.Linear(1, 3), **mlp())
+    nn.init.ones_(model.norm.bias)
+    assert names(find_sites(model, torch.zeros(1, 4))) == ["a", "c"]
+    require_independent(model, torch.randn(4, 4))
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+MIXING: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "norms of two numbers": lambda m, x: attended(*3 * [F.layer_norm(x.view(-1, 2, 2), (2,)).flatten(1)]),
+    "a bias of the instance": lambda m, x: attended(*3 * [F.layer_norm(x[..., None], (1,), bias=x[0, :1])[..., 0]]),
+    "joined with what is not alike": lambda m, x: attended(*3 * [x + m.norm(x[..., None])[..., 0]]),
+    "a root mean square": lambda m, x: attended(*3 * [m.rms(x[..., None])[..., 0]]),
+    "a sum, which grows with the batch": lambda m, x: _sum_over_instances(m.norm(x[..., None])[..., 0]),
+}
+
+
+def _sum_over_instances(x: Tensor) -> Tensor:
+    return (x @ x.transpose(0, 1)) @ x
+
+
+@pytest.mark.parametrize("mix", MIXING)
+def test_products_along_axis_0_of_what_hangs_on_the_instances_are_refused(mix: str) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.b(F.relu(m.a(x + MIXING[mix](m, x))))
+
+    model = ByForward(forward, norm=nn.LayerNorm(1), rms=nn.RMSNorm(1), **mlp())
+    with pytest.raises(UnsupportedError, match="reads along axis 0 of the example inputs"):
+        InstanceWisePruner(model, torch.zeros(1, 4))
+
+
 def test_a_convolution_over_time_on_axis_0_is_seen() -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         return m.b(F.relu(m.a(m.conv(x.permute(1, 2, 0)).permute(2, 0, 1))))

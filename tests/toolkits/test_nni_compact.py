@@ -1,11 +1,13 @@
 """A compacted model computes what the masked one does, and has lost exactly the channels that nobody notices."""
 
 import copy
+import re
 
 import pytest
 import timm
 import torch
 import torch_pruning as tp
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -84,6 +86,23 @@ def test_it_computes_what_the_masked_model_does(name: str, kinds: str) -> None:
     same(model, expected, torch.randn(6, 3, 64, 64))
     has_norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert parameters(model) < before or (kinds == "norms" and not has_norms)
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_shuffled_channels_go_rightly_or_stay_all(kinds: str) -> None:
+    """torch-pruning 1.6.1 divides by zero in ShuffleNet's reshape."""
+    torch.manual_seed(0)
+    model = torchvision.models.shufflenet_v2_x0_5(num_classes=5).eval()
+    masks = random_masks(model, KINDS[kinds], seed=0)
+    bare, expected = copy.deepcopy(model), masked(model, masks)
+    refused = ""
+    try:
+        compact(model, masks, torch.randn(2, 3, 64, 64))
+    except UnsupportedError as error:
+        refused = str(error)
+    said = r"^torch-pruning cannot trace ShuffleNetV2 \(near stage.* the model is as it was, and takes masks and gates"
+    assert not refused or re.match(said, refused)
+    same(model, bare if refused else expected, torch.randn(6, 3, 64, 64))
 
 
 @settings(max_examples=60)

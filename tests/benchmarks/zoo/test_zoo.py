@@ -68,7 +68,17 @@ def test_models_of_every_kind_pass_every_step(name: str) -> None:
     "name", quick("test_byobnet", "test_convnext2", "test_efficientnet", "test_resnet", "test_vit")
 )
 def test_models_of_every_kind_are_accelerated(name: str) -> None:
-    assert check_engine(*built(name)) == {"execution": "accelerated", "accelerate": "ok"}
+    results = check_engine(*built(name))
+    assert float(results.pop("apart")) < 1e-4
+    assert results == {"execution": "accelerated", "accelerate": "ok"}
+
+
+def test_the_engine_is_checked_alike_where_another_runtime_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = made(Plain).images(2)
+    expected = check_engine(made(Plain), images)
+    monkeypatch.setattr(graphs.plan_module, "is_installed", lambda: True)
+    assert check_engine(made(Plain), images) == expected
+    assert expected["accelerate"] == "ok"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -76,6 +86,7 @@ def test_models_of_every_kind_are_accelerated(name: str) -> None:
 def test_models_are_accelerated_with_norms_predicted(name: str) -> None:
     results = check_engine(*built(name), predicted=True)
     heads, of = results.pop("heads").split(" of ")
+    assert float(results.pop("apart")) < 1e-4
     assert results == {"execution": "accelerated", "accelerate": "ok"}
     assert 0 < int(heads) <= int(of.removesuffix(" sites"))
 
@@ -337,8 +348,7 @@ def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
     sites = [site_record("test_resnet"), {"model": "odd", "module": "y", "built": True, "error": "NoSitesError: none"}]
     gates = [step_record("a"), step_record("b", gate="hardly differs"), step_record("test_resnet")]
     engine = [step_record("a", execution="masked: no export")]
-    heads = [step_record("a", heads="3 of 5 sites"), step_record("b", accelerate="skipped: no site can be predicted")]
-    written = page(summary({"sites": sites, "gates": gates, "engine": engine, "predicted": heads}))
+    written = page(summary({"sites": sites, "gates": gates, "engine": engine}))
     assert f"| 1 of 2 (50.0%); 2 of {len(timm.list_models()):,} were run |" in written
     assert f"| 100.00% of {sites[0]['layers']} |" in written
     assert "| >= 96 | 0 ok, 0 skipped, 1 no, 1 not run |" in written
@@ -346,15 +356,45 @@ def test_the_page_counts_what_went_well_and_names_what_did_not() -> None:
     assert "- odd: NoSitesError: none" in written
     assert "- gated: 1 ok, 0 skipped, 1 no, 0 not run; of 2 modules" in written
     assert "- engine: 1 ok, 0 skipped, 0 no, 1 not run; of 2 modules" in written
-    assert "- predicted: 1 ok, 1 skipped, 0 no, 0 not run; of 2 modules" in written
     assert "- graphs: not run" in written
     unlisted = {module_of(name) for name in timm.list_models()} - {"resnet"}
     assert f"- nothing was run yet of {len(unlisted)} more modules: {min(unlisted)}, " in written
-    said = "gated: gate: hardly differs; predicted: no site can be predicted"
-    assert f"| x | b |  |  | no | not run | skipped | not run | not run | {said} |" in written
-    assert "| x | a |  |  | ok | ok | ok | not run | not run | runs masked: no export |" in written
+    assert "| x | b |  |  | no | not run | not run | not run | gated: gate: hardly differs |" in written
+    assert "| x | a |  |  | ok | ok | not run | not run | runs masked: no export |" in written
     layers, count = sites[0]["layers"], sites[0]["sites"]
-    assert f"| resnet | test_resnet | {layers} | {count} | ok | not run | not run | not run | not run |  |" in written
+    assert f"| resnet | test_resnet | {layers} | {count} | ok | not run | not run | not run |  |" in written
+
+
+def test_the_page_of_predicted_norms_says_how_many_and_how_far_apart(tmp_path: Path) -> None:
+    report({"gates": [step_record("a")]}, tmp_path)
+    results = tmp_path / "benchmarks" / "zoo" / "results"
+    before = (results / "models.md").read_text()
+    ran = {"execution": "accelerated", "heads": "3 of 5 sites"}
+    none = {"heads": "0 of 2 sites", "accelerate": "skipped: the masked model in float64 decides otherwise too"}
+    wrong = ran | {"accelerate": "decisions differ at ['c']", "apart": "0.0e+00"}
+    masked = {"execution": "masked: no export", "heads": "1 of 2 sites", "apart": "3.0e-07"}
+    steps = {"a": ran | {"apart": "2.5e-07"}, "b": none, "c": wrong, "d": masked, "test_e": ran | {"apart": "1.0e-06"}}
+    report({"predicted": [step_record(name, **said) for name, said in steps.items()]}, tmp_path)
+    assert (results / "models.md").read_text() == before
+    written = (results / "predicted.md").read_text()
+    assert "- modules: 4, of which 2 ok, 1 skipped, 1 no" in written
+    assert "- models with heads: 4 of 5, 10 heads" in written
+    assert "- largest difference: 1.0e-06, test_e" in written
+    assert "| x | a | 3 | 5 | 2.5e-07 | ok |  |" in written
+    assert "| x | b | 0 | 2 |  | skipped | the masked model in float64 decides otherwise too |" in written
+    assert "| x | c | 3 | 5 | 0.0e+00 | no | accelerate: decisions differ at ['c'] |" in written
+    assert "| x | d | 1 | 2 | 3.0e-07 | ok | runs masked: no export |" in written
+    rows = json.loads((results / "predicted.json").read_text())
+    assert [row["model"] for row in rows] == ["a", "b", "c", "d", "test_e"]
+    assert rows[0] == {
+        "module": "x",
+        "model": "a",
+        "heads": 3,
+        "sites": 5,
+        "apart": 2.5e-07,
+        "verdict": "ok",
+        "note": "",
+    }
 
 
 def test_the_page_says_where_only_some_layers_were_pruned() -> None:
@@ -362,8 +402,8 @@ def test_the_page_says_where_only_some_layers_were_pruned() -> None:
     written = page(summary({"pruned": [some, step_record("b", module="y", pruned="all layers")]}))
     assert "| all that it prunes | 2 of 2; 2 ok, 0 skipped, 0 no, 0 not run |" in written
     note = "pruned: layers that share no channels, since all layers: so"
-    assert f"| x | a |  |  | not run | not run | not run | not run | ok | {note} |" in written
-    assert "| y | b |  |  | not run | not run | not run | not run | ok |  |" in written
+    assert f"| x | a |  |  | not run | not run | not run | ok | {note} |" in written
+    assert "| y | b |  |  | not run | not run | not run | ok |  |" in written
 
 
 def test_a_module_that_was_not_run_has_its_row() -> None:
