@@ -1,6 +1,6 @@
 """Of a model that cannot be exported whole (a detector, whose boxes hang on values): the part that can, and the rest.
 
-The part runs as a graph in its place, the rest masked. Its gates decide there, and what they decide is told to the whole.
+It runs as a graph in its place, the rest masked. Its gates decide there, and what they decide is told to the whole.
 """
 
 from dataclasses import dataclass
