@@ -4,11 +4,13 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from isw_cli.entry import begun
 from isw_cli.errors import InputError
 from isw_cli.request import Request
 
@@ -46,8 +48,8 @@ Beta = Annotated[
 ]
 
 
-def _command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a command whose errors are one line, with an exit code: 1, or 130 after ctrl-C."""
+def _command(name: str, module: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a command of a module whose errors are one line, with an exit code: 1, or 130 after ctrl-C."""
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(run)
@@ -62,14 +64,18 @@ def _command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             try:
                 with warnings.catch_warnings():
                     warnings.showwarning = lambda message, *_: errors.print(f"warning: {message}", markup=False)
+                    import_module(module)
+                    begun()
                     run(*args, **kwargs)
             except KeyboardInterrupt:
                 raise said("stopped; nothing was written", 130) from None
             except (InputError, OSError) as error:
                 raise said(str(error), 1) from None
-            except (ValueError, RuntimeError) as error:
+            except (MemoryError, ValueError, RuntimeError) as error:
                 from isw_plugin.errors import ISWError
 
+                if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+                    raise said("not enough memory: take a smaller --batch, --size or model", 1) from None
                 if not isinstance(error, ISWError):
                     raise
                 raise said(str(error), 1) from None
@@ -79,7 +85,7 @@ def _command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-@_command("sites")
+@_command("sites", "isw_cli.look")
 def sites(model: Model, architecture: Architecture = None, size: Size = None, json: Json = False) -> None:
     """Show the maps that can be gated, and why the others cannot."""
     from isw_cli.look import show_sites
@@ -87,7 +93,7 @@ def sites(model: Model, architecture: Architecture = None, size: Size = None, js
     show_sites(Request(model, architecture=architecture, size=size, batch=2), json)
 
 
-@_command("gate")
+@_command("gate", "isw_cli.gating")
 def gate(
     model: Model,
     data: Data,
@@ -109,7 +115,7 @@ def gate(
     gate_model(request, out, max_drop, force, json)
 
 
-@_command("evaluate")
+@_command("evaluate", "isw_cli.look")
 def evaluate(
     model: Model,
     data: Data,
@@ -127,7 +133,7 @@ def evaluate(
     show_evaluation(Request(model, data, architecture, size, batch, limit, pretrained, weights), json)
 
 
-@_command("bench")
+@_command("bench", "isw_cli.look")
 def bench(
     model: Model,
     architecture: Architecture = None,
@@ -143,7 +149,7 @@ def bench(
     show_times(Request(model, architecture=architecture, size=size, batch=batch), alpha, beta, json)
 
 
-@_command("export")
+@_command("export", "isw_cli.look")
 def export(
     model: Model,
     to: Annotated[Path, typer.Option(help="The file: .onnx, or .xml for OpenVINO.")],
@@ -158,7 +164,7 @@ def export(
     write_export(Request(model, architecture=architecture, size=size, batch=2), to, force, json)
 
 
-@_command("report")
+@_command("report", "isw_cli.gating")
 def report(
     model: Model,
     data: Data,
@@ -176,7 +182,7 @@ def report(
     write_report(Request(model, data, architecture, size, batch, limit), out, force, json)
 
 
-@_command("build")
+@_command("build", "isw_cli.doctor")
 def build(json: Json = False) -> None:
     """Build the kernels of this processor ahead of their first use."""
     from isw_cli.doctor import build_kernels
@@ -184,7 +190,7 @@ def build(json: Json = False) -> None:
     build_kernels(json)
 
 
-@_command("doctor")
+@_command("doctor", "isw_cli.doctor")
 def doctor(json: Json = False) -> None:
     """Say what is here, what is missing, and how to get it."""
     from isw_cli.doctor import examine

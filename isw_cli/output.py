@@ -20,7 +20,7 @@ __all__ = ["Tracked", "as_json", "errors", "folder_for", "table", "tell"]
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _FIGURES = "classes|cv_per_site|easiest_hardest|easy_to_hard|frontier|heatmap|keep_per_site|latency"
 _OURS = re.compile(  # all that the commands write, below --out
-    rf"(report/)?(index\.html|({_FIGURES})\.png)"
+    rf"dense\.onnx|(report/)?(index\.html|({_FIGURES})\.png)"
     r"|(gated|fast)/((pruner|accelerated|images)\.json|[a-z]+-[0-9a-f]{16}\.safetensors)"
 )
 _plain = Console(highlight=False, soft_wrap=True, markup=False)

@@ -1,7 +1,8 @@
 """The masked model for other runtimes: ONNX and OpenVINO files with any number of instances.
 
 Gates act in them as they do in PyTorch, by zeros: dropped channels are computed. What skips them is
-``InstanceWisePruner.accelerate``, whose kernels these runtimes do not have.
+``InstanceWisePruner.accelerate``, whose kernels these runtimes do not have. Where onnxruntime was seen to be faster
+than skipping, the accelerated model runs by it, without gates: that form is a file, too.
 """
 
 import inspect
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,15 @@ _INSTANCES = 2  # export takes one for a constant
 _DRAWS = 3
 
 
-def onnx(pruner: InstanceWisePruner, file: str | os.PathLike[str], example_inputs: Inputs | None = None) -> Path:
+_Source: TypeAlias = InstanceWisePruner | Accelerated | LoadedModel
+
+
+def onnx(pruner: _Source, file: str | os.PathLike[str], example_inputs: Inputs | None = None) -> Path:
     """Write the masked model, gates on at their present thresholds, as ONNX.
 
     Args:
-        pruner: Of the model; copied, not changed.
+        pruner: Of the model; copied, not changed. Or an accelerated model that runs dense by onnxruntime: what that
+            runs is written, with all channels.
         file: Ends in ``.onnx``; replaced at once.
         example_inputs: What forward takes, of the size that will run. None: that of the inputs the sites were found on.
 
@@ -50,20 +55,20 @@ def onnx(pruner: InstanceWisePruner, file: str | os.PathLike[str], example_input
 
     Raises:
         SettingError: No pruner, no name of such a file, or inputs that the model does not take.
-        UnsupportedError: The model cannot be exported, is accelerated or draws noise (RandomGate); or the file does not
-            give what the masked model gives for two instances of noise, which is compared where onnxruntime is
-            installed, and not where it is not.
+        UnsupportedError: The model cannot be exported, is accelerated by kernels of ours or draws noise (RandomGate);
+            or the file does not give what the masked model gives for two instances of noise, which is compared where
+            onnxruntime is installed, and not where it is not.
         AttachError: The pruner was removed, or its sites are not known yet.
         MissingExtraError: onnx or onnxscript is not installed (``isw_plugin[onnx]``).
     """
     path = _path(file, ".onnx")
-    program = _program(pruner, example_inputs)
+    content = _content(pruner, example_inputs)
     with _whole(path) as draft:
-        program.save(str(draft), external_data=False)
+        draft.write_bytes(content)
     return path
 
 
-def openvino(pruner: InstanceWisePruner, file: str | os.PathLike[str], example_inputs: Inputs | None = None) -> Path:
+def openvino(pruner: _Source, file: str | os.PathLike[str], example_inputs: Inputs | None = None) -> Path:
     """Write the masked model, gates on at their present thresholds, for OpenVINO: ``.xml``, and ``.bin`` beside it.
 
     Args:
@@ -79,9 +84,9 @@ def openvino(pruner: InstanceWisePruner, file: str | os.PathLike[str], example_i
     """
     path = _path(file, ".xml")
     runtime = _imported("openvino", "openvino")
-    program = _program(pruner, example_inputs)
+    content = _content(pruner, example_inputs)
     with tempfile.TemporaryDirectory() as folder:
-        program.save(f"{folder}/model.onnx", external_data=False)
+        Path(folder, "model.onnx").write_bytes(content)
         model = runtime.convert_model(f"{folder}/model.onnx")
     with _whole(path) as draft:
         runtime.save_model(model, str(draft), compress_to_fp16=False)
@@ -98,13 +103,28 @@ def _path(file: str | os.PathLike[str], ending: str) -> Path:
     return path
 
 
-def _program(pruner: Any, example_inputs: Inputs | None) -> Any:
-    """Of torch's exporter."""
-    if isinstance(pruner, Accelerated | LoadedModel):
+def _content(source: Any, example_inputs: Inputs | None) -> bytes:
+    """As ONNX."""
+    if isinstance(source, Accelerated | LoadedModel):
+        return _dense(source)
+    written: bytes = _program(source, example_inputs).model_proto.SerializeToString()
+    return written
+
+
+def _dense(fast: Accelerated | LoadedModel) -> bytes:
+    """What onnxruntime runs of an accelerated model."""
+    plans = fast.plans.values() if isinstance(fast, Accelerated) else [plan for _, plan in fast._graphs]
+    found = next((plan.runtime for plan in plans if plan.runtime is not None), None)
+    if found is None:
         raise UnsupportedError(
             "an accelerated model runs kernels that no other runtime has: export the pruner that it was made from, "
             "which masks; or save_pretrained() the accelerated one for load_accelerated"
         )
+    return found.model()
+
+
+def _program(pruner: Any, example_inputs: Inputs | None) -> Any:
+    """Of torch's exporter."""
     if not isinstance(pruner, InstanceWisePruner):
         raise SettingError(f"the pruner of a model is exported, and this is a {type(pruner).__name__}")
     check_inputs(example_inputs)

@@ -42,9 +42,11 @@ def instances_in(inputs: Any) -> int:
     Raises:
         SettingError: There is none.
     """
-    if is_list_of_images(inputs):
-        return len(inputs)
-    leaves = [leaf for leaf in tree_leaves(arguments(inputs)) if isinstance(leaf, Tensor) and leaf.dim()]
+    args, kwargs = arguments(inputs)
+    listed = next((value for value in (*args, *kwargs.values()) if is_list_of_images(value)), None)
+    if listed is not None:
+        return len(listed)
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     if not leaves or not len(leaves[0]) or (leaves[0].dim() == 1 and leaves[0].is_floating_point()):
         found = f"a first tensor of shape {tuple(leaves[0].shape)}" if leaves else "no tensor with axes"
         raise SettingError(f"the inputs hold {found}, and no batch: shape (N, ...), N >= 1, is needed, such as x[None]")

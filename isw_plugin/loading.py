@@ -2,18 +2,22 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from isw_plugin.copies import copy_of
 from isw_plugin.errors import AttachError, NothingSavedError, ProbeError, StateMismatchError, UnsupportedError
 from isw_plugin.folders import DOCUMENTS, path_of
 from isw_plugin.gates import Gate, with_parameters
+from isw_plugin.inputs import device_of
 from isw_plugin.pruner import InstanceWisePruner
 from isw_plugin.saving import rebuilt
+from isw_plugin.sites.inputs import resizes
 from isw_plugin.stored import decoded_inputs, stored
 from isw_plugin.structure import differences, resize
 from isw_plugin.wrappers import attachable
@@ -71,7 +75,7 @@ def load_pretrained(
     if model is None:
         model = _remade(facts["model"])
     model = attachable(model)
-    _require_same(facts["model"], model)
+    _require_same(facts, model)
     _rehearse(model, facts, tensors, gate)
     return _attached(_filled(model, facts, tensors), facts["pruner"], gate)
 
@@ -99,13 +103,27 @@ def _remade(stored: dict[str, Any]) -> nn.Module:
         raise StateMismatchError(f"timm cannot make {stored['architecture']!r} as it was saved: {error}") from error
 
 
-def _require_same(stored: dict[str, Any], model: nn.Module) -> None:
+def _require_same(facts: Mapping[str, Any], model: nn.Module) -> None:
+    stored = facts["model"]
     other = differences(stored["modules"], model)
+    if other and (ran := _that_ran(model, facts["pruner"]["inputs"])) is not None:
+        other = differences(stored["modules"], ran)  # without what a first forward sets (scales of RoIAlign)
     if other:
         more = f"; and {len(other) - 5} more" if len(other) > 5 else ""
         raise StateMismatchError(
             f"a {stored['name']} was saved, and {type(model).__name__} is another: {'; '.join(other[:5])}{more}"
         )
+
+
+def _that_ran(model: nn.Module, inputs: Any) -> nn.Module | None:
+    """A copy after a forward on inputs of the stored form; None where it does not take them."""
+    for way in resizes(decoded_inputs(inputs)):
+        copied = copy_of(model).eval()
+        with torch.no_grad(), suppress(Exception):  # whatever a forward raises
+            args, kwargs = way(2, device_of(model))
+            copied(*args, **kwargs)
+            return copied
+    return None
 
 
 def _rehearse(model: nn.Module, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], gate: Gate | None) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from isw_plugin.accelerate.calls import Call, instances_of, is_traced, size_of
 from isw_plugin.accelerate.choose import Fitted
 from isw_plugin.accelerate.masked import Masked
+from isw_plugin.accelerate.part import joined
 from isw_plugin.accelerate.plan import Plan
 from isw_plugin.accelerate.plans import Plans
 from isw_plugin.accelerate.record import Recording
@@ -32,7 +33,9 @@ class Accelerated(Recording, Snapshot):
 
     ``execution`` says what a call runs: "accelerated" (dropped channels are skipped), "dense" (the best dense form,
     all channels, because gates do not gain here) or "masked" (the model as it was: it could not be exported, or what
-    was exported gave something else; ``reason`` says so).
+    was exported gave something else; ``reason`` says so). Of a model that cannot be exported whole, a detector for one,
+    ``part`` names the largest part that can: that one runs so, and the rest masked, or with all channels where it is
+    "dense".
 
     Inputs of a size not seen before are run by the masked model too: where the graph does not give the same, that
     size runs masked, and ``refused`` says why.
@@ -43,6 +46,8 @@ class Accelerated(Recording, Snapshot):
         self.sites = sites
         self.execution = "masked"
         self.reason = ""
+        self.part = ""
+        self._runs = masked
         self.fitted = Fitted(0, torch.get_num_threads())
         self.choices: dict[str, bool] = {}  # by layer: whether it skips
         self._plans = Plans(masked, sites)
@@ -70,7 +75,7 @@ class Accelerated(Recording, Snapshot):
         if is_traced(args, kwargs):
             return self._exported(Call(args, kwargs))
         _require_no_transform(args, kwargs)
-        if self.execution == "masked":
+        if self.execution == "masked" or self.part:
             return self._masked(Call(args, kwargs))
         flat, size = size_of(args, kwargs, self._held.kind)
         plan = self._plans.known(size) or self._plans.first(Call(args, kwargs), size, self.execution, self.choices)
@@ -84,8 +89,20 @@ class Accelerated(Recording, Snapshot):
             record.add(*plan.decided(given))
         return plan.outputs.pack(given)
 
+    def run_part(self, name: str, fast: "Accelerated") -> None:
+        """Run a part by its graph from now on, the rest masked; or all without gates, where the part's do not gain."""
+        self._runs = joined(self._held, name, fast)
+        self.part = f"{name}.{fast.part}" if fast.part else name
+        costs = [replace(cost, layer=f"{name}.{cost.layer}") for cost in fast.fitted.costs]
+        self.execution, self.fitted = fast.execution, replace(fast.fitted, costs=costs)
+        self.choices = {f"{name}.{layer}": skips for layer, skips in fast.choices.items()}
+        if fast.execution == "dense":
+            for masked in (self._held, self._runs):
+                masked.memory.clear()
+                masked.memory.enabled = False
+
     def _masked(self, call: Call) -> Any:
-        outcome = self._held.run(call)
+        outcome = self._runs.run(call)
         record = self._record()
         if record is not None:
             record.add(outcome.keep, outcome.norms)
@@ -125,14 +142,19 @@ class Accelerated(Recording, Snapshot):
             SettingError: The folder is no path.
             UnsupportedError: It runs masked, on a GPU, or its graphs hold what a file cannot.
         """
-        if self.execution == "masked":
-            raise UnsupportedError(f"this model runs masked ({self.reason}), so there is no graph: save the pruner")
+        if self.execution == "masked" or self.part:
+            runs = f"all but its {self.part} masked" if self.part else "masked"
+            raise UnsupportedError(f"this model runs {runs} ({self.reason}), so there is no graph: save the pruner")
         chosen = {"execution": self.execution, "fitted": asdict(self.fitted), "choices": self.choices}
         save(folder, self._plans, chosen | {"parameters": self._parameters_shown}, self.fitted.threads)
 
     def summary(self) -> str:
         """A table of layers, what each was seen to cost and what was chosen, and the model as a whole."""
-        return summary(self.execution, self.reason, self.fitted, self.choices, self.refused)
+        if not self.part:
+            return summary(self.execution, self.reason, self.fitted, self.choices, self.refused)
+        rest = "masked" if self.execution == "accelerated" else "with all channels"
+        whole = summary(f"{self.part} {self.execution}", "", self.fitted, self.choices, {})
+        return f"{whole}\nthe rest runs {rest}: {self.reason}"
 
     def verdict(self) -> str:
         """How many times as fast as the best dense form it was seen to be, or why it is not faster, in a sentence."""

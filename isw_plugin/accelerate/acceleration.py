@@ -13,6 +13,7 @@ from isw_plugin.accelerate.accelerated import Accelerated
 from isw_plugin.accelerate.calls import Call, size_of
 from isw_plugin.accelerate.choose import choose
 from isw_plugin.accelerate.masked import Masked
+from isw_plugin.accelerate.part import largest_part
 from isw_plugin.accelerate.plan import Traced
 from isw_plugin.copies import copy_of
 from isw_plugin.errors import SettingError, UnsupportedError
@@ -81,6 +82,7 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
         traced = Traced(masked.model, fast.sites, call, plans.weights)
     except UnsupportedError as error:
         fast.reason = str(error).splitlines()[0]
+        _fit_part(fast, call, backend, tell)
         return
     flat, size = size_of(call.args, call.kwargs, masked.kind)
     with torch.inference_mode():
@@ -99,6 +101,17 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
         return
     fast.execution = chosen.execution
     plans.take(size, call.form(masked.kind), chosen.plan)
+
+
+def _fit_part(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None]) -> None:
+    """The same for the largest part of a model that cannot be exported whole, and so on within it."""
+    part = largest_part(fast._held, fast.sites, call)
+    if part is None:
+        return
+    inner = Accelerated(part.masked, part.sites, part.call).eval()
+    _fit(inner, part.call, backend, tell)
+    if inner.execution != "masked":
+        fast.run_part(part.name, inner)
 
 
 def _backend(memory: Memory | None, backend: str) -> str:

@@ -54,6 +54,7 @@ def verdict(fast: Fast) -> str:
     if fitted.gated is None or fitted.dense is None or fitted.all_kept is None:
         return f"runs dense, as was asked; gates were not timed ({where})"
     gated, dense, kept = (f"{1e3 * each:.2f} ms" for each in (fitted.gated, fitted.dense, fitted.all_kept))
+    dense += "" if fitted.runtime == "PyTorch" else f" by {fitted.runtime}"
     if fast.execution == "accelerated":
         ratio = fitted.dense / fitted.gated
         return f"{ratio:.2f} times as fast as the best dense form: {gated}, not {dense} ({where})"

@@ -18,7 +18,7 @@ from isw_plugin.copies import copy_of, has_observers, without_process_hooks
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.gates import CVGate, Gate
 from isw_plugin.hooks import Memory, memory_of
-from isw_plugin.inputs import arguments
+from isw_plugin.inputs import arguments, is_list_of_images
 from isw_plugin.ops.gating import channel_norm, decide, mask
 from isw_plugin.sites import Inputs, Site
 
@@ -95,7 +95,8 @@ def trace_call(
             graph.meta["guarded"] = bool(exported._guards_code) or any(limit != "int_oo" for limit in limits)
             return graph
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        lists = any(map(is_list_of_images, (*args, *kwargs.values())))
+        reason = "it takes a list of images" if lists else str(error) or type(error).__name__
         raise UnsupportedError(f"{type(model).__name__} cannot be exported: {reason}") from error
     finally:
         memory.gates, memory.enabled, memory.channel_norm, memory.mask = held

@@ -18,7 +18,10 @@ def class_names(records: Records, classes: Sequence[str] | None) -> list[str]:
     """
     lowest, highest = int(records.labels.min()), int(records.labels.max())
     if lowest < 0:
-        raise SettingError(f"label {lowest}: labels count from 0")
+        raise SettingError(
+            f"label {lowest}: labels count from 0, and -1 stands for what is no class (a detector's targets): draw "
+            "report.frontier, keep_per_site and cv_per_site of those"
+        )
     if classes is None:
         return [str(label) for label in range(highest + 1)]
     if isinstance(classes, str):

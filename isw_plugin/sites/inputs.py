@@ -1,6 +1,6 @@
 """Example inputs, as they would be for another number of instances."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -26,7 +26,8 @@ def resizes(inputs: Inputs) -> list[Resize]:
     """Ways to make inputs of any number of instances, the likeliest first.
 
     Tensors as long as one of the highest rank have instances on axis 0, all of them or that one alone, and others
-    (tables, masks, anchors) have none; else all of another length, or all. In a list of images they are its items.
+    (tables, masks, anchors) have none; else all of another length, or all. In a list of images they are its items;
+    targets, a list of dicts beside it, tell that for sure; they are for training, so a way without them is the first.
     """
     call = _arguments(inputs)
     leaves, spec = tree_flatten(call)
@@ -37,7 +38,11 @@ def resizes(inputs: Inputs) -> list[Resize]:
     alone = [[at] for group in groups for at in group]
     distinct = dict.fromkeys(frozenset(group) for group in [*groups, *alone, long])
     ways: list[Resize] = [partial(_along_axis_0, leaves, spec, group) for group in distinct]
-    return ways + ([partial(_in_lists, call)] if any(map(_is_list, _values(call))) else [])
+    if not any(map(_is_list, _values(call))):
+        return ways
+    if any(map(_is_targets, _values(call))):
+        return [partial(_in_lists, _without_targets(call)), partial(_in_lists, call), *ways]
+    return [*ways, partial(_in_lists, call)]
 
 
 def as_they_are(inputs: Inputs, device: torch.device) -> Arguments:
@@ -67,10 +72,18 @@ def _along_axis_0(
 
 def _in_lists(call: Arguments, instances: int, device: torch.device) -> Arguments:
     def resize(value: Any) -> Any:
-        items = [value[at % len(value)] for at in range(instances)] if _is_list(value) else value
+        listed = _is_list(value) or _is_targets(value)
+        items = [value[at % len(value)] for at in range(instances)] if listed else value
         return tree_map_only(Tensor, lambda tensor: _as_it_is(tensor, device), items)
 
     return tuple(resize(value) for value in call[0]), {name: resize(value) for name, value in call[1].items()}
+
+
+def _without_targets(call: Arguments) -> Arguments:
+    def left(value: Any) -> Any:
+        return None if _is_targets(value) else value
+
+    return tuple(map(left, call[0])), {name: left(value) for name, value in call[1].items()}
 
 
 def _values(call: Arguments) -> list[Any]:
@@ -79,6 +92,10 @@ def _values(call: Arguments) -> list[Any]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) for item in value)
+
+
+def _is_targets(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _as_it_is(leaf: Any, device: torch.device) -> Any:

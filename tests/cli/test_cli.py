@@ -148,6 +148,22 @@ def test_a_fast_model_that_cannot_be_saved_costs_nothing_else(place: Path, monke
     assert "a Turing machine" in Path("out/report/index.html").read_text()
 
 
+def test_where_onnxruntime_is_the_fastest_its_file_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    accelerate = InstanceWisePruner.accelerate
+    monkeypatch.setattr("isw_plugin.accelerate.plan.is_installed", lambda: True)
+    monkeypatch.setattr("isw_plugin.accelerate.choose._medians", lambda rounds: [3.0, 2.0, 1.0][-len(rounds[0]) :])
+    monkeypatch.setattr(InstanceWisePruner, "accelerate", lambda self, x: accelerate(self, x, backend="dense"))
+    arguments = ("gate", "net.py:net", "--data", "data", "--size", "16", "--max-drop", "0.49", "--out", "out", "--json")
+    found = json.loads(isw(*arguments).stdout)
+    assert found["verdict"].endswith(". onnxruntime is the fastest here: dense.onnx is what it runs, without gates")
+    assert found["wrote"] == ["report/index.html", "gated", "fast", "dense.onnx"]
+    session, x = runtime.InferenceSession("out/dense.onnx"), torch.randn(3, 3, 16, 16)
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(outputs), _net(place).eval()(x).detach(), atol=1e-5, rtol=1e-4)
+    isw(*arguments, "--force")
+
+
 def test_images_are_prepared_as_timm_does(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet")
     picture = Image.fromarray(torch.randint(0, 256, (180, 240, 3)).byte().numpy())
@@ -325,6 +341,31 @@ def test_a_signal_stops_a_command(place: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
+
+
+def test_a_signal_while_packages_are_imported_is_one_line(place: Path) -> None:
+    """They take seconds, and some swallow what comes meanwhile."""
+    code = (
+        "import os, signal, sys, threading, time\nfrom isw_cli.entry import main\n"
+        "def stop():\n"
+        "    while 'torch' not in sys.modules: time.sleep(.01)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "threading.Thread(target=stop, daemon=True).start()\nmain()"
+    )
+    command = [sys.executable, "-c", code, "bench", "resnet50"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "isw: stopped; nothing was written\n")
+
+
+def test_what_no_memory_holds_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: InstanceWisePruner, inputs: torch.Tensor) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(InstanceWisePruner, "accelerate", full)
+    assert refused("bench", "net.py:net", "--size", "16") == (
+        "isw bench: not enough memory: take a smaller --batch, --size or model"
+    )
 
 
 def test_help_is_quick_and_knows_no_torch() -> None:
