@@ -35,9 +35,13 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def wheel_of(tree: Path, **env: str) -> Path:
+def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", HOOK, str(tree.parent)]
-    done = subprocess.run(command, cwd=tree, env=os.environ | env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=tree, env=os.environ | env, capture_output=True, text=True, check=False)
+
+
+def wheel_of(tree: Path, **env: str) -> Path:
+    done = build(tree, **env)
     assert done.returncode == 0, done.stderr
     return tree.parent / done.stdout.splitlines()[-1]
 
@@ -61,6 +65,17 @@ def test_a_wheel_has_kernels_on_request_alone(tree: Path, tmp_path: Path) -> Non
     assert any(name.endswith("csrc/load.h") for name in zipfile.ZipFile(pure).namelist())  # to build at first use
 
 
+def test_kernels_without_torch_are_refused(tree: Path, tmp_path: Path) -> None:
+    """As in pip's own environment for builds."""
+    (tmp_path / "without" / "torch").mkdir(parents=True)
+    (tmp_path / "without" / "torch" / "__init__.py").write_text("raise ImportError(\"No module named 'torch'\")")
+    done = build(tree, ISW_KERNELS="1", PYTHONPATH=str(tmp_path / "without"))
+    assert done.returncode
+    assert "ISW_KERNELS: No module named 'torch'. Kernels are built for the torch that is installed" in done.stderr
+    assert "--no-build-isolation" in done.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
 GATE = """
 import torch, warnings
 warnings.simplefilter("error")
@@ -68,7 +83,7 @@ from isw_plugin import InstanceWisePruner
 from isw_plugin.ops import cpu
 model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Conv2d(c, 64, 3), torch.nn.ReLU()) for c in (3, 64, 64)))
 images = torch.randn(2, 3, 16, 16)
-fast = InstanceWisePruner(model.eval(), alpha=0.0, beta=1.0).accelerate(images, backend="gated")
+fast = InstanceWisePruner(model.eval(), images, alpha=0.0, beta=1.0).accelerate(images, backend="gated")
 with fast.recording() as record:
     fast(images)
 print(cpu.active(), cpu.served_by(), fast.execution, float(record.keep_ratio) < 1)
