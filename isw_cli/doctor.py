@@ -12,7 +12,7 @@ from isw_cli.output import as_json, table, tell
 from isw_plugin.machine import hardware
 from isw_plugin.ops.build import BuildError, build, find_compiler
 from isw_plugin.ops.cache import cache_folder
-from isw_plugin.ops.cpu import ADVICE, available, load, use
+from isw_plugin.ops.cpu import ADVICE, available, load, served_by, use
 
 __all__ = ["build_kernels", "examine"]
 
@@ -30,6 +30,7 @@ def build_kernels(json: bool) -> None:
     isa = use()
     built = build(isa)
     facts = {"instruction_set": isa, "compiler": built.compiler, "kernels": str(built.kernels)}
+    facts["library"] = str(built.operators)
     facts["seconds"] = f"{time.perf_counter() - start:.1f}"
     if json:
         as_json(facts)
@@ -48,8 +49,9 @@ def examine(json: bool) -> bool:
         "processor": hardware(),
         "instruction sets": ", ".join(available()),
         "threads": str(torch.get_num_threads()),
-        "compiler": _compiler(missing),
+        "compiler": _compiler(),
         "kernels": "loaded" if load() else "none: plain PyTorch, which does not get faster",
+        "library": str(served_by() or "-"),
         "cache": str(cache_folder()),
     }
     for extra, packages in _EXTRAS.items():
@@ -58,7 +60,7 @@ def examine(json: bool) -> bool:
         if "-" in found.values():
             missing[extra] = f"pip install 'isw_plugin[{extra}]'"
     if facts["kernels"] != "loaded":
-        missing["kernels"] = ADVICE
+        missing |= dict.fromkeys(["kernels"] + ["compiler"] * (facts["compiler"] == "-"), ADVICE)
     if json:
         as_json(facts | {"missing": missing})
         return "kernels" not in missing
@@ -68,11 +70,10 @@ def examine(json: bool) -> bool:
     return "kernels" not in missing
 
 
-def _compiler(missing: dict[str, str]) -> str:
+def _compiler() -> str:
     try:
         return shlex.join(find_compiler())
     except BuildError:
-        missing["compiler"] = ADVICE
         return "-"
 
 

@@ -21,6 +21,7 @@ def _main() -> None:
         raise SystemExit(f"{error}. To get kernels, {ADVICE}.") from error
     print(f"processor: {', '.join(available())}; chosen: {isa}")
     print(f"compiler:  {built.compiler}")
+    print(f"library:   {built.operators}")
     print(f"kernels:   {built.kernels} ({time.perf_counter() - start:.1f} s)")
 
 

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,22 @@ from pathlib import Path
 import torch
 
 from isw_plugin.errors import UnsupportedError
-from isw_plugin.ops.cache import cache_folder, cache_folders, is_trusted, keep_library, make_folder, maker_of
+from isw_plugin.ops.cache import (
+    cache_folder,
+    cache_folders,
+    is_trusted,
+    is_whole,
+    keep_library,
+    make_folder,
+    maker_of,
+    manifest_of,
+)
+from isw_plugin.ops.schemas import SCHEMAS
 
-__all__ = ["ISAS", "Build", "BuildError", "build", "find_compiler"]
+__all__ = ["ISAS", "Build", "BuildError", "build", "find_compiler", "ship"]
 
 _SOURCES = Path(__file__).parent / "csrc"
+_SHIPPED = Path(__file__).parent / "built"  # in a wheel with kernels: a folder named by source and torch
 _TORCH = Path(torch.__file__).parent
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
@@ -34,9 +45,10 @@ _OPERATOR_FLAGS = (
     "-fopenmp",
     "-DNDEBUG",  # as torch: its headers check in debug what it only then keeps
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    "-DISW_SCHEMAS=" + ",".join(f'"{schema}"' for schema in SCHEMAS.values()),
 )
 _PATHS = (f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}")
-_LIBRARIES = ("-ltorch_cpu", "-lc10")
+_LIBRARIES = ("-ltorch_cpu", "-lc10", "-ldl")
 _NO_OPENMP = re.compile(r"omp\.h|-lg?omp\b|libg?omp|option '-fopenmp'")
 
 
@@ -91,12 +103,14 @@ def build(isa: str, *, anew: bool = False) -> Build:
         raise BuildError("the kernels are not built on Windows")
     try:
         source = _source_key()
+        if not anew and (shipped := _in_folder(_SHIPPED / f"{source}-{torch.__version__}", isa, is_whole)):
+            return shipped
         try:
             return _built_by(find_compiler(), source, isa, anew)
-        except BuildError:
+        except BuildError as error:
             if found := _found(f"{source}-*", isa):
                 return found
-            raise
+            raise BuildError(f"{error}{_why_not_shipped()}") from error
     except OSError as error:
         raise BuildError(f"{error}; ISW_PLUGIN_CACHE names another cache folder") from error
 
@@ -106,7 +120,8 @@ def _built_by(compiler: list[str], source: str, isa: str, anew: bool) -> Build:
     if not anew and (found := _found(name, isa)):
         return found
     logging.getLogger("isw_plugin").warning(
-        "isw_plugin builds its kernels, once, for about a minute: `python -m isw_plugin.ops build` does it ahead"
+        "isw_plugin builds its kernels, once, for about a minute: `python -m isw_plugin.ops build` does it ahead%s",
+        _why_not_shipped(),
     )
     *others, last = cache_folders()
     for folder in others:
@@ -121,10 +136,39 @@ def _found(name: str, isa: str) -> Build | None:
     """A build in a folder of this name or pattern."""
     for cache in cache_folders():
         for folder in sorted(cache.glob(name)):
-            operators, kernels = _libraries(folder, isa)
-            if is_trusted(operators) and is_trusted(kernels):
-                return Build(maker_of(operators), operators, kernels)
+            if build := _in_folder(folder, isa, is_trusted):
+                return build
     return None
+
+
+def _in_folder(folder: Path, isa: str, is_right: Callable[[Path], bool]) -> Build | None:
+    operators, kernels = _libraries(folder, isa)
+    return Build(maker_of(operators), operators, kernels) if is_right(operators) and is_right(kernels) else None
+
+
+def _why_not_shipped() -> str:
+    """What to say of a wheel's kernels that were not taken; nothing where it has none."""
+    versions = [folder.name.partition("-")[2] for folder in _SHIPPED.glob("*-*")]
+    if not versions:
+        return ""
+    if versions == [torch.__version__]:
+        return "; those of this wheel were changed or do not load here: install it anew"
+    return f"; those of this wheel are for torch {', '.join(versions)}, and this is {torch.__version__}"
+
+
+def ship(package: Path) -> None:
+    """Puts the kernels of every instruction set into a copy of this package, where a later `build` finds them.
+
+    Raises:
+        BuildError: They cannot be built.
+    """
+    folder = package / "ops" / "built" / f"{_source_key()}-{torch.__version__}"
+    folder.mkdir(parents=True)
+    for isa in ISAS if platform.machine() == "x86_64" else ["generic"]:
+        built = build(isa)
+        for library in (built.operators, built.kernels):
+            for file in (library, manifest_of(library)):
+                shutil.copy(file, folder)
 
 
 def _libraries(folder: Path, isa: str) -> tuple[Path, Path]:
@@ -134,9 +178,10 @@ def _libraries(folder: Path, isa: str) -> tuple[Path, Path]:
 def _build_in(folder: Path, compiler: list[str], isa: str, anew: bool) -> Build:
     operators, kernels = _libraries(folder, isa)
     sources = [str(_SOURCES / name) for name in ("operators.cpp", "replay.cpp")]
+    common = [*compiler, *_SHARED, f'-DISW_SOURCE="{folder.name.partition("-")[0]}"']  # they must be of one
     commands = {
-        operators: [*compiler, *_SHARED, *_OPERATOR_FLAGS, *_PATHS, *sources, *_LIBRARIES],
-        kernels: [*compiler, *_SHARED, *_KERNEL_FLAGS, *ISAS[isa], str(_SOURCES / "kernels.cpp")],
+        operators: [*common, *_OPERATOR_FLAGS, *_PATHS, *sources, *_LIBRARIES],
+        kernels: [*common, *_KERNEL_FLAGS, *ISAS[isa], str(_SOURCES / "kernels.cpp")],
     }
     with _locked(folder / "lock"):
         missing = {library: command for library, command in commands.items() if anew or not is_trusted(library)}

@@ -9,7 +9,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["cache_folder", "cache_folders", "is_trusted", "keep_library", "make_folder", "maker_of"]
+__all__ = [
+    "cache_folder",
+    "cache_folders",
+    "is_trusted",
+    "is_whole",
+    "keep_library",
+    "make_folder",
+    "maker_of",
+    "manifest_of",
+]
 
 
 def cache_folder() -> Path:
@@ -46,31 +55,40 @@ def make_folder(folder: Path) -> None:
 
 def is_trusted(library: Path) -> bool:
     """Whether nobody else can have written this library, and nothing happened to it since it was built."""
-    manifest = _manifest(library)
     try:
-        mine = _is_safe(library.parent) and _is_private(library, stat.S_ISREG) and _is_private(manifest, stat.S_ISREG)
-        return mine and json.loads(manifest.read_text())["sha256"] == _digest(library)
+        mine = _is_safe(library.parent)
+        mine = mine and all(_is_private(file, stat.S_ISREG) for file in (library, manifest_of(library)))
+    except OSError:
+        return False
+    return mine and is_whole(library)
+
+
+def is_whole(library: Path) -> bool:
+    """Whether nothing happened to this library since it was built: half of one would end the process."""
+    try:
+        return bool(json.loads(manifest_of(library).read_text())["sha256"] == _digest(library))
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
 
 def maker_of(library: Path) -> str:
     """The compiler that a trusted library was built by."""
-    return str(json.loads(_manifest(library).read_text())["compiler"])
+    return str(json.loads(manifest_of(library).read_text())["compiler"])
 
 
 def keep_library(built: Path, library: Path, compiler: str) -> None:
     """Moves a library to its place, whatever lies there, and then says what it must be."""
     manifest = built.with_suffix(".json")
     manifest.write_text(json.dumps({"compiler": compiler, "sha256": _digest(built)}))
-    for file, place in ((built, library), (manifest, _manifest(library))):
+    for file, place in ((built, library), (manifest, manifest_of(library))):
         file.chmod(0o755)
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
         file.replace(place)
 
 
-def _manifest(library: Path) -> Path:
+def manifest_of(library: Path) -> Path:
+    """The file that says what a library must be."""
     return library.with_name(library.name + ".json")
 
 

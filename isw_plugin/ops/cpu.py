@@ -1,6 +1,7 @@
 """Loads the CPU kernels on first use and chooses the instruction set."""
 
 import ctypes
+import os
 import threading
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from isw_plugin.errors import UnsupportedError
 from isw_plugin.ops.build import ISAS, Build, BuildError, build
 
-__all__ = ["ADVICE", "active", "available", "load", "release_memory", "use"]
+__all__ = ["ADVICE", "active", "available", "load", "release_memory", "served_by", "use"]
 
 ADVICE = (
     "install a C++ compiler with OpenMP (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
@@ -26,7 +27,8 @@ class _Loader:
         self.lock = threading.Lock()
         self.isa: str | None = None
         self.failed = False
-        self.libraries: dict[str, ctypes.CDLL] = {}
+        self.operators: ctypes.CDLL | None = None
+        self.loaded_before: Path | None = None  # by somebody else, with kernels beside it
 
     def load(self) -> bool:
         with self.lock:
@@ -37,7 +39,7 @@ class _Loader:
     def switch(self, isa: str) -> None:
         """Build and load these kernels, or raise BuildError; the lock is the caller's."""
         try:
-            self._link(isa, build(isa))
+            self._link(isa, self._found_or_built(isa))
         except _UNUSABLE:  # built for another machine, say: a cache may be shared
             built = build(isa, anew=True)
             try:
@@ -46,12 +48,20 @@ class _Loader:
                 folder = built.kernels.parent
                 raise BuildError(f"what {built.compiler} built does not load: {error}; delete {folder}") from error
 
+    def _found_or_built(self, isa: str) -> Build:
+        if self.operators is None:
+            self.loaded_before = served_by()
+        if self.loaded_before and (kernels := self.loaded_before.with_name(f"kernels_{isa}.so")).exists():
+            return Build("another process", self.loaded_before, kernels)
+        return build(isa)
+
     def _link(self, isa: str, built: Build) -> None:
-        operators, kernels = self._open("operators", built.operators), self._open(isa, built.kernels)
-        kernels.isw_kernels.restype = ctypes.c_void_p
-        operators.isw_use.argtypes = [ctypes.c_void_p]
-        operators.isw_use(kernels.isw_kernels())
-        self.isa = isa
+        ctypes.CDLL(str(built.kernels))  # before operators are registered that could not run
+        operators = self.operators or ctypes.CDLL(str(self.loaded_before or built.operators))
+        operators.isw_use.restype = ctypes.c_char_p
+        if problem := operators.isw_use(os.fsencode(built.kernels)):
+            raise BuildError(f"torch.ops.isw runs in {served_by()}, loaded before: {os.fsdecode(problem)}")
+        self.isa, self.operators = isa, operators
 
     def _try(self, isa: str) -> None:
         try:
@@ -60,11 +70,6 @@ class _Loader:
             self.failed = True
             message = f"isw_plugin runs in plain PyTorch, which does not get faster: {error}. To get kernels, {ADVICE}."
             warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-    def _open(self, name: str, path: Path) -> ctypes.CDLL:
-        if name not in self.libraries:
-            self.libraries[name] = ctypes.CDLL(str(path))
-        return self.libraries[name]
 
 
 _loader = _Loader()
@@ -77,6 +82,14 @@ def available() -> list[str]:
         capability = "AVX512 without bfloat16"
     skipped = {"AVX512": 0, "AVX512 without bfloat16": 1, "AVX2": 2}.get(capability, 3)
     return list(ISAS)[skipped:]
+
+
+def served_by() -> Path | None:
+    """The library that operators run in, whoever loaded it; None: none yet."""
+    try:
+        return Path(torch.ops.isw._loaded()[0])
+    except AttributeError:
+        return None
 
 
 def active() -> str | None:
@@ -116,5 +129,5 @@ def use(isa: str | None = None) -> str:
 def release_memory() -> None:
     """Gives back to the system what the engine keeps for the next large maps, 256 MB at most."""
     with _loader.lock:
-        if _loader.isa is not None:
-            _loader.libraries["operators"].isw_release()
+        if _loader.operators is not None:
+            _loader.operators.isw_release()

@@ -7,16 +7,13 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
-from itertools import islice
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-import isw_plugin.ops.cpu as cpu
 import isw_plugin.ops.reference as reference
-from isw_plugin.errors import EngineInputError
 from isw_plugin.ops.checks import (
     check_conv2d,
     check_depthwise,
@@ -29,6 +26,8 @@ from isw_plugin.ops.checks import (
     pair,
 )
 from isw_plugin.ops.reference import Gating, Statistics, as_pixels, pack_weight, row_slots, unpack_weight
+from isw_plugin.ops.registration import define
+from isw_plugin.ops.schemas import TYPES, gates
 
 __all__ = [
     "Gating",
@@ -47,57 +46,11 @@ __all__ = [
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_library: Any = torch.library.Library("isw", "DEF")  # type: ignore[no-untyped-call]
-_TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
-_TYPES |= {"groups": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?"}  # others are tensors
-
-
-def _define(plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operator of the signature of `plain`, which runs where there is no kernel: on the CPU until the first call."""
-    name, signature = plain.__name__, inspect.signature(plain)
-    result = "Tensor" if signature.return_annotation is Tensor else "(Tensor, Tensor)"
-    schema = f"{name}({', '.join(map(_argument, signature.parameters))}) -> {result}"
-    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-
-    def named(args: Sequence[Any]) -> dict[str, Any]:
-        left = iter(args)
-        return {each: _gating(*islice(left, 3)) if _gates(each) else next(left, None) for each in signature.parameters}
-
-    def run(*args: Any) -> Any:
-        if args[0].is_cpu and cpu.active() is None and cpu.load():  # now there is one
-            return getattr(torch.ops.isw, name)(*args)
-        if any(isinstance(each, Tensor) and _apart(each, args[0]) for each in args):
-            raise EngineInputError(f"isw::{name}: expected dense tensors on one device")
-        return plain(**named(args))
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"isw::{name}", lambda *args: fake(**named(args)), lib=_library)
-
-
-def _apart(tensor: Tensor, x: Tensor) -> bool:
-    return tensor.layout != torch.strided or tensor.device != x.device
-
-
-def _gates(parameter: str) -> bool:
-    return parameter.endswith("gating")
-
-
-def _argument(parameter: str) -> str:
-    """As the schema has it: a gating is a mask or statistics, and thresholds."""
-    prefix = parameter.removesuffix("gating")
-    if _gates(parameter):
-        return f"Tensor? {prefix}gate, float {prefix}alpha, float {prefix}beta"
-    default = "=None" if parameter == "out_keep" else ""  # it came last
-    return f"{_TYPES.get(parameter, 'Tensor')} {parameter}{default}"
-
-
-def _gating(gate: Tensor | None, alpha: float, beta: float) -> Gating:
-    return gate if gate is None or gate.dtype == torch.bool else Statistics(gate, alpha, beta)
 
 
 def _flat(arguments: dict[str, Any]) -> Iterator[Any]:
     for name, value in arguments.items():
-        if not _gates(name):
+        if not gates(name):
             yield value
         elif isinstance(value, Statistics):
             yield from (value.squares, value.alpha, value.beta)
@@ -140,13 +93,13 @@ def _fake_keep_mask(squares: Tensor, **thresholds: float) -> Tensor:
     return squares.new_empty((squares.shape[0], squares.shape[2]), dtype=torch.bool)
 
 
-_define(reference.conv2d, _fake_conv2d)
-_define(reference.grouped_conv2d, _fake_conv2d)
-_define(reference.pooled_conv2d, _fake_pooled)
-_define(reference.depthwise_conv2d, _fake_depthwise)
-_define(reference.max_pool2d, _fake_max_pool)
-_define(reference.sum_squares, _fake_sum_squares)
-_define(reference.keep_mask, _fake_keep_mask)
+define("conv2d", _fake_conv2d)
+define("grouped_conv2d", _fake_conv2d)
+define("pooled_conv2d", _fake_pooled)
+define("depthwise_conv2d", _fake_depthwise)
+define("max_pool2d", _fake_max_pool)
+define("sum_squares", _fake_sum_squares)
+define("keep_mask", _fake_keep_mask)
 
 
 @register_flop_formula([torch.ops.isw.conv2d, torch.ops.isw.grouped_conv2d, torch.ops.isw.depthwise_conv2d])
@@ -176,7 +129,7 @@ def _public(
     """`plain` for users: its arguments are checked, then its operator runs, or what is given."""
     signature = inspect.signature(plain)
     defaults = {name: each.default for name, each in signature.parameters.items()}
-    pairs = [name for name in defaults if _TYPES.get(name) == "int[2]"]
+    pairs = [name for name in defaults if TYPES.get(name) == "int[2]"]
 
     @wraps(plain)
     def public(*args: _P.args, **kwargs: _P.kwargs) -> _R:

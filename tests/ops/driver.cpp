@@ -1,6 +1,7 @@
 // Runs every kernel on many shapes, each call on its own threads, several calls at once. Buffers have their exact
 // size, so a sanitizer sees every access outside. test_sanitize.py compiles and runs it.
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -35,6 +36,13 @@ struct Case {
   Array<float> bias, squares, gate_squares;
   Array<uint8_t> keep, out_keep;
 };
+
+float wide(float number) { return number; }
+float wide(isw::BFloat16 number) {
+  float result = 0;
+  memcpy(reinterpret_cast<char*>(&result) + 2, &number, 2);
+  return result;
+}
 
 void take(float number, float& out) { out = number; }
 void take(float number, isw::BFloat16& out) { memcpy(&out, reinterpret_cast<const char*>(&number) + 2, 2); }
@@ -110,8 +118,19 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
   return c;
 }
 
+// The sums of what a layer gives.
 template <typename T>
-void run_case(unsigned seed) {
+void print_sums(unsigned seed, const Case<T>& c) {
+  const isw::ConvArgs<T>& a = c.args;
+  const int64_t unit = a.pooled ? 2 : 1, outputs = a.n * a.c_out * (a.window.oh / unit) * (a.window.ow / unit);
+  double y = 0, squares = 0;
+  for (int64_t i = 0; i < outputs; ++i) y += std::abs(wide(c.y[i]));
+  for (int64_t i = 0; i < a.n * a.slots * a.c_out; ++i) squares += c.squares[i];
+  printf("%u %.6g %.6g\n", seed, y, squares);
+}
+
+template <typename T>
+void run_case(unsigned seed, bool with_sums) {
   std::mt19937 random(seed);
   const isw::Runner runner{static_cast<int64_t>(1 + seed % 3), run_threads};
   const isw::KernelsFor<T>& kernels = *isw_kernels();
@@ -119,6 +138,7 @@ void run_case(unsigned seed) {
   Case<T> c = random_case<T>(random, depthwise);
   const isw::ConvArgs<T>& a = c.args;
   (depthwise ? kernels.depthwise : kernels.conv)(a, runner);
+  if (with_sums) print_sums(seed, c);
   kernels.sum_squares(a.x, c.gate_squares.get(), a.n * a.c_in, a.window.h * a.window.w, runner);
   const isw::Window& w = a.window;
   if (depthwise && 2 * w.ph <= w.kh && 2 * w.pw <= w.kw) kernels.max_pool({a.x, a.y, a.n * a.c_in, w}, runner);
@@ -129,10 +149,11 @@ void run_case(unsigned seed) {
 
 int main(int argc, char** argv) {
   const unsigned cases = argc > 1 ? static_cast<unsigned>(atoi(argv[1])) : 2000;
+  const bool with_sums = argc > 2;
   std::vector<std::thread> callers;
   for (unsigned caller = 0; caller < 4; ++caller)
     callers.emplace_back([=] {
-      for (unsigned i = caller; i < cases; i += 4) (i / 8 % 2 ? run_case<isw::BFloat16> : run_case<float>)(i);
+      for (unsigned i = caller; i < cases; i += 4) (i / 8 % 2 ? run_case<isw::BFloat16> : run_case<float>)(i, with_sums);
     });
   for (auto& thread : callers) thread.join();
   printf("%u cases\n", cases);

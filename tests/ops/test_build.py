@@ -2,16 +2,19 @@
 
 import logging
 import os
+import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from isw_plugin.ops import build as build_module
 from isw_plugin.ops import cache as cache_module
-from isw_plugin.ops.build import BuildError, build, find_compiler
+from isw_plugin.ops.build import ISAS, BuildError, build, find_compiler, ship
 from isw_plugin.ops.cache import cache_folder, cache_folders
 
 # Writes the target after a while and one line per run into a log, so that double work shows.
@@ -218,6 +221,55 @@ def test_building_is_announced_and_finding_is_not(compiler: Path, caplog: pytest
         build("generic")
     assert [record.message for record in caplog.records if "python -m isw_plugin.ops build" in record.message]
     assert len(caplog.records) == 1
+
+
+@pytest.fixture
+def wheel(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Kernels in an installed package, and neither a compiler nor a cache to write to."""
+    ship(tmp_path / "isw_plugin")
+    monkeypatch.setattr(build_module, "_SHIPPED", tmp_path / "isw_plugin" / "ops" / "built")
+    monkeypatch.setenv("ISW_PLUGIN_CACHE", "/proc/nowhere")
+    no_compiler(tmp_path, monkeypatch)
+    (folder,) = build_module._SHIPPED.iterdir()
+    return folder
+
+
+def test_kernels_of_a_wheel_need_no_compiler_and_no_cache(wheel: Path, compiler: Path) -> None:
+    if platform.machine() == "x86_64":
+        assert runs(compiler) == 1 + len(ISAS)
+    wheel.chmod(0o777)  # who may write there may change the Python code, too
+    for file in wheel.iterdir():
+        file.chmod(0o664)
+    built = build("generic")
+    assert (built.operators, built.kernels) == (wheel / "operators.so", wheel / "kernels_generic.so")
+    assert built.compiler == str(compiler)
+
+
+@pytest.mark.parametrize("what", ["operators.so", "kernels_generic.so", "kernels_generic.so.json"])
+def test_damaged_kernels_of_a_wheel_are_not_loaded(wheel: Path, what: str) -> None:
+    (wheel / what).write_text("")
+    with pytest.raises(BuildError, match=r"no C.*; those of this wheel were changed .*: install it anew"):
+        build("generic")
+
+
+def test_kernels_of_a_wheel_for_another_torch_are_not_loaded(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_for = re.escape(torch.__version__)
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    with pytest.raises(BuildError, match=rf"no C.*; those of this wheel are for torch {made_for}, and this is 9\.9\.9"):
+        build("generic")
+
+
+def test_where_kernels_of_a_wheel_do_not_fit_they_are_built(
+    wheel: Path, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ISW_PLUGIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert build("generic", anew=True).kernels.parent.parent == tmp_path / "cache"  # they did not load
+    monkeypatch.setattr(build_module, "_KERNEL_FLAGS", ("-O1",))  # another source
+    assert build("generic").kernels.parent.parent == tmp_path / "cache"
+    assert "builds its kernels, once" in caplog.text
+    assert "those of this wheel" in caplog.text
 
 
 @pytest.mark.slow  # half a minute of compiling

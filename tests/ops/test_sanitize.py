@@ -5,10 +5,12 @@ kernels are.
 """
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from isw_plugin.ops import build, cpu
 
@@ -30,3 +32,23 @@ def test_no_kernel_leaves_its_buffers_or_races(sanitizers: str, isa: str, tmp_pa
     subprocess.run([*build.find_compiler(), *options, *flags, f"-I{CSRC}", *sources, "-o", driver], check=True)
     done = subprocess.run([driver, CASES], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{CASES} cases\n"), done.stderr[:4000]
+
+
+ARM = {"compiler": "aarch64-linux-gnu-g++", "emulator": "qemu-aarch64"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(shutil.which, ARM.values())), reason="apt install g++-aarch64-linux-gnu qemu-user")
+def test_kernels_on_arm_give_what_those_on_x86_give(tmp_path: Path) -> None:
+    sources = [str(Path(__file__).with_name("driver.cpp")), str(CSRC / "kernels.cpp")]
+    sums = {}
+    for compiler, run in ((build.find_compiler(), []), ([ARM["compiler"], "-static"], [ARM["emulator"]])):
+        driver = str(tmp_path / "driver")
+        command = [*compiler, *build._KERNEL_FLAGS, "-pthread", f"-I{CSRC}", *sources, "-o", driver]
+        subprocess.run(command, check=True)
+        done = subprocess.run([*run, driver, CASES, "sums"], capture_output=True, text=True, check=True)
+        lines = [line.split() for line in done.stdout.splitlines()[:-1]]
+        sums[compiler[0]] = torch.tensor([[float(number) for number in line] for line in sorted(lines)])
+    x86, arm = sums.values()
+    assert len(x86) == int(CASES)
+    torch.testing.assert_close(arm, x86, rtol=2e-3, atol=1e-3)

@@ -40,4 +40,11 @@ constexpr isw::Kernels kernels = {kernels_for<float>, kernels_for<isw::BFloat16>
 
 }  // namespace
 
+#ifndef ISW_SOURCE
+#define ISW_SOURCE ""
+#endif
+
+// What it was built from: only libraries of one source understand each other.
+extern "C" __attribute__((visibility("default"))) const char* isw_source() { return ISW_SOURCE; }
+
 extern "C" __attribute__((visibility("default"))) const isw::Kernels* isw_kernels() { return &kernels; }

@@ -1,6 +1,7 @@
-// The torch side of the kernels: checks, outputs, threads. Schemas are defined in ops.py.
+// The torch side of the kernels: checks, outputs, threads, registration. Schemas come from schemas.py, by ISW_SCHEMAS.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -8,11 +9,14 @@
 #include <atomic>
 #include <cmath>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "api.h"
+#include "gating.h"
+#include "load.h"
 #include "maps.h"
 
 namespace {
@@ -20,8 +24,6 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-std::atomic<const isw::Kernels*> kernels{nullptr};
 
 // The tasks that a worker begins with, on a cache line of their own.
 struct alignas(64) Share {
@@ -83,7 +85,7 @@ void with_type_of(const Tensor& x, Body body) {
 }
 template <typename T>
 const isw::KernelsFor<T>& kernels_for() {
-  return *kernels.load();
+  return isw::kernels();
 }
 
 template <typename T>
@@ -295,23 +297,48 @@ Tensor keep_mask(const Tensor& squares_, double alpha, double beta) {
   TORCH_CHECK_VALUE(squares.scalar_type() == at::kFloat, "squares: expected statistics, got a bool mask");
   Tensor keep = at::empty({squares.size(0), squares.size(2)}, squares.options().dtype(at::kBool));
   const isw::Gate gate = gate_of(squares, alpha, beta, squares.size(0), squares.size(2));
-  if (keep.numel()) kernels.load()->keep_mask(gate, keep.size(0), keep.size(1), keep.mutable_data_ptr<bool>());
+  if (keep.numel()) isw::kernels().keep_mask(gate, keep.size(0), keep.size(1), keep.mutable_data_ptr<bool>());
   return keep;
+}
+
+// The library that serves the operators, and the kernels in use, if any yet.
+std::tuple<std::string, std::string> loaded() {
+  const isw::Loaded* used = isw::in_use.load();
+  return {isw::own_path().string(), used ? used->path : ""};
+}
+
+bool is_defined(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchema({"isw::" + name, ""}).has_value();
 }
 
 }  // namespace
 
+TORCH_LIBRARY_FRAGMENT(isw, library) {
+  if (is_defined("_loaded")) return;  // another copy of this library serves them
+  isw::own_path();
+  library.def("_loaded", loaded);
+  for (const std::string schema : {ISW_SCHEMAS})  // Python may have defined them
+    if (!is_defined(schema.substr(0, schema.find('(')))) library.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
+  const auto on_cpu = [&](const char* name, auto* function) {
+    library.impl(name, torch::dispatch(c10::DispatchKey::CPU, function));
+  };
+  on_cpu("conv2d", conv2d);
+  on_cpu("grouped_conv2d", grouped_conv2d);
+  on_cpu("pooled_conv2d", pooled_conv2d);
+  on_cpu("depthwise_conv2d", depthwise_conv2d);
+  on_cpu("max_pool2d", max_pool2d);
+  on_cpu("sum_squares", sum_squares);
+  on_cpu("keep_mask", keep_mask);
+  on_cpu("channel_norm", isw::channel_norm);
+  on_cpu("decide", isw::decide);
+  on_cpu("mask", isw::mask);
+}
+
 extern "C" __attribute__((visibility("default"))) void isw_release() { isw::MapMemory::instance().release(); }
 
-// Registers the operators on the first call; later calls change the kernels they run.
-extern "C" __attribute__((visibility("default"))) void isw_use(const isw::Kernels* table) {
-  if (kernels.exchange(table)) return;
-  static torch::Library library(torch::Library::IMPL, "isw", c10::DispatchKey::CPU, __FILE__, __LINE__);
-  library.impl("conv2d", conv2d);
-  library.impl("grouped_conv2d", grouped_conv2d);
-  library.impl("pooled_conv2d", pooled_conv2d);
-  library.impl("depthwise_conv2d", depthwise_conv2d);
-  library.impl("max_pool2d", max_pool2d);
-  library.impl("sum_squares", sum_squares);
-  library.impl("keep_mask", keep_mask);
+// Changes the kernels to those of this library; says why it cannot, or null.
+extern "C" __attribute__((visibility("default"))) const char* isw_use(const char* path) {
+  const auto* chosen = new isw::Loaded(isw::load(path));  // for good, as the library
+  if (chosen->table) isw::in_use = chosen;
+  return chosen->table ? nullptr : chosen->problem.c_str();
 }
