@@ -22,9 +22,10 @@ from isw_plugin.ops.checks import (
     check_depthwise,
     check_keep_mask,
     check_linear,
-    check_map,
     check_max_pool,
     check_pooled,
+    check_predict,
+    check_sum_squares,
     output_size,
     pair,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "max_pool2d",
     "pack_weight",
     "pooled_conv2d",
+    "predict",
     "sum_squares",
     "unpack_weight",
 ]
@@ -49,7 +51,9 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _library: Any = torch.library.Library("isw", "DEF")  # type: ignore[no-untyped-call]
 _TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
-_TYPES |= {"groups": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?"}  # others are tensors
+_TYPES |= {"groups": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?", "sums": "bool", "size": "int"}
+_TYPES |= {"statistics": "Tensor[]", "keeps": "Tensor?[]", "positions": "int[]"}  # others are tensors
+_DEFAULTS = {"out_keep": "=None", "sums": "=False"}  # they came last
 
 
 def _define(plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -87,8 +91,7 @@ def _argument(parameter: str) -> str:
     prefix = parameter.removesuffix("gating")
     if _gates(parameter):
         return f"Tensor? {prefix}gate, float {prefix}alpha, float {prefix}beta"
-    default = "=None" if parameter == "out_keep" else ""  # it came last
-    return f"{_TYPES.get(parameter, 'Tensor')} {parameter}{default}"
+    return f"{_TYPES.get(parameter, 'Tensor')} {parameter}{_DEFAULTS.get(parameter, '')}"
 
 
 def _gating(gate: Tensor | None, alpha: float, beta: float) -> Gating:
@@ -105,16 +108,22 @@ def _flat(arguments: dict[str, Any]) -> Iterator[Any]:
             yield from (value, 0.0, 0.0)
 
 
-def _fake_outputs(x: Tensor, channels: int, size: tuple[int, int], slots: int) -> tuple[Tensor, Tensor]:
-    """A map and its statistics."""
-    return x.new_empty((x.shape[0], channels, *size)), x.new_empty((x.shape[0], slots, channels), dtype=torch.float32)
+def _fake_statistics(x: Tensor, slots: int, channels: int, sums: bool | None) -> Tensor:
+    shape = (x.shape[0], slots, channels)
+    return x.new_empty((2, *shape) if sums else shape, dtype=torch.float32)
 
 
 def _fake_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], **others: object
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    sums: bool | None,
+    **others: object,
 ) -> tuple[Tensor, Tensor]:
-    size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
-    return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
+    size, channels = output_size(x.shape[2:], weight.shape[2:4], stride, padding), bias.shape[0]
+    return x.new_empty((x.shape[0], channels, *size)), _fake_statistics(x, row_slots(*size), channels, sums)
 
 
 def _fake_pooled(**arguments: Any) -> tuple[Tensor, Tensor]:
@@ -123,21 +132,27 @@ def _fake_pooled(**arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_depthwise(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], **others: object
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], sums: bool | None, **others: object
 ) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(x, x.shape[1], output_size(x.shape[2:], weight.shape[2:4], stride, padding), 1)
+    size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
+    return x.new_empty((*x.shape[:2], *size)), _fake_statistics(x, 1, x.shape[1], sums)
 
 
 def _fake_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     return x.new_empty((*x.shape[:2], *output_size(x.shape[2:], kernel, stride, padding)))
 
 
-def _fake_sum_squares(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], 1, x.shape[1]), dtype=torch.float32)
+def _fake_sum_squares(x: Tensor, sums: bool | None) -> Tensor:
+    return _fake_statistics(x, 1, x.shape[1], sums)
 
 
 def _fake_keep_mask(squares: Tensor, **thresholds: float) -> Tensor:
     return squares.new_empty((squares.shape[0], squares.shape[2]), dtype=torch.bool)
+
+
+def _fake_predict(bias: Tensor, statistics: Sequence[Tensor], **others: object) -> tuple[Tensor, Tensor]:
+    shape = (statistics[0].shape[1], bias.shape[0])
+    return bias.new_empty(shape), bias.new_empty(shape, dtype=torch.bool)
 
 
 _define(reference.conv2d, _fake_conv2d)
@@ -147,6 +162,7 @@ _define(reference.depthwise_conv2d, _fake_depthwise)
 _define(reference.max_pool2d, _fake_max_pool)
 _define(reference.sum_squares, _fake_sum_squares)
 _define(reference.keep_mask, _fake_keep_mask)
+_define(reference.predict, _fake_predict)
 
 
 @register_flop_formula([torch.ops.isw.conv2d, torch.ops.isw.grouped_conv2d, torch.ops.isw.depthwise_conv2d])
@@ -206,5 +222,6 @@ pooled_conv2d = _public(reference.pooled_conv2d, check_pooled)
 linear = _public(reference.linear, check_linear, _linear)
 depthwise_conv2d = _public(reference.depthwise_conv2d, check_depthwise)
 max_pool2d = _public(reference.max_pool2d, check_max_pool)
-sum_squares = _public(reference.sum_squares, check_map)
+sum_squares = _public(reference.sum_squares, check_sum_squares)
 keep_mask = _public(reference.keep_mask, check_keep_mask)
+predict = _public(reference.predict, check_predict)
