@@ -150,7 +150,8 @@ def force(pruner: InstanceWisePruner, keep_ratio: float, instances: int, outputs
 def _head(site: Site, pruner: InstanceWisePruner) -> Head:
     channels = {other.name: other.channels for other in pruner.sites}
     inputs = 2 * sum(channels[source] for source in site.making.sources)
-    return Head(site.making.sources, torch.randn(site.channels, inputs) / inputs, torch.ones(site.channels))
+    weight = (torch.randn(site.channels, inputs) / inputs).bfloat16().float()  # as those that are fitted
+    return Head(site.making.sources, weight, torch.ones(site.channels))
 
 
 def _is_depthwise(model: nn.Module, site: Site) -> bool:

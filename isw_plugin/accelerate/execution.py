@@ -77,19 +77,23 @@ class GatedConv(nn.Module):
         residual_alpha: float,
         residual_beta: float,
         out_keep: Tensor | None = None,
+        sums: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out), those from before a pool."""
+        """y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out), those from before a pool.
+
+        With ``sums``, (2, N, S, C_out), the latter and plain sums.
+        """
         held = (self.weight, self.bias)
         settings = (self.stride, self.padding, self.act, gate, alpha, beta)
         if self.pooled:
-            outputs = torch.ops.isw.pooled_conv2d.default(x, *held, *settings, out_keep)
+            outputs = torch.ops.isw.pooled_conv2d.default(x, *held, *settings, out_keep, sums)
         elif self.depthwise:
-            outputs = torch.ops.isw.depthwise_conv2d.default(x, *held, *settings, out_keep)
+            outputs = torch.ops.isw.depthwise_conv2d.default(x, *held, *settings, out_keep, sums)
         elif self.groups > 1:
-            outputs = torch.ops.isw.grouped_conv2d.default(x, *held, self.groups, *settings, out_keep)
+            outputs = torch.ops.isw.grouped_conv2d.default(x, *held, self.groups, *settings, out_keep, sums)
         else:
             others = (residual, residual_gate, residual_alpha, residual_beta)
-            outputs = torch.ops.isw.conv2d.default(x, *held, *settings, *others, out_keep)
+            outputs = torch.ops.isw.conv2d.default(x, *held, *settings, *others, out_keep, sums)
         y, squares = outputs
         return y, squares
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from isw_plugin.ops import reference
 from isw_plugin.ops.reference import ACTS
 
-__all__ = ["Layer", "Linear", "conv", "linear", "mask"]
+__all__ = ["Layer", "Linear", "conv", "linear", "mask", "predict"]
 
 
 def mask(x: Tensor, keep: Tensor, axis: int) -> Tensor:
@@ -51,6 +52,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     """Linear layer on the last axis of (N, ..., C_in), activated."""
     activated: Tensor = ACTS[act](F.linear(x, weight, bias))
     return activated
+
+
+def predict(maps: Sequence[Tensor], keeps: Sequence[Tensor | None], weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    """Norms (N, C) of a map of so many pixels from what is kept of those that its layer reads, as ``Head`` has them."""
+    known = [reference.sum_squares(x, sums=True) for x in maps]
+    return reference.predict(weight, bias, known, keeps, [x[0, 0].numel() for x in maps], size, 0.0, 0.0)[0]
 
 
 @dataclass(frozen=True)

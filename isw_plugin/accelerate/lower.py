@@ -2,8 +2,10 @@
 
 A producer's kernel leaves the sums of squares of what it made; whoever reads the map gets those and the
 thresholds, and decides inside its own kernel. Where the map comes from elsewhere, one operator sums its squares.
+What predicts norms from a map is given its plain sums with them.
 """
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from isw_plugin.accelerate.execution import GatedConv
-from isw_plugin.accelerate.layers import conv, linear, mask
+from isw_plugin.accelerate.layers import conv, linear, mask, predict
 from isw_plugin.ops.reference import DTYPES
 
 __all__ = ["Decision", "lower", "lower_all_kept", "lower_dense"]
@@ -79,10 +81,12 @@ class _Lowering:
         self.names = {copies[node]: node.name for node in copies}
         self.source = graph_module
         self.squares: dict[fx.Node, fx.Node] = {}  # by map
+        self.statistics: dict[fx.Node, fx.Node] = {}  # the same and sums
         self.keeps: dict[fx.Node, fx.Node] = {}  # by decision
 
     def gated(self, outputs: int, sites: list[str]) -> tuple[fx.GraphModule, list[Decision]]:
         self.replace_layers()
+        self.replace_heads()
         decisions = self.replace_outputs(outputs, sites)
         self.replace_decisions()
         self.replace_norms()
@@ -139,9 +143,12 @@ class _Lowering:
             out_keep = node.args[11] if len(node.args) > 11 else None
             if isinstance(module, GatedConv):
                 args = (x, *self._gate(keep), residual, *self._gate(residual_keep), out_keep)
-                call = self.graph.call_module(name, args)
+                predicts = any(user.target is predict for user in node.users)
+                call = self.graph.call_module(name, (*args, True) if predicts else args)
                 y = self.graph.call_function(operator.getitem, (call, 0))
-                self.squares[y] = self.graph.call_function(operator.getitem, (call, 1))
+                self.squares[y] = found = self.graph.call_function(operator.getitem, (call, 1))
+                if predicts:
+                    self._hold_statistics(y, found)
                 return y
             return self.graph.call_module(name, (x, keep, residual, residual_keep, out_keep))
 
@@ -174,6 +181,43 @@ class _Lowering:
             return False
         self.root.add_module(call.target, module.with_pool())
         return True
+
+    # -- heads -------------------------------------------------------------------------------------
+
+    def replace_heads(self) -> None:
+        """What predicts norms, and the CV gate that alone reads them, by one operator."""
+        for node in self._calls(predict):
+            maps, keeps, weight, bias, size = node.args
+            decides = [user for user in node.users if user.target is _isw.decide.default]
+            thresholds = decides[0].args[1:] if len(decides) == 1 else (0.0, 0.0)
+            statistics = [self._statistics_of(x) for x in maps]
+            positions = [math.prod(map(int, x.meta["val"].shape[2:])) for x in maps]
+            with self.graph.inserting_before(node):
+                args = (weight, bias, statistics, keeps, positions, size, *thresholds)
+                call = self.graph.call_function(_isw.predict.default, args)
+                norms, keep = (self.graph.call_function(operator.getitem, (call, place)) for place in (0, 1))
+            norms.meta = dict(node.meta)
+            if len(decides) == 1:
+                decides[0].replace_all_uses_with(keep)
+                self.graph.erase_node(decides[0])
+            node.replace_all_uses_with(norms)
+            self.graph.erase_node(node)
+
+    def _statistics_of(self, x: Any) -> fx.Node:
+        if x not in self.statistics:
+            with self.graph.inserting_after(x):
+                found = self.graph.call_function(_isw.sum_squares.default, (x, True))
+            with self.graph.inserting_after(found):
+                self._hold_statistics(x, found)
+        return self.statistics[x]
+
+    def _hold_statistics(self, x: fx.Node, found: fx.Node) -> None:
+        """Squares are the first half of these."""
+        alone = self.squares.get(x)
+        self.statistics[x] = found
+        self.squares[x] = self.graph.call_function(_aten.select.int, (found, 0, 0))
+        if alone is not None and alone is not found:
+            alone.replace_all_uses_with(self.squares[x])
 
     # -- gates -------------------------------------------------------------------------------------
 
@@ -236,6 +280,7 @@ class _Lowering:
             node.args = (*node.args[:2], 0.0)
         readers = [(node, node.args[4:6] + node.args[11:]) for node in self._calls(conv)]
         readers += [(node, node.args[1:2]) for node in self._calls(mask)]
+        readers += [(node, node.args[1]) for node in self._calls(predict)]
         for node, keeps in readers:
             for keep in {keep for keep in keeps if keep is not None and keep.target is not _isw.decide.default}:
                 with self.graph.inserting_before(node):

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from isw_plugin.accelerate.layers import conv, linear, mask
 from isw_plugin.accelerate.outputs import skip_outputs
 from isw_plugin.accelerate.padding import own_padding
+from isw_plugin.accelerate.predicted import name_heads, take_masks_in
 
 __all__ = ["constants_of", "simplify"]
 
@@ -58,7 +59,10 @@ def simplify(graph_module: fx.GraphModule) -> fx.GraphModule:
     _fold_batch_norms(graph_module)
     _fold_scales(graph_module)
     _fold_paddings(graph_module)
-    for step in (_name_layers, _name_masks, _fuse_residuals, _fuse_activations, _drop_open_gates, _link, _skip):
+    _name_layers(graph)
+    _name_masks(graph)
+    name_heads(graph_module, constants_of(graph_module))
+    for step in (_fuse_residuals, _fuse_activations, _drop_open_gates, _link, _skip, take_masks_in):
         step(graph)
     for node in _calls(graph, _aten.view.default):
         node.target = _aten.reshape.default  # maps may come in another memory order than the traced ones

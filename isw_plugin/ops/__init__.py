@@ -11,6 +11,7 @@ from isw_plugin.ops.operators import (
     max_pool2d,
     pack_weight,
     pooled_conv2d,
+    predict,
     sum_squares,
     unpack_weight,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "max_pool2d",
     "pack_weight",
     "pooled_conv2d",
+    "predict",
     "sum_squares",
     "unpack_weight",
 ]

@@ -19,6 +19,8 @@ __all__ = [
     "check_map",
     "check_max_pool",
     "check_pooled",
+    "check_predict",
+    "check_sum_squares",
     "output_size",
     "pair",
 ]
@@ -38,9 +40,11 @@ def check_conv2d(
     residual: Tensor | None = None,
     residual_gating: Gating = None,
     out_keep: Tensor | None = None,
+    sums: bool = False,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> None:
     """A convolution of any kind but depthwise."""
+    _check_flag(sums)
     check_map(x, dtypes)
     _check_packed(weight, bias, x.shape[1], x, groups)
     _check_window(x, weight.shape[2:4], stride, padding)
@@ -80,8 +84,10 @@ def check_depthwise(
     act: str,
     gating: Gating,
     out_keep: Tensor | None,
+    sums: bool,
 ) -> None:
     """A convolution of every channel by itself."""
+    _check_flag(sums)
     check_map(x)
     _check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
     _check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
@@ -103,6 +109,47 @@ def check_keep_mask(squares: Tensor, alpha: float, beta: float) -> None:
     if squares.shape[1] == 0:
         raise EngineInputError(f"squares: no slot, shape {tuple(squares.shape)}")
     _check_thresholds(alpha, beta, "keep_mask")
+
+
+def check_sum_squares(x: Tensor, sums: bool) -> None:
+    """A map, and what is asked of it."""
+    check_map(x)
+    _check_flag(sums)
+
+
+def check_predict(
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Sequence[Tensor],
+    keeps: Sequence[Tensor | None],
+    positions: Sequence[int],
+    size: int,
+    alpha: float,
+    beta: float,
+) -> None:
+    """A head, and what it reads."""
+    _check_tensor(bias, "bias", (None,))
+    lists = {"statistics": statistics, "keeps": keeps, "positions": positions}
+    for name, of_maps in lists.items():
+        if not isinstance(of_maps, list | tuple):
+            raise EngineInputError(f"{name}: expected a list, one for each map, got {type(of_maps).__name__}")
+    if not statistics or len({len(of_maps) for of_maps in lists.values()}) > 1:
+        found = ", ".join(f"{len(of_maps)} {name}" for name, of_maps in lists.items())
+        raise EngineInputError(f"expected as many keeps and positions as statistics, one at least, got {found}")
+    features = 0
+    for place, (of_map, keep) in enumerate(zip(statistics, keeps, strict=True)):
+        name = f"statistics[{place}]"
+        _check_tensor(of_map, name, (2, None, None, None), bias.device)
+        _check_shape(of_map, name, (2, statistics[0].shape[1], None, None))
+        if of_map.shape[2] == 0:
+            raise EngineInputError(f"{name}: no slot, shape {tuple(of_map.shape)}")
+        _check_keep(keep, f"keeps[{place}]", of_map.shape[1], of_map.shape[3], bias.device)
+        features += 2 * of_map.shape[3]
+    _check_tensor(weight, "weight", (features, bias.shape[0]), bias.device, DTYPES)
+    for name, number in [("size", size), *((f"positions[{i}]", number) for i, number in enumerate(positions))]:
+        if not _is_whole(number) or not 1 <= number <= _MOST**2:
+            raise EngineInputError(f"{name}={number!r}: expected the pixels of a map, a whole number, 1 or more")
+    _check_thresholds(alpha, beta, "predict")
 
 
 def check_map(x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
@@ -195,6 +242,11 @@ def _check_keep(
     if keep.device != device:
         raise EngineInputError(f"{name} is on {keep.device} but x is on {device}; move them together")
     _check_shape(keep, name, (n, channels))
+
+
+def _check_flag(sums: object) -> None:
+    if not isinstance(sums, bool):
+        raise EngineInputError(f"sums={sums!r}: expected True or False")
 
 
 def _check_thresholds(alpha: object, beta: object, name: str) -> None:

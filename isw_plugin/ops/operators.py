@@ -19,9 +19,10 @@ from isw_plugin.ops.checks import (
     check_depthwise,
     check_keep_mask,
     check_linear,
-    check_map,
     check_max_pool,
     check_pooled,
+    check_predict,
+    check_sum_squares,
     output_size,
     pair,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "max_pool2d",
     "pack_weight",
     "pooled_conv2d",
+    "predict",
     "sum_squares",
     "unpack_weight",
 ]
@@ -58,16 +60,22 @@ def _flat(arguments: dict[str, Any]) -> Iterator[Any]:
             yield from (value, 0.0, 0.0)
 
 
-def _fake_outputs(x: Tensor, channels: int, size: tuple[int, int], slots: int) -> tuple[Tensor, Tensor]:
-    """A map and its statistics."""
-    return x.new_empty((x.shape[0], channels, *size)), x.new_empty((x.shape[0], slots, channels), dtype=torch.float32)
+def _fake_statistics(x: Tensor, slots: int, channels: int, sums: bool | None) -> Tensor:
+    shape = (x.shape[0], slots, channels)
+    return x.new_empty((2, *shape) if sums else shape, dtype=torch.float32)
 
 
 def _fake_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], **others: object
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    sums: bool | None,
+    **others: object,
 ) -> tuple[Tensor, Tensor]:
-    size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
-    return _fake_outputs(x, bias.shape[0], size, row_slots(*size))
+    size, channels = output_size(x.shape[2:], weight.shape[2:4], stride, padding), bias.shape[0]
+    return x.new_empty((x.shape[0], channels, *size)), _fake_statistics(x, row_slots(*size), channels, sums)
 
 
 def _fake_pooled(**arguments: Any) -> tuple[Tensor, Tensor]:
@@ -76,21 +84,27 @@ def _fake_pooled(**arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_depthwise(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], **others: object
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], sums: bool | None, **others: object
 ) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(x, x.shape[1], output_size(x.shape[2:], weight.shape[2:4], stride, padding), 1)
+    size = output_size(x.shape[2:], weight.shape[2:4], stride, padding)
+    return x.new_empty((*x.shape[:2], *size)), _fake_statistics(x, 1, x.shape[1], sums)
 
 
 def _fake_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     return x.new_empty((*x.shape[:2], *output_size(x.shape[2:], kernel, stride, padding)))
 
 
-def _fake_sum_squares(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], 1, x.shape[1]), dtype=torch.float32)
+def _fake_sum_squares(x: Tensor, sums: bool | None) -> Tensor:
+    return _fake_statistics(x, 1, x.shape[1], sums)
 
 
 def _fake_keep_mask(squares: Tensor, **thresholds: float) -> Tensor:
     return squares.new_empty((squares.shape[0], squares.shape[2]), dtype=torch.bool)
+
+
+def _fake_predict(bias: Tensor, statistics: Sequence[Tensor], **others: object) -> tuple[Tensor, Tensor]:
+    shape = (statistics[0].shape[1], bias.shape[0])
+    return bias.new_empty(shape), bias.new_empty(shape, dtype=torch.bool)
 
 
 define("conv2d", _fake_conv2d)
@@ -100,6 +114,7 @@ define("depthwise_conv2d", _fake_depthwise)
 define("max_pool2d", _fake_max_pool)
 define("sum_squares", _fake_sum_squares)
 define("keep_mask", _fake_keep_mask)
+define("predict", _fake_predict)
 
 
 @register_flop_formula([torch.ops.isw.conv2d, torch.ops.isw.grouped_conv2d, torch.ops.isw.depthwise_conv2d])
@@ -159,5 +174,6 @@ pooled_conv2d = _public(reference.pooled_conv2d, check_pooled)
 linear = _public(reference.linear, check_linear, _linear)
 depthwise_conv2d = _public(reference.depthwise_conv2d, check_depthwise)
 max_pool2d = _public(reference.max_pool2d, check_max_pool)
-sum_squares = _public(reference.sum_squares, check_map)
+sum_squares = _public(reference.sum_squares, check_sum_squares)
 keep_mask = _public(reference.keep_mask, check_keep_mask)
+predict = _public(reference.predict, check_predict)

@@ -7,10 +7,11 @@ or None for all. A dropped channel counts as zero, whatever it holds.
 
 Maps and weights are float32 or bfloat16, one type in a call. Sums, bias, residual and activation are computed in
 float32 and rounded once, to the type of x; a bias is float32 or of that type. Sums of squares are float32 and of the
-rounded map, so they are those that `sum_squares` finds in it.
+rounded map, so they are those that `sum_squares` finds in it. With ``sums``, plain sums come with them: (2, N, S, C).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -36,6 +37,7 @@ __all__ = [
     "max_pool2d",
     "pack_weight",
     "pooled_conv2d",
+    "predict",
     "row_slots",
     "sum_squares",
     "unpack_weight",
@@ -103,10 +105,16 @@ def row_slots(height: int, width: int) -> int:
     return slots
 
 
-def _sum_rows(y: Tensor, unit: int = 1) -> Tensor:
+def _sum_rows(y: Tensor, unit: int = 1, sums: bool = False) -> Tensor:
     """Sums of squares of (N, C, H, W) over row_slots(H, W) groups of rows, of ``unit`` rows and more: (N, S, C)."""
-    height, slots = y.shape[2], row_slots(y.shape[2], y.shape[3])
-    rows = y.float().square().sum(3)  # squares overflow float16
+    if sums:
+        return torch.stack([_sum_rows(y, unit), _add_rows(y.float(), unit)])
+    return _add_rows(y.float().square(), unit)  # squares overflow float16
+
+
+def _add_rows(values: Tensor, unit: int) -> Tensor:
+    height, slots = values.shape[2], row_slots(values.shape[2], values.shape[3])
+    rows = values.sum(3)
     bounds = [height // unit * s // slots * unit for s in range(slots)] + [height]
     return torch.stack([rows[:, :, a:b].sum(2) for a, b in pairwise(bounds)], 1)
 
@@ -141,6 +149,7 @@ def conv2d(
     residual: Tensor | None = None,
     residual_gating: Gating = None,
     out_keep: Tensor | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Convolution of kept channels, then bias, residual and activation.
 
@@ -155,16 +164,18 @@ def conv2d(
         residual: Added before the activation, (N, C_out, OH, OW).
         residual_gating: Which of its channels are kept.
         out_keep: Which outputs are kept, bool (N, C_out); None: all.
+        sums: Whether plain sums come with the squares.
 
     Returns:
-        y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
+        y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out); with ``sums`` (2, N, S, C_out), the latter
+        and plain ones.
     """
     wide = unpack_weight(weight, bias.shape[0]).float()
     y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding)
     if residual is not None:
         y = y + _drop(residual, residual_gating)
     y = _drop(ACTS[act](y).to(x.dtype), out_keep)
-    return y, _sum_rows(y)
+    return y, _sum_rows(y, sums=sums)
 
 
 def grouped_conv2d(
@@ -178,6 +189,7 @@ def grouped_conv2d(
     act: str = "none",
     gating: Gating = None,
     out_keep: Tensor | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """conv2d without a residual, of channels in groups that do not see each other.
 
@@ -185,15 +197,15 @@ def grouped_conv2d(
         x: Input, float32 (N, C_in, H, W).
         weight: From pack_weight(weight, groups).
         groups: Divides C_in and C_out.
-        stride, padding, act, gating, out_keep, bias: As in conv2d.
+        stride, padding, act, gating, out_keep, sums, bias: As in conv2d.
 
     Returns:
-        y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out).
+        As conv2d.
     """
     wide = unpack_weight(weight, bias.shape[0], groups).float()
     y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding, groups=groups)
     y = _drop(ACTS[act](y).to(x.dtype), out_keep)
-    return y, _sum_rows(y)
+    return y, _sum_rows(y, sums=sums)
 
 
 def pooled_conv2d(
@@ -206,14 +218,15 @@ def pooled_conv2d(
     act: str = "none",
     gating: Gating = None,
     out_keep: Tensor | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """conv2d without a residual, then 2x2 max-pooling: the map between the two is never written.
 
     Returns:
-        The pooled y (N, C_out, OH // 2, OW // 2) and the partial sums of squares (N, S, C_out) of the map between.
+        The pooled y (N, C_out, OH // 2, OW // 2) and what conv2d sums up, of the map between.
     """
     y, _ = conv2d(x, weight, bias, stride=stride, padding=padding, act=act, gating=gating, out_keep=out_keep)
-    return max_pool2d(y, 2), _sum_rows(y, 2)
+    return max_pool2d(y, 2), _sum_rows(y, 2, sums)
 
 
 def linear(
@@ -255,6 +268,7 @@ def depthwise_conv2d(
     act: str = "none",
     gating: Gating = None,
     out_keep: Tensor | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise convolution; a dropped channel comes out as act(bias) everywhere.
 
@@ -267,14 +281,15 @@ def depthwise_conv2d(
         act: One of ACTS.
         gating: Which channels are kept.
         out_keep: Which outputs are kept, bool (N, C); None: all.
+        sums: Whether plain sums come with the squares.
 
     Returns:
-        y (N, C, OH, OW) and its sums of squares (N, 1, C).
+        y (N, C, OH, OW) and its sums of squares (N, 1, C), or (2, N, 1, C).
     """
     kept = _drop(x, gating).float()
     y = ACTS[act](F.conv2d(kept, weight.float(), bias.float(), stride, padding, groups=x.shape[1])).to(x.dtype)
     y = _drop(y, out_keep)
-    return y, sum_squares(y)
+    return y, sum_squares(y, sums)
 
 
 def max_pool2d(
@@ -288,11 +303,50 @@ def max_pool2d(
     return F.max_pool2d(x, kernel, stride, padding)
 
 
-def sum_squares(x: Tensor) -> Tensor:
-    """Sums of squares of a map that no engine function made: (N, C, H, W) -> (N, 1, C)."""
-    return x.float().square().sum((2, 3)).unsqueeze(1)
+def sum_squares(x: Tensor, sums: bool = False) -> Tensor:
+    """Sums of squares of a map that no engine function made: (N, C, H, W) -> (N, 1, C); with ``sums`` (2, N, 1, C)."""
+    squares = x.float().square().sum((2, 3)).unsqueeze(1)
+    return torch.stack([squares, x.float().sum((2, 3)).unsqueeze(1)]) if sums else squares
 
 
 def keep_mask(squares: Tensor, alpha: float, beta: float) -> Tensor:
     """The decision behind Statistics(squares, alpha, beta): bool (N, C), True where the channel is kept."""
     return functional.keep_mask(squares.sum(1).sqrt(), alpha, beta)
+
+
+def predict(
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Sequence[Tensor],
+    keeps: Sequence[Tensor | None],
+    positions: Sequence[int],
+    size: int,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Norms of a map before its layer runs, sqrt(P) relu(A phi + b), and the CV gate's decision on them.
+
+    phi has root mean squares and means of the channels of one map after the other, zero where a channel is dropped.
+
+    Args:
+        weight: A transposed, (F, C), float32 or bfloat16.
+        bias: b, (C,), float32.
+        statistics: Of the maps that are read, squares and sums, float32 (2, N, S, C_k).
+        keeps: Which of their channels are kept, bool (N, C_k); None: all.
+        positions: Their pixels.
+        size: P, the pixels of the map.
+        alpha, beta: As in Statistics.
+
+    Returns:
+        Norms, float32 (N, C), and which channels are kept, bool (N, C).
+    """
+    phi = torch.cat(
+        [
+            part if keep is None else torch.where(keep, part, 0.0)
+            for of_map, keep, pixels in zip(statistics, keeps, positions, strict=True)
+            for part in ((of_map[0].sum(1) / pixels).sqrt(), of_map[1].sum(1) / pixels)
+        ],
+        1,
+    )
+    norms = torch.addmm(bias, phi, weight.float()).relu() * math.sqrt(size)
+    return norms, functional.keep_mask(norms, alpha, beta)

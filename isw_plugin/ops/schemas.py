@@ -19,12 +19,15 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "max_pool2d": reference.max_pool2d,
     "sum_squares": reference.sum_squares,
     "keep_mask": reference.keep_mask,
+    "predict": reference.predict,
     "channel_norm": functional.channel_norm,
     "decide": functional.keep_mask,
     "mask": functional.mask,
 }
 TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
-TYPES |= {"groups": "int", "axis": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?"}  # others: tensors
+TYPES |= {"groups": "int", "axis": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?", "size": "int"}
+TYPES |= {"statistics": "Tensor[]", "keeps": "Tensor?[]", "positions": "int[]", "sums": "bool"}  # others: tensors
+_DEFAULTS = {"out_keep": "=None", "sums": "=False"}  # they came last
 
 
 def gates(parameter: str) -> bool:
@@ -37,8 +40,7 @@ def _argument(parameter: str) -> str:
     prefix = parameter.removesuffix("gating")
     if gates(parameter):
         return f"Tensor? {prefix}gate, float {prefix}alpha, float {prefix}beta"
-    default = "=None" if parameter == "out_keep" else ""  # it came last
-    return f"{TYPES.get(parameter, 'Tensor')} {parameter}{default}"
+    return f"{TYPES.get(parameter, 'Tensor')} {parameter}{_DEFAULTS.get(parameter, '')}"
 
 
 def _schema(name: str, plain: Callable[..., Any]) -> str:

@@ -33,7 +33,7 @@ template <typename T>
 struct Case {
   isw::ConvArgs<T> args{};
   Array<T> x, weight, residual, y;
-  Array<float> bias, squares, gate_squares;
+  Array<float> bias, squares, sums, gate_squares;
   Array<uint8_t> keep, out_keep;
 };
 
@@ -101,6 +101,7 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
   a.bias = (c.bias = numbers(a.c_out, random)).get();
   a.y = (c.y = Array<T>(new T[outputs])).get();
   a.squares = (c.squares = Array<float>(new float[a.n * a.slots * a.c_out])).get();
+  if (random() % 2) a.sums = (c.sums = Array<float>(new float[a.n * a.slots * a.c_out])).get();
   c.keep = Array<uint8_t>(new uint8_t[a.n * (a.c_in + a.c_out)]);
   for (int64_t i = 0; i < a.n * (a.c_in + a.c_out); ++i) c.keep[i] = random() % 2 ? random() % 256 : 0;
   if (random() % 2) {
@@ -130,6 +131,31 @@ void print_sums(unsigned seed, const Case<T>& c) {
 }
 
 template <typename T>
+void run_predict(std::mt19937& random, const isw::Runner& runner) {
+  const int64_t n = choose(random, {1, 2, 5}), outputs = choose(random, {1, 7, 16, 53, 200, 512});
+  std::vector<isw::Source> sources(1 + random() % 2);
+  std::vector<Array<float>> statistics;
+  std::vector<Array<uint8_t>> keeps;
+  int64_t features = 0;
+  for (isw::Source& source : sources) {
+    const int64_t slots = choose(random, {1, 3}), channels = choose(random, {0, 1, 17, 300}), size = n * slots * channels;
+    statistics.push_back(numbers(2 * size, random));
+    keeps.emplace_back(new uint8_t[n * channels]);
+    for (int64_t i = 0; i < size; ++i) statistics.back()[i] *= statistics.back()[i];
+    for (int64_t i = 0; i < n * channels; ++i) keeps.back()[i] = random() % 2 ? random() % 256 : 0;
+    const float* squares = statistics.back().get();
+    source = {squares, squares + size, slots, channels, 9.0f, random() % 3 ? keeps.back().get() : nullptr};
+    features += 2 * channels;
+  }
+  const Array<T> weight = numbers<T>(features * outputs, random);
+  const Array<float> bias = numbers(outputs, random), norms(new float[n * outputs]);
+  const Array<bool> keep(new bool[n * outputs]);
+  const isw::KernelsFor<T>& kernels = *isw_kernels();
+  kernels.predict({sources.data(), static_cast<int64_t>(sources.size()), n, features, outputs, weight.get(), bias.get(),
+                   2.0f, 0.1f, 0.9f, norms.get(), keep.get()}, runner);
+}
+
+template <typename T>
 void run_case(unsigned seed, bool with_sums) {
   std::mt19937 random(seed);
   const isw::Runner runner{static_cast<int64_t>(1 + seed % 3), run_threads};
@@ -139,7 +165,10 @@ void run_case(unsigned seed, bool with_sums) {
   const isw::ConvArgs<T>& a = c.args;
   (depthwise ? kernels.depthwise : kernels.conv)(a, runner);
   if (with_sums) print_sums(seed, c);
-  kernels.sum_squares(a.x, c.gate_squares.get(), a.n * a.c_in, a.window.h * a.window.w, runner);
+  const int64_t planes = a.n * a.c_in;  // the gate's squares have three slots of as many
+  kernels.sum_squares(a.x, c.gate_squares.get(), seed % 2 ? c.gate_squares.get() + planes : nullptr, planes,
+                      a.window.h * a.window.w, runner);
+  run_predict<T>(random, runner);
   const isw::Window& w = a.window;
   if (depthwise && 2 * w.ph <= w.kh && 2 * w.pw <= w.kw) kernels.max_pool({a.x, a.y, a.n * a.c_in, w}, runner);
   if (a.gate.squares) isw_kernels()->keep_mask(a.gate, a.n, a.c_in, reinterpret_cast<bool*>(c.keep.get()));

@@ -94,6 +94,10 @@ class Draw(random.Random):
 def check(found: Any, wanted: Any, bound: float) -> None:
     """Equal but for rounding, where no sum of absolute values is above the bound."""
     (y, squares), (wanted_y, wanted_squares) = found, wanted
+    sums = wanted_sums = None
+    if squares.dim() == 4:
+        assert squares.shape == wanted_squares.shape
+        (squares, sums), (wanted_squares, wanted_sums) = squares, wanted_squares
     assert (y.shape, y.dtype, squares.shape) == (wanted_y.shape, wanted_y.dtype, wanted_squares.shape)
     if not y.numel():
         return
@@ -102,6 +106,9 @@ def check(found: Any, wanted: Any, bound: float) -> None:
     pixels = y.numel() / squares[:, 0].numel()
     allowed = 2.1 * share * wanted_squares + 2 * error * (4 * pixels * wanted_squares).sqrt() + 4 * pixels * error**2
     assert ((squares - wanted_squares).abs() <= allowed + 1e-30).all()
+    if sums is not None:
+        share = 2.1 * share * (4 * pixels * wanted_squares).sqrt() + 4 * pixels * error
+        assert ((sums - wanted_sums).abs() <= share + 1e-30).all()
 
 
 def bound_of(x: Tensor, weight: Tensor, *added: Tensor) -> float:
@@ -140,6 +147,7 @@ def convolution(draw: Draw, name: str) -> None:
         others = {"residual_gating": residual_keep}
     more = (groups,) if name == "grouped_conv2d" else ()
     options["out_keep"], others["out_keep"] = draw.out_keep(n, groups * outputs)
+    options["sums"] = draw.random() < 0.5
     args = hide(draw, x, keep), pack_weight(weight, groups), bias, *more
     wanted = getattr(reference, name)(*args, **options | others, gating=keep)
     bound = bound_of(x, weight, bias, *[residual] if "residual" in options else [])
@@ -159,6 +167,7 @@ def depthwise(draw: Draw) -> None:
     options: dict[str, Any] = {"stride": stride, "padding": padding, "act": draw.choice(list(reference.ACTS))}
     args = hide(draw, x, keep), weight, bias
     options["out_keep"], out_keep = draw.out_keep(x.shape[0], x.shape[1])
+    options["sums"] = draw.random() < 0.5
     wanted = reference.depthwise_conv2d(*args, **options | {"out_keep": out_keep}, gating=keep)
     check(ops.depthwise_conv2d(*args, **options, gating=gating), wanted, bound_of(x, weight, bias))
 
@@ -202,6 +211,35 @@ def decisions(draw: Draw) -> None:
         assert torch.equal(found | near, wanted | near)
 
 
+def heads(draw: Draw) -> None:
+    n, outputs = draw.choice([0, 1, 2, 7]), draw.choice([1, 7, 16, 33, 130, 260])
+    weight_of = draw.choice([FLOAT32, BFLOAT16])
+    known: list[Tensor] = []
+    keeps: list[Tensor | None] = []
+    plain: list[Tensor | None] = []
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        slots, channels = draw.randint(1, 4), draw.choice([0, 1, 5, 64, 150])
+        numbers = draw.tensor(2, n, slots, channels, dtype=FLOAT32)
+        numbers[0] = numbers[0] ** 4
+        given, keep = draw.out_keep(n, channels)
+        if keep is not None and draw.random() < 0.3:
+            numbers = numbers.masked_fill(~keep[:, None], draw.choice([float("nan"), float("inf")]))
+        known.append(numbers)
+        keeps, plain = [*keeps, given], [*plain, keep]
+    positions = [draw.randint(1, 3000) for _ in known]
+    weight = draw.tensor(2 * sum(each.shape[3] for each in known), outputs, dtype=weight_of)
+    head = weight, draw.tensor(outputs, dtype=FLOAT32)
+    others = positions, draw.randint(1, 3000), draw.choice([0.0, 0.3]), draw.choice([0.0, 1.0, 1.5])
+    norms, keep = ops.predict(*head, known, keeps, *others)
+    wanted, decided = reference.predict(*head, known, plain, *others)
+    scale = float(wanted.abs().max()) if wanted.numel() else 1.0
+    torch.testing.assert_close(norms, wanted, rtol=1e-4, atol=1e-3 * scale)
+    assert (keep.shape, keep.dtype) == (decided.shape, torch.bool)
+    if others[2] == 0:
+        near = (wanted - others[3] * wanted.mean(1, keepdim=True)).abs() <= 3e-3 * scale
+        assert torch.equal(keep | near, decided | near)
+
+
 def hostile(draw: Draw) -> None:
     """Operators themselves, past the checks in Python: any answer, but the process lives."""
     sizes = [-(2**63), -1, 0, 1, 2, 3, 2**24 + 1, 2**31, 2**58, 2**63 - 1]
@@ -231,6 +269,7 @@ def hostile(draw: Draw) -> None:
         "max_pool2d": [x, [2, 2], [2, 2], [0, 0]],
         "sum_squares": [x],
         "keep_mask": [torch.ones(2, 1, 3), 0.0, 1.0],
+        "predict": [torch.ones(6, 5), torch.zeros(5), [torch.ones(2, 2, 1, 3)], [None], [4], 4, 0.0, 1.0],
     }
     name = draw.choice(list(calls))
     args = calls[name]
@@ -253,6 +292,7 @@ KINDS: list[Callable[[Draw], None]] = [
     linear,
     pooling,
     decisions,
+    heads,
     hostile,
 ]
 

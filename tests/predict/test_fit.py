@@ -68,8 +68,9 @@ def test_ridge_is_least_squares_where_the_penalty_is_nothing() -> None:
     x, y = torch.rand(100, 4, generator=generator).double(), torch.rand(100, 2, generator=generator).double()
     found = ridge(x, y, (x, y), penalties=(1e-12,))
     solved = torch.linalg.lstsq(torch.cat([x, torch.ones(100, 1)], 1), y).solution
-    torch.testing.assert_close(found.weight, solved[:4].T.float())
-    torch.testing.assert_close(found.bias, solved[4].float())
+    assert torch.equal(found.weight, solved[:4].T.bfloat16().float())  # rounded, as the engine reads it
+    torch.testing.assert_close(found.bias, (y.mean(0) - found.weight.double() @ x.mean(0)).float())
+    torch.testing.assert_close(found.bias, solved[4].float(), rtol=1e-2, atol=1e-2)
 
 
 def test_a_site_that_is_linear_in_what_it_reads_is_predicted_exactly() -> None:

@@ -47,6 +47,7 @@ struct ConvArgs : ConvShape {
   const T* residual;  // like y, or null
   T* y;
   float* squares;  // [N][slots][C_out], of y as it is kept
+  float* sums;  // the same, not squared; null: nobody asks
 };
 
 template <typename T>
@@ -55,6 +56,26 @@ struct PoolArgs {
   T* y;
   int64_t planes;
   Window window;
+};
+
+// What is known of a map before the layer that reads it runs; dropped channels count as zero.
+struct Source {
+  const float *squares, *sums;  // [N][slots][channels]
+  int64_t slots, channels;
+  float positions;  // pixels of the map
+  const uint8_t* keep;  // [N][channels]; null: all
+};
+
+// Norms of a map from those that its layer reads: scale * relu(weight^T phi + bias), and whom the gate keeps.
+template <typename T>
+struct PredictArgs {
+  const Source* sources;  // phi: root mean squares and means of one source after the other
+  int64_t count, n, features, outputs;
+  const T* weight;  // [features][outputs]
+  const float* bias;
+  float scale, alpha, beta;
+  float* norms;  // [N][outputs]
+  bool* keep;
 };
 
 // Runs body(state, task, worker) for every task; a worker runs one task at a time, workers are 0 .. workers - 1.
@@ -68,7 +89,9 @@ struct KernelsFor {
   void (*conv)(const ConvArgs<T>&, const Runner&);
   void (*depthwise)(const ConvArgs<T>&, const Runner&);
   void (*max_pool)(const PoolArgs<T>&, const Runner&);
-  void (*sum_squares)(const T* x, float* squares, int64_t planes, int64_t size, const Runner&);
+  // sums: null, or also those of the map itself
+  void (*sum_squares)(const T* x, float* squares, float* sums, int64_t planes, int64_t size, const Runner&);
+  void (*predict)(const PredictArgs<T>&, const Runner&);
 };
 
 struct Kernels : KernelsFor<float>, KernelsFor<BFloat16> {

@@ -49,7 +49,7 @@ class DirectConv {
         gathered_(gathers_ ? runner.workers * gathered_size() : 0),
         packed_(part_ * args.c_in * packing_.plane),
         sums_(runner.workers * sums_size()),
-        squares_(runner.workers * squares_size()),
+        squares_(runner.workers * (args.sums ? 2 : 1) * squares_size()),
         cursors_(runner.workers * batch_) {
     for (int64_t tap = 0; tap < taps_; ++tap)
       offsets_.get()[tap] = packing_.tap(tap / args.window.kw, tap % args.window.kw);
@@ -103,7 +103,7 @@ class DirectConv {
     return smaller(a_.window.oh, larger(1, target / a_.window.ow / unit()) * unit());
   }
   int64_t sums_size() const { return batch_ * rows_ * a_.window.ow * block; }
-  int64_t squares_size() const { return batch_ * 2 * lanes * lanes; }
+  int64_t squares_size() const { return batch_ * 2 * lanes * lanes; }  // sums take as much again, behind all of these
   // A step's weights, a row that may be read behind it, and what gathering writes behind a row.
   int64_t gathered_size() const { return ((smaller(step_, inputs_) + 1) * taps_ + 1) * block; }
 
@@ -170,25 +170,31 @@ class DirectConv {
     const Pass part = pass_of(first, slot_row(task.slot + 1) - first);
     T* y = a_.y + (n * a_.c_out + channel) * plane() + part.first;
     std::fill(y, y + part.stored, T{});
-    a_.squares[(n * a_.slots + task.slot) * a_.c_out + channel] = 0;
+    const int64_t at = (n * a_.slots + task.slot) * a_.c_out + channel;
+    a_.squares[at] = 0;
+    if (a_.sums) a_.sums[at] = 0;
   }
 
   void compute_task(const Task& task) {
     const int64_t first = slot_row(task.slot), last = slot_row(task.slot + 1);
-    float* squares = squares_.get() + task.worker * squares_size();
-    std::fill(squares, squares + squares_size(), 0.0f);
+    for (int64_t statistic = 0; statistic < (a_.sums ? 2 : 1); ++statistic)
+      std::fill_n(squares_of(task, 0) + statistic * sums_behind(), squares_size(), 0.0f);
     for (int64_t row = first; row < last; row += rows_)
       compute_pass(task, pass_of(row, smaller(rows_, last - row)), row == first);
     for (int64_t i = 0; i < task.count; ++i)
-      for (int64_t c = 0; c < task.channels; c += lanes) finish_squares(task, i, c);
+      for (int64_t c = 0; c < task.channels; c += lanes) {
+        const float* squares = squares_of(task, i) + c * lanes;
+        finish_statistic(task, i, c, squares, a_.squares);
+        if (a_.sums) finish_statistic(task, i, c, squares + sums_behind(), a_.sums);
+      }
   }
-  void finish_squares(const Task& task, int64_t i, int64_t c) const {
-    const float* squares = squares_of(task, i) + c * lanes;
-    float sums[lanes];
-    if (!a_.pooled) reduce_squares(squares, lanes, sums), squares = sums;
-    float* slot = a_.squares + ((task.first + i) * a_.slots + task.slot) * a_.c_out;
-    for (int64_t k = 0; k < smaller(lanes, task.channels - c); ++k) slot[task.outputs[c + k]] = squares[k];
+  void finish_statistic(const Task& task, int64_t i, int64_t c, const float* partial, float* out) const {
+    float totals[lanes];
+    if (!a_.pooled) reduce_squares(partial, lanes, totals), partial = totals;
+    float* slot = out + ((task.first + i) * a_.slots + task.slot) * a_.c_out;
+    for (int64_t k = 0; k < smaller(lanes, task.channels - c); ++k) slot[task.outputs[c + k]] = partial[k];
   }
+  int64_t sums_behind() const { return runner_.workers * squares_size(); }
   float* squares_of(const Task& task, int64_t i) const {
     return squares_.get() + task.worker * squares_size() + i * 2 * lanes * lanes;
   }
@@ -300,6 +306,7 @@ class DirectConv {
       out.residual = a_.residual ? a_.residual + n * a_.c_out * plane() + pass.first : nullptr;
       out.residual_keep = residual_kept_.keep() + n * a_.c_out;
       out.squares = squares_of(task, i) + c * lanes;
+      out.sums = a_.sums ? out.squares + sums_behind() : nullptr;
       out.act = a_.act;
       const float* sums = sums_of(task, pass, i) + c;
       if (a_.pooled)

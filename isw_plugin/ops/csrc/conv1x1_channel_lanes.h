@@ -92,6 +92,7 @@ class PointwiseBlocks {
         T* y = a_.y + (n * a_.c_out + channel) * pixels_;
         std::fill(y, y + pixels_, T{});
         a_.squares[n * a_.c_out + channel] = 0;
+        if (a_.sums) a_.sums[n * a_.c_out + channel] = 0;
       });
     });
   }
@@ -176,7 +177,7 @@ class PointwiseBlocks {
     const int32_t* outputs = outputs_of(task, group);
     const int64_t count = count_of(task, group);
     for (int64_t c = 0; c < count; c += lanes) {
-      float squares[lanes * lanes] = {};
+      float squares[lanes * lanes] = {}, values[lanes * lanes] = {};
       Output<T> out;
       out.y = a_.y + task.n * a_.c_out * pixels_;
       out.plane = pixels_;
@@ -185,12 +186,18 @@ class PointwiseBlocks {
       out.residual = a_.residual ? a_.residual + task.n * a_.c_out * pixels_ : nullptr;
       out.residual_keep = residual_kept_.keep() + task.n * a_.c_out;
       out.squares = squares;
+      out.sums = a_.sums ? values : nullptr;
       out.act = a_.act;
       finish(out, sums(task, group) + c, group_channels, pixels_);
-      float totals[lanes];
-      reduce_squares(squares, lanes, totals);
-      for (int64_t i = 0; i < out.channels; ++i) a_.squares[task.n * a_.c_out + out.at[i]] = totals[i];
+      finish_statistic(task, out, squares, a_.squares);
+      if (a_.sums) finish_statistic(task, out, values, a_.sums);
     }
+  }
+
+  void finish_statistic(const Task& task, const Output<T>& out, const float* partial, float* to) const {
+    float totals[lanes];
+    reduce_squares(partial, lanes, totals);
+    for (int64_t i = 0; i < out.channels; ++i) to[task.n * a_.c_out + out.at[i]] = totals[i];
   }
 
   const ConvArgs<T>& a_;

@@ -114,7 +114,7 @@ ISW_INLINE void finish_strip(const Strip<T>& s, int c, Vec (&sum)[vectors]) {
   const int64_t plane = out.at[c] * out.plane;
   const T* residual = out.residual && out.residual_keep[out.at[c]] ? out.residual + plane : nullptr;
   float* squares = out.squares + c * lanes;
-  Vec total = load(squares);
+  Vec total = load(squares), values = {};
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) {
     const int64_t pixels = v < vectors - 1 ? lanes : s.pixels - v * lanes;
@@ -123,8 +123,10 @@ ISW_INLINE void finish_strip(const Strip<T>& s, int c, Vec (&sum)[vectors]) {
     value = rounded<T>(activate<act>(out.act, value));
     store_first(out.y + plane + v * lanes, value, pixels);
     total += value * value;
+    values += value;
   }
   store(squares, total);
+  if (out.sums) store(out.sums + c * lanes, load(out.sums + c * lanes) + values);
 }
 
 template <Act act, int vectors, typename T>
@@ -209,7 +211,7 @@ class Pointwise {
         packed_(runner.workers * packed_size),
         weights_(std::is_same_v<T, float> && !args.out_keep ? 0 : runner.workers * weights_size),
         sums_(runner.workers * sums_size()),
-        squares_(runner.workers * squares_size()) {
+        squares_(runner.workers * (args.sums ? 2 : 1) * squares_size()) {
     if (args.out_keep) std::fill(weights_.get(), weights_.get() + runner.workers * weights_size, 0.0f);
   }
 
@@ -256,15 +258,17 @@ class Pointwise {
 
   void compute_task(const Task& task) {
     const Window& w = a_.window;
-    float* squares = squares_.get() + task.worker * squares_size();
-    std::fill(squares, squares + squares_size(), 0.0f);
+    float* squares = squares_of(task);
+    for (int64_t statistic = 0; statistic < (a_.sums ? 2 : 1); ++statistic)
+      std::fill_n(squares + statistic * sums_behind(), squares_size(), 0.0f);
     const int64_t first = w.oh * task.slot / a_.slots * w.ow, last = w.oh * (task.slot + 1) / a_.slots * w.ow;
     const int64_t kept = kept_.count(task.n);
-    float* slot = a_.squares + (task.n * a_.slots + task.slot) * a_.c_out;
+    const int64_t slot = (task.n * a_.slots + task.slot) * a_.c_out;
     out_.for_dropped(task.n, a_.c_out * task.part / parts_, a_.c_out * (task.part + 1) / parts_, [&](int64_t channel) {
       T* y = a_.y + (task.n * a_.c_out + channel) * pixels();
       std::fill(y + first, y + last, T{});
-      slot[channel] = 0;
+      a_.squares[slot + channel] = 0;
+      if (a_.sums) a_.sums[slot + channel] = 0;
     });
     for (int64_t p = first; task.channels && p < last;) {
       Panel panel = panel_at(p, last, smaller(kept, panel_channels));
@@ -277,11 +281,17 @@ class Pointwise {
       p = panel.pixel[panel.strips];
     }
     for (int64_t c = 0; c < task.channels; c += lanes) {
-      float sums[lanes];
-      reduce_squares(squares + c * lanes, lanes, sums);
-      for (int64_t i = 0; i < smaller(lanes, task.channels - c); ++i) slot[task.outputs[c + i]] = sums[i];
+      finish_statistic(task, c, squares + c * lanes, a_.squares + slot);
+      if (a_.sums) finish_statistic(task, c, squares + sums_behind() + c * lanes, a_.sums + slot);
     }
   }
+  void finish_statistic(const Task& task, int64_t c, const float* partial, float* slot) const {
+    float totals[lanes];
+    reduce_squares(partial, lanes, totals);
+    for (int64_t i = 0; i < smaller(lanes, task.channels - c); ++i) slot[task.outputs[c + i]] = totals[i];
+  }
+  float* squares_of(const Task& task) const { return squares_.get() + task.worker * squares_size(); }
+  int64_t sums_behind() const { return runner_.workers * squares_size(); }
 
   // As many strips as the panel holds next to this many channels.
   static Panel panel_at(int64_t pixel, int64_t last, int64_t channels) {
@@ -354,7 +364,8 @@ class Pointwise {
     strip.out.plane = pixels();
     strip.out.at = task.outputs + c;
     strip.out.residual_keep = residual_kept_.keep() + task.n * a_.c_out;
-    strip.out.squares = squares_.get() + task.worker * squares_size() + c * lanes;
+    strip.out.squares = squares_of(task) + c * lanes;
+    strip.out.sums = a_.sums ? strip.out.squares + sums_behind() : nullptr;
     strip.out.act = a_.act;
     return strip;
   }

@@ -38,6 +38,13 @@ static float threshold_of(const Gate& gate, const float* norms, float* deviation
   return variation > gate.alpha ? gate.beta * mean : -1.0f;
 }
 
+// Those of norms whose threshold is not above them.
+static void keep_large(const Gate& gate, const float* norms, int64_t channels, bool* keep) {
+  Buffer<float> deviations(channels);
+  const float threshold = threshold_of(gate, norms, deviations.get(), channels);
+  for (int64_t c = 0; c < channels; ++c) keep[c] = !(norms[c] < threshold);
+}
+
 static void decide(const Gate& gate, int64_t n, int64_t channels, bool* keep) {
   if (gate.keep) {
     const uint8_t* given = gate.keep + n * channels;
@@ -45,10 +52,9 @@ static void decide(const Gate& gate, int64_t n, int64_t channels, bool* keep) {
   } else if (!gate.squares) {
     memset(keep, 1, channels);
   } else {
-    Buffer<float> norms(channels), deviations(channels);
+    Buffer<float> norms(channels);
     norms_of(gate, n, channels, norms.get());
-    const float threshold = threshold_of(gate, norms.get(), deviations.get(), channels);
-    for (int64_t c = 0; c < channels; ++c) keep[c] = !(norms.get()[c] < threshold);
+    keep_large(gate, norms.get(), channels, keep);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "api.h"
 #include "decide.h"
 #include "element.h"
+#include "epilogue.h"
 #include "masks.h"
 #include "pack.h"
 #include "vec.h"
@@ -23,7 +24,7 @@ constexpr int64_t plane_pixels = 16384;  // of a task, or its turn would cost mo
 
 template <Act act, int vectors, typename T>
 ISW_INLINE void run_span_part(Act actual, const float* in, const int64_t* taps, const float* weights, int64_t count,
-                              float bias, int64_t pixels, T* y, Vec& squares) {
+                              float bias, int64_t pixels, T* y, Total& total) {
   Vec sum[vectors];
   ISW_UNROLL
   for (int v = 0; v < vectors; ++v) sum[v] = broadcast(bias);
@@ -37,14 +38,14 @@ ISW_INLINE void run_span_part(Act actual, const float* in, const int64_t* taps, 
     const int64_t left = larger(0, smaller(lanes, pixels - v * lanes));
     const Vec value = rounded<T>(activate<act>(actual, only_first(sum[v], left)));
     store_first(y + v * lanes, value, left);
-    squares += value * value;
+    total.add(value);
   }
 }
 
 // Rows that a vector holds, several at once.
 template <Act act, int rows, typename T>
 ISW_INLINE void run_narrow_rows(Act actual, const float* in, int64_t pitch, const int64_t* taps, const float* weights,
-                                int64_t count, float bias, int64_t width, T* y, Vec& squares) {
+                                int64_t count, float bias, int64_t width, T* y, Total& total) {
   Vec sum[rows];
   ISW_UNROLL
   for (int r = 0; r < rows; ++r) sum[r] = broadcast(bias);
@@ -57,7 +58,7 @@ ISW_INLINE void run_narrow_rows(Act actual, const float* in, int64_t pitch, cons
   for (int r = 0; r < rows; ++r) {
     const Vec value = rounded<T>(activate<act>(actual, only_first(sum[r], width)));
     store_first(y + r * width, value, width);
-    squares += value * value;
+    total.add(value);
   }
 }
 
@@ -68,7 +69,7 @@ struct Lines {
   const float* weights[planes];
   float bias[planes];
   T* y[planes];
-  Vec squares[planes];
+  Total total[planes];
 };
 
 template <Act act, int vectors, typename T, int planes>
@@ -96,14 +97,14 @@ ISW_INLINE void run_masked_part(Act actual, Lines<T, planes>& lines, const TapMa
       const int64_t left = v < vectors - 1 ? lanes : smaller(lanes, pixels - pixel - v * lanes);
       const Vec value = rounded<T>(activate<act>(actual, only_first(sum[i][v], left)));
       store_first(lines.y[i] + pixel + v * lanes, value, left);
-      lines.squares[i] += value * value;
+      lines.total[i].add(value);
     }
 }
 
 // A vector of outputs of several rows; x and y are planes. `vectors`: those that the masks leave anything of.
 template <Act act, int rows, int vectors, typename T>
 ISW_INLINE void run_halved_rows(Act actual, const Window& w, const float* x, int64_t row, int64_t column,
-                                const Mask* masks, const float* weights, float bias, T* y, Vec& squares) {
+                                const Mask* masks, const float* weights, float bias, T* y, Total& total) {
   Vec sum[rows];
   ISW_UNROLL
   for (int r = 0; r < rows; ++r) sum[r] = broadcast(bias);
@@ -131,7 +132,7 @@ ISW_INLINE void run_halved_rows(Act actual, const Window& w, const float* x, int
   for (int r = 0; r < rows; ++r) {
     const Vec value = rounded<T>(activate<act>(actual, only_first(sum[r], pixels)));
     store_first(y + (row + r) * w.ow + column, value, pixels);
-    squares += value * value;
+    total.add(value);
   }
 }
 
@@ -252,7 +253,7 @@ class Depthwise {
       lines.weights[i] = weights_.get() + channels[i] * taps_;
       lines.bias[i] = a_.bias[channels[i]];
       lines.y[i] = a_.y + plane * pixels;
-      lines.squares[i] = Vec{};
+      lines.total[i] = Total{};
     }
     constexpr int vectors = span_vectors / planes;
     int64_t p = 0;
@@ -261,7 +262,7 @@ class Depthwise {
     for (; p < pixels; p += lanes) run_masked_part<act, 1>(a_.act, lines, masks_, taps_, p, pixels);
     ISW_UNROLL
     for (int i = 0; i < planes; ++i)
-      a_.squares[task.n * a_.c_in + channels[i]] = reduce_add(lines.squares[i]);
+      keep_total(task.n * a_.c_in + channels[i], lines.total[i]);
   }
 
   template <Act act>
@@ -269,17 +270,17 @@ class Depthwise {
     const Window& w = a_.window;
     const float* weights = weights_.get() + c * taps_;
     T* y = a_.y + plane * w.oh * w.ow;
-    Vec squares = {};
+    Total total = {};
     for (int64_t column = 0; column < w.ow; column += lanes) {
       const bool two = halved_.reads_second(column);
       int64_t row = 0;
       for (; row + span_vectors <= w.oh; row += span_vectors)
         (two ? run_halved_rows<act, span_vectors, 2, T> : run_halved_rows<act, span_vectors, 1, T>)(
-            a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, squares);
+            a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, total);
       for (; row < w.oh; ++row)
-        run_halved_rows<act, 1, 2>(a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, squares);
+        run_halved_rows<act, 1, 2>(a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, total);
     }
-    a_.squares[plane] = reduce_add(squares);
+    keep_total(plane, total);
   }
 
   template <Act act>
@@ -292,6 +293,11 @@ class Depthwise {
     for (; p + lanes <= pixels; p += lanes) store(y + p, value);
     store_first(y + p, value, pixels - p);
     a_.squares[plane] = value[0] * value[0] * static_cast<float>(pixels);
+    if (a_.sums) a_.sums[plane] = value[0] * static_cast<float>(pixels);
+  }
+  void keep_total(int64_t plane, const Total& total) const {
+    a_.squares[plane] = reduce_add(total.squares);
+    if (a_.sums) a_.sums[plane] = reduce_add(total.sums);
   }
 
   template <Act act>
@@ -299,24 +305,24 @@ class Depthwise {
     const Window& w = a_.window;
     const float* weights = weights_.get() + c * taps_;
     T* y = a_.y + plane * w.oh * w.ow;
-    Vec squares = {};
+    Total total = {};
     int64_t row = 0;
     for (; w.ow <= lanes && row + span_vectors <= w.oh; row += span_vectors)
       run_narrow_rows<act, span_vectors>(a_.act, packed + row * packing_.pitch, packing_.pitch, offsets_.get(), weights,
-                                         taps_, a_.bias[c], w.ow, y + row * w.ow, squares);
-    for (; row < w.oh; ++row) run_span<act>(c, packed + row * packing_.pitch, w.ow, y + row * w.ow, squares);
-    a_.squares[plane] = reduce_add(squares);
+                                         taps_, a_.bias[c], w.ow, y + row * w.ow, total);
+    for (; row < w.oh; ++row) run_span<act>(c, packed + row * packing_.pitch, w.ow, y + row * w.ow, total);
+    keep_total(plane, total);
   }
 
   template <Act act>
-  void run_span(int64_t c, const float* in, int64_t pixels, T* y, Vec& squares) const {
+  void run_span(int64_t c, const float* in, int64_t pixels, T* y, Total& total) const {
     const float* weights = weights_.get() + c * taps_;
     int64_t p = 0;
     for (; pixels - p > 2 * lanes; p += span_vectors * lanes)
       run_span_part<act, span_vectors>(a_.act, in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p,
-                                       squares);
+                                       total);
     for (; p < pixels; p += lanes)
-      run_span_part<act, 1>(a_.act, in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p, squares);
+      run_span_part<act, 1>(a_.act, in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p, total);
   }
 
   const ConvArgs<T>& a_;

@@ -17,6 +17,7 @@ struct Output {
   const T* residual;  // like y, or null
   const bool* residual_keep;
   float* squares;  // [channels][lanes], added to
+  float* sums;  // the same, not squared, or null
   Act act;
 };
 
@@ -28,6 +29,7 @@ ISW_INLINE void finish_channel(const Output<T>& out, int64_t c, Vec value, int64
   store_first(out.y + plane, value, pixels);
   float* squares = out.squares + c * lanes;
   store(squares, load(squares) + value * value);
+  if (out.sums) store(out.sums + c * lanes, load(out.sums + c * lanes) + value);
 }
 
 // At most `lanes` pixels; sums are `stride` floats apart.
@@ -55,17 +57,23 @@ static void finish(const Output<T>& out, const float* sums, int64_t stride, int6
   with_act(out.act, [&](auto act) { finish_with<act.value>(out, sums, stride, pixels); });
 }
 
-// The value of one pixel, channels on the lanes; its square is added to the total.
+// Of values that went by.
+struct Total {
+  Vec squares, sums;
+  void add(Vec value) { squares += value * value, sums += value; }
+};
+
+// The value of one pixel, channels on the lanes; it is added to the total.
 template <Act act, typename T>
-ISW_INLINE Vec finished(Act actual, const float* sums, Vec& total) {
+ISW_INLINE Vec finished(Act actual, const float* sums, Total& total) {
   const Vec value = rounded<T>(activate<act>(actual, load(sums)));
-  total += value * value;
+  total.add(value);
   return value;
 }
 
 template <Act act, typename T>
 ISW_INLINE void pool_row(const Output<T>& out, const float* top, const float* bottom, int64_t stride, int64_t pairs,
-                         T* y, Vec (&total)[4]) {
+                         T* y, Total (&total)[4]) {
   Vec rows[lanes];
   ISW_UNROLL
   for (int i = 0; i < lanes; ++i) {
@@ -82,11 +90,11 @@ ISW_INLINE void pool_row(const Output<T>& out, const float* top, const float* bo
     if (c < out.channels) store_first(y + out.at[c] * out.plane, rows[c], pairs);
 }
 
-// Rows of a map -> 2x2 maxima, before the transpose; out.squares is [lanes], channels on the lanes. What a last odd
-// row or column holds counts for the squares alone.
+// Rows of a map -> 2x2 maxima, before the transpose; out.squares and out.sums are [lanes], channels on the lanes. What a
+// last odd row or column holds counts for these alone.
 template <Act act, typename T>
 static void finish_pooled_with(const Output<T>& out, const float* sums, int64_t stride, int64_t rows, int64_t width) {
-  Vec total[4] = {};
+  Total total[4] = {};
   const int64_t pitch = width * stride, pairs = width / 2;
   T* y = out.y;
   for (int64_t row = 0; row + 2 <= rows; row += 2, sums += 2 * pitch, y += pairs) {
@@ -96,7 +104,11 @@ static void finish_pooled_with(const Output<T>& out, const float* sums, int64_t 
     for (int64_t i = 0; i < 2 && width % 2; ++i) finished<act, T>(out.act, sums + (i + 1) * pitch - stride, total[i]);
   }
   for (int64_t x = 0; x < width && rows % 2; ++x) finished<act, T>(out.act, sums + x * stride, total[x % 4]);
-  store(out.squares, load(out.squares) + ((total[0] + total[1]) + (total[2] + total[3])));
+  const auto add = [&](float* held, Vec Total::*part) {
+    store(held, load(held) + ((total[0].*part + total[1].*part) + (total[2].*part + total[3].*part)));
+  };
+  add(out.squares, &Total::squares);
+  if (out.sums) add(out.sums, &Total::sums);
 }
 
 template <typename T>
@@ -104,7 +116,7 @@ static void finish_pooled(const Output<T>& out, const float* sums, int64_t strid
   with_act(out.act, [&](auto act) { finish_pooled_with<act.value>(out, sums, stride, rows, width); });
 }
 
-// [lanes][lanes] partial squares -> one sum per channel.
+// [lanes][lanes] partial squares, or sums -> one per channel.
 static void reduce_squares(const float* squares, int64_t channels, float* out) {
   Vec rows[lanes];
   ISW_UNROLL

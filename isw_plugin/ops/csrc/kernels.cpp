@@ -7,6 +7,7 @@
 #include "conv1x1_pixel_lanes.h"
 #include "conv1x1_channel_lanes.h"
 #include "pool.h"
+#include "predict.h"
 
 namespace {
 
@@ -34,7 +35,8 @@ void depthwise(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
 }
 
 template <typename T>
-constexpr isw::KernelsFor<T> kernels_for = {conv<T>, depthwise<T>, isw::max_pool<T>, isw::sum_squares<T>};
+constexpr isw::KernelsFor<T> kernels_for = {conv<T>, depthwise<T>, isw::max_pool<T>, isw::sum_squares<T>,
+                                            isw::predict<T>};
 
 constexpr isw::Kernels kernels = {kernels_for<float>, kernels_for<isw::BFloat16>, isw::keep_mask};
 

@@ -58,9 +58,9 @@ Tensor checked(const Tensor& t, int64_t dim, const char* name, at::ScalarType ty
   return t.contiguous();
 }
 
-Tensor checked_map(const Tensor& t) {
-  return checked(t, 4, "x", t.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
-}
+at::ScalarType kept_as(const Tensor& t) { return t.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat; }
+
+Tensor checked_map(const Tensor& t) { return checked(t, 4, "x", kept_as(t)); }
 
 // In float: kernels start their sums from it.
 Tensor checked_bias(const Tensor& bias, const Tensor& x) {
@@ -88,16 +88,28 @@ const isw::KernelsFor<T>& kernels_for() {
   return isw::kernels();
 }
 
+// Of a map: sums of squares (N, S, C), or (2, N, S, C) of these and plain sums.
+struct Statistics {
+  Statistics(int64_t n, int64_t slots, int64_t channels, bool with_sums, const Tensor& like)
+      : tensor(with_sums ? at::empty({2, n, slots, channels}, like.options().dtype(at::kFloat))
+                         : at::empty({n, slots, channels}, like.options().dtype(at::kFloat))),
+        squares(tensor.mutable_data_ptr<float>()),
+        sums(with_sums ? squares + tensor.numel() / 2 : nullptr) {}
+  Tensor tensor;
+  float *squares, *sums;
+};
+
 template <typename T>
 isw::ConvArgs<T> args_of(const isw::ConvShape& shape, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                         const Tensor& residual, const Tensor& y, const Tensor& squares) {
+                         const Tensor& residual, const Tensor& y, const Statistics& statistics) {
   return {shape,
           data<T>(x),
           data<T>(weight),
           data<float>(bias),
           data<T>(residual),
           data_of_new<T>(y),
-          data_of_new<float>(squares)};
+          statistics.squares,
+          statistics.sums};
 }
 
 isw::Act act_of(std::string_view name) {
@@ -138,11 +150,11 @@ Tensor checked_gate(const MaybeTensor& gate) {
   return gate->contiguous();
 }
 
-Tensor checked_keep(const MaybeTensor& keep, int64_t n, int64_t channels) {
+Tensor checked_keep(const MaybeTensor& keep, int64_t n, int64_t channels, const char* name = "out_keep") {
   if (!keep) return {};
   TORCH_CHECK_VALUE(keep->device().is_cpu() && keep->scalar_type() == at::kBool && keep->dim() == 2 &&
                         keep->size(0) == n && keep->size(1) == channels,
-                    "out_keep: expected a bool CPU tensor of shape (", n, ", ", channels, "), got ",
+                    name, ": expected a bool CPU tensor of shape (", n, ", ", channels, "), got ",
                     keep->scalar_type(), " on ", keep->device(), " with shape ", keep->sizes());
   return keep->contiguous();
 }
@@ -185,7 +197,7 @@ Tensor new_map(IntArrayRef sizes, const Tensor& like) { return isw::MapMemory::i
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
                                     IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
                                     double beta, const MaybeTensor& out_keep_, const Residual& residual_,
-                                    int64_t groups, bool pooled) {
+                                    int64_t groups, bool pooled, bool sums) {
   const Tensor x = checked_map(x_), weight = checked(weight_, 5, "weight", x.scalar_type());
   const Tensor bias = checked_bias(bias_, x);
   const Tensor gate = checked_gate(gate_), residual_gate = checked_gate(residual_.gate);
@@ -201,7 +213,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const int64_t unit = pooled ? 2 : 1, height = args.window.oh / unit, width = args.window.ow / unit;
   TORCH_CHECK_VALUE(height > 0 && width > 0, "a map of ", args.window.oh, "x", args.window.ow, " is too small to pool");
   Tensor y = new_map({args.n, args.c_out, height, width}, x);
-  Tensor squares = at::empty({args.n, args.slots, args.c_out}, x.options().dtype(at::kFloat));
+  const Statistics statistics(args.n, args.slots, args.c_out, sums, x);
   const Tensor residual = residual_.x ? checked(*residual_.x, 4, "residual", x.scalar_type()) : Tensor();
   TORCH_CHECK_VALUE(!residual.defined() || residual.sizes() == y.sizes(), "residual: expected shape ", y.sizes(),
                     ", got ", residual.sizes());
@@ -210,40 +222,40 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const Tensor out_keep = checked_keep(out_keep_, args.n, args.c_out);
   args.out_keep = data<uint8_t>(out_keep);
   args.act = act_of(act);
-  if (y.numel() == 0) return {y, squares};
+  if (y.numel() == 0) return {y, statistics.tensor};
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
-    kernels_for<T>().conv(args_of<T>(args, x, weight, bias, residual, y, squares), runner());
+    kernels_for<T>().conv(args_of<T>(args, x, weight, bias, residual, y, statistics), runner());
   });
-  return {y, squares};
+  return {y, statistics.tensor};
 }
 
 std::tuple<Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
                                   IntArrayRef padding, std::string_view act, const MaybeTensor& gate, double alpha,
                                   double beta, const MaybeTensor& residual, const MaybeTensor& residual_gate,
-                                  double residual_alpha, double residual_beta, const MaybeTensor& out_keep) {
+                                  double residual_alpha, double residual_beta, const MaybeTensor& out_keep, bool sums) {
   const Residual added{residual, residual_gate, residual_alpha, residual_beta};
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, added, 1, false);
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, added, 1, false, sums);
 }
 
 std::tuple<Tensor, Tensor> grouped_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups,
                                           IntArrayRef stride, IntArrayRef padding, std::string_view act,
                                           const MaybeTensor& gate, double alpha, double beta,
-                                          const MaybeTensor& out_keep) {
+                                          const MaybeTensor& out_keep, bool sums) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "x: expected Float for a grouped layer, got ", x.scalar_type());
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, groups, false);
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, groups, false, sums);
 }
 
 std::tuple<Tensor, Tensor> pooled_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
                                          IntArrayRef padding, std::string_view act, const MaybeTensor& gate,
-                                         double alpha, double beta, const MaybeTensor& out_keep) {
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, 1, true);
+                                         double alpha, double beta, const MaybeTensor& out_keep, bool sums) {
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, 1, true, sums);
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
                                             IntArrayRef stride, IntArrayRef padding, std::string_view act,
                                             const MaybeTensor& gate_, double alpha, double beta,
-                                            const MaybeTensor& out_keep_) {
+                                            const MaybeTensor& out_keep_, bool sums) {
   const Tensor x = checked_map(x_), weight = checked(weight_, 4, "weight", x.scalar_type());
   const Tensor bias = checked_bias(bias_, x), gate = checked_gate(gate_);
   isw::ConvShape args{};
@@ -258,13 +270,13 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
   args.out_keep = data<uint8_t>(out_keep);
   args.act = act_of(act);
   Tensor y = new_map({args.n, args.c_out, args.window.oh, args.window.ow}, x);
-  Tensor squares = at::empty({args.n, 1, args.c_out}, x.options().dtype(at::kFloat));
-  if (y.numel() == 0) return {y, squares};
+  const Statistics statistics(args.n, 1, args.c_out, sums, x);
+  if (y.numel() == 0) return {y, statistics.tensor};
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
-    kernels_for<T>().depthwise(args_of<T>(args, x, weight, bias, Tensor(), y, squares), runner());
+    kernels_for<T>().depthwise(args_of<T>(args, x, weight, bias, Tensor(), y, statistics), runner());
   });
-  return {y, squares};
+  return {y, statistics.tensor};
 }
 
 Tensor max_pool2d(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
@@ -280,16 +292,16 @@ Tensor max_pool2d(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride, IntA
   return y;
 }
 
-Tensor sum_squares(const Tensor& x_) {
+Tensor sum_squares(const Tensor& x_, bool sums) {
   const Tensor x = checked_map(x_);
-  Tensor squares = at::empty({x.size(0), 1, x.size(1)}, x.options().dtype(at::kFloat));
-  if (squares.numel() == 0) return squares;
+  const Statistics statistics(x.size(0), 1, x.size(1), sums, x);
+  if (statistics.tensor.numel() == 0) return statistics.tensor;
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
-    kernels_for<T>().sum_squares(data<T>(x), data_of_new<float>(squares), squares.numel(), x.size(2) * x.size(3),
-                                 runner());
+    kernels_for<T>().sum_squares(data<T>(x), statistics.squares, statistics.sums, x.size(0) * x.size(1),
+                                 x.size(2) * x.size(3), runner());
   });
-  return squares;
+  return statistics.tensor;
 }
 
 Tensor keep_mask(const Tensor& squares_, double alpha, double beta) {
@@ -299,6 +311,54 @@ Tensor keep_mask(const Tensor& squares_, double alpha, double beta) {
   const isw::Gate gate = gate_of(squares, alpha, beta, squares.size(0), squares.size(2));
   if (keep.numel()) isw::kernels().keep_mask(gate, keep.size(0), keep.size(1), keep.mutable_data_ptr<bool>());
   return keep;
+}
+
+// What is known of a map that a head reads; the tensors of `held` outlive the kernel.
+isw::Source source_of(const Tensor& statistics_, const MaybeTensor& keep_, int64_t positions, int64_t n,
+                      std::vector<Tensor>& held) {
+  const Tensor statistics = checked(statistics_, 4, "statistics");
+  TORCH_CHECK_VALUE(statistics.size(0) == 2 && statistics.size(1) == n && statistics.size(2) > 0,
+                    "statistics: expected squares and sums (2, ", n, ", slots, C), got shape ", statistics.sizes());
+  TORCH_CHECK_VALUE(positions > 0, "positions: expected the pixels of a map, got ", positions);
+  const Tensor keep = checked_keep(keep_, n, statistics.size(3), "keeps");
+  held.insert(held.end(), {statistics, keep});
+  const float* squares = data<float>(statistics);
+  return {squares, squares + statistics.numel() / 2, statistics.size(2), statistics.size(3),
+          static_cast<float>(positions), data<uint8_t>(keep)};
+}
+
+std::tuple<Tensor, Tensor> predict(const Tensor& weight_, const Tensor& bias_, at::TensorList statistics,
+                                   const c10::List<MaybeTensor>& keeps, IntArrayRef positions, int64_t size,
+                                   double alpha, double beta) {
+  const Tensor weight = checked(weight_, 2, "weight", kept_as(weight_));
+  const Tensor bias = checked(bias_, 1, "bias");
+  TORCH_CHECK_VALUE(!statistics.empty() && keeps.size() == statistics.size() && positions.size() == statistics.size(),
+                    "expected as many keeps and positions as statistics, and one at least, got ", keeps.size(), ", ",
+                    positions.size(), " and ", statistics.size());
+  TORCH_CHECK_VALUE(size > 0 && !std::isnan(alpha) && !std::isnan(beta),
+                    "expected a positive size and thresholds that are numbers, got ", size, ", ", alpha, ", ", beta);
+  const int64_t n = statistics[0].dim() == 4 ? statistics[0].size(1) : 0;
+  std::vector<Tensor> held;
+  std::vector<isw::Source> sources;
+  int64_t features = 0;
+  for (size_t i = 0; i < statistics.size(); ++i) {
+    sources.push_back(source_of(statistics[i], keeps[i], positions[i], n, held));
+    features += 2 * sources.back().channels;
+  }
+  TORCH_CHECK_VALUE(weight.size(0) == features && weight.size(1) == bias.size(0), "weight: expected shape (", features,
+                    ", ", bias.size(0), "), got ", weight.sizes());
+  Tensor norms = at::empty({n, bias.size(0)}, bias.options());
+  Tensor keep = at::empty(norms.sizes(), bias.options().dtype(at::kBool));
+  if (norms.numel() == 0) return {norms, keep};
+  with_type_of(weight, [&](auto zero) {
+    using T = decltype(zero);
+    kernels_for<T>().predict({sources.data(), static_cast<int64_t>(sources.size()), n, features, bias.size(0),
+                              data<T>(weight), data<float>(bias), std::sqrt(static_cast<float>(size)),
+                              static_cast<float>(alpha), static_cast<float>(beta), data_of_new<float>(norms),
+                              keep.mutable_data_ptr<bool>()},
+                             runner());
+  });
+  return {norms, keep};
 }
 
 // The library that serves the operators, and the kernels in use, if any yet.
@@ -329,6 +389,7 @@ TORCH_LIBRARY_FRAGMENT(isw, library) {
   on_cpu("max_pool2d", max_pool2d);
   on_cpu("sum_squares", sum_squares);
   on_cpu("keep_mask", keep_mask);
+  on_cpu("predict", predict);
   on_cpu("channel_norm", isw::channel_norm);
   on_cpu("decide", isw::decide);
   on_cpu("mask", isw::mask);

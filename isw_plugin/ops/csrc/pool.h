@@ -56,25 +56,25 @@ static void max_pool(const PoolArgs<T>& a, const Runner& runner) {
   });
 }
 
-template <typename T>
-static float sum_of_squares(const T* x, int64_t size) {
+template <bool squared, typename T>
+static float sum_of(const T* x, int64_t size) {
+  const auto term = [](Vec value) { return squared ? value * value : value; };
   Vec sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * lanes <= size; i += 4 * lanes)
-    for (int v = 0; v < 4; ++v) sums[v] += load(x + i + v * lanes) * load(x + i + v * lanes);
-  for (; i < size; i += lanes) {
-    const Vec value = load_first(x + i, smaller(lanes, size - i));
-    sums[0] += value * value;
-  }
+    for (int v = 0; v < 4; ++v) sums[v] += term(load(x + i + v * lanes));
+  for (; i < size; i += lanes) sums[0] += term(load_first(x + i, smaller(lanes, size - i)));
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 template <typename T>
-static void sum_squares(const T* x, float* squares, int64_t planes, int64_t size, const Runner& runner) {
+static void sum_squares(const T* x, float* squares, float* sums, int64_t planes, int64_t size, const Runner& runner) {
   constexpr int64_t together = 8;
   parallel(runner, ceil_div(planes, together), [&](int64_t task, int64_t) {
-    for (int64_t p = task * together; p < smaller(planes, (task + 1) * together); ++p)
-      squares[p] = sum_of_squares(x + p * size, size);
+    for (int64_t p = task * together; p < smaller(planes, (task + 1) * together); ++p) {
+      squares[p] = sum_of<true>(x + p * size, size);
+      if (sums) sums[p] = sum_of<false>(x + p * size, size);  // from the cache
+    }
   });
 }
 
