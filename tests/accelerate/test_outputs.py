@@ -12,7 +12,8 @@ from isw_plugin.accelerate.lower import lower, lower_all_kept, lower_dense
 from isw_plugin.accelerate.outputs import skip_outputs
 from isw_plugin.accelerate.simplify import simplify
 from isw_plugin.accelerate.trace import trace
-from tests.accelerate.nets import assert_close
+from isw_plugin.gates import FBS
+from tests.accelerate.nets import assert_close, attached
 from tests.accelerate.test_lower import executions, targets
 from tests.conftest import Net
 from tests.predict.nets import PREDICTED, Down, Inverted, Stack, predicting
@@ -94,6 +95,16 @@ def test_only_what_all_readers_drop_is_left_out(case: str) -> None:
     assert (len(layer.args) == 12) == (case == "masked alone") == (mask not in targets(module))
     for found, one in zip(module(*given), wanted, strict=True):
         assert torch.equal(found, one)
+
+
+def test_layers_under_a_gate_that_decides_from_their_inputs_know_their_outputs() -> None:
+    net = Stack().eval()
+    pruner = attached(net, net.images(8), gate=FBS(0.5))
+    images = net.images(8)
+    graph = simplify(trace(net, pruner.sites, images))
+    assert skipping(graph) == {site.name for site in pruner.sites}
+    with torch.no_grad():
+        assert_close(graph(images)[0], net(images))
 
 
 def test_both_layers_of_a_residual_block_skip() -> None:
