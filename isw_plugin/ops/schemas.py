@@ -25,6 +25,7 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
 }
 TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
 TYPES |= {"groups": "int", "axis": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?"}  # others: tensors
+_DEFAULTS = {"out_keep": "=None"}  # it came last
 
 
 def gates(parameter: str) -> bool:
@@ -37,8 +38,7 @@ def _argument(parameter: str) -> str:
     prefix = parameter.removesuffix("gating")
     if gates(parameter):
         return f"Tensor? {prefix}gate, float {prefix}alpha, float {prefix}beta"
-    default = "=None" if parameter == "out_keep" else ""  # it came last
-    return f"{TYPES.get(parameter, 'Tensor')} {parameter}{default}"
+    return f"{TYPES.get(parameter, 'Tensor')} {parameter}{_DEFAULTS.get(parameter, '')}"
 
 
 def _schema(name: str, plain: Callable[..., Any]) -> str:
