@@ -10,10 +10,12 @@ import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import timm
 import torch
+import torch._inductor.graph as inductor_graph
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -22,24 +24,27 @@ from isw_plugin.ops import cpu
 
 RUNNER = Path(__file__).with_name("run.cpp")
 
-
 _aten = torch.ops.aten
-_COMPILED = {_aten.sym_size.int, _aten.view.default, _aten.reshape.default, _aten.linear.default, _aten.addmm.default}
+_COMPILED = {  # which AOTInductor cannot call as they are: sizes, and calls with defaults that are numbers
+    *(_aten.sym_size.int, _aten.view.default, _aten.reshape.default, _aten.t.default, _aten.permute.default),
+    *(_aten.linear.default, _aten.addmm.default),
+}
 
 
 def write_package(fast: Any, images: Tensor, file: Path) -> None:
     """An AOTInductor package of an accelerated model, for any number of images.
 
-    The mode "lite" calls PyTorch's own operators, so that results are the same to the last bit. It cannot call those of
-    sizes and linear layers, which it compiles: to calls of the same functions.
+    The mode "lite" calls PyTorch's own operators, so that results are the same to the last bit. PyTorch 2.14 has no
+    setting for the few that must be compiled, to calls of the same functions.
     """
+    calls = inductor_graph.should_fallback_by_default
+    chosen = mock.patch.object(
+        inductor_graph, "should_fallback_by_default", lambda node: node.target not in _COMPILED and calls(node)
+    )
     shapes = {"x": {0: torch.export.Dim("batch")}}
     options = torch._inductor.list_mode_options("lite")
-    with torch.no_grad():
+    with torch.no_grad(), chosen:
         program = torch.export.export(fast, (images,), dynamic_shapes=shapes)
-        for node in program.graph.nodes:
-            if node.target in _COMPILED:
-                node.meta["custom"] = {"compile_with_inductor": True}
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
 
 
@@ -70,7 +75,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     images = torch.randn(2, 3, 64, 64)  # give real ones
     model = timm.create_model(options.model, num_classes=10).eval()
-    fast = InstanceWisePruner(model, alpha=0.0, beta=1.0).accelerate(images, backend="gated")
+    fast = InstanceWisePruner(model, images, alpha=0.0, beta=1.0).accelerate(images, backend="gated")
     package, program = options.folder / "model.pt2", options.folder / "run"
     write_package(fast, images, package)
     print(shlex.join(compile_runner(program)))
