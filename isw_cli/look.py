@@ -123,10 +123,11 @@ def write_export(request: Request, to: Path, force: bool, json: bool) -> None:
     if to.exists() and not force:
         raise InputError(f"--to {to} exists: name another file, or pass --force to replace it")
     found = subject(request)
-    source = found.model if isinstance(found.model, LoadedModel) else found.pruner
+    fast = found.model if isinstance(found.model, LoadedModel) else None
+    source = fast or found.pruner
     if source is None:
         raise InputError(f"{found.name} has no gates: name a folder of `isw gate` (OUT/gated) or of save_pretrained")
-    inputs = None if request.size is None or source is found.model else example(found, request)
+    inputs = None if request.size is None or fast else example(found, request)
     path = writers[to.suffix](source, to, inputs)
-    gates = "no gates" if source is found.model else "gates act by zeros"
+    gates = "no gates" if fast else "gates act by zeros"
     as_json({"file": str(path)}) if json else tell(f"wrote {path}: {gates}, dropped channels are computed")

@@ -113,7 +113,7 @@ def _content(source: Any, example_inputs: Inputs | None) -> bytes:
 
 def _dense(fast: Accelerated | LoadedModel) -> bytes:
     """What onnxruntime runs of an accelerated model."""
-    plans = fast.plans.values() if isinstance(fast, Accelerated) else [plan for _, plan in fast._graphs]
+    plans = [*fast.plans.values()] if isinstance(fast, Accelerated) else [plan for _, plan in fast._graphs]
     found = next((plan.runtime for plan in plans if plan.runtime is not None), None)
     if found is None:
         raise UnsupportedError(

@@ -1,10 +1,14 @@
-"""Links of pages to files outside of docs/ lead to the repository, where ``repo_url`` names one; else they are text."""
+"""Links of pages to files outside of docs/ lead to the repository, where ``repo_url`` names one; else they are text.
+
+Links of notebooks, which no plugin follows, lead to pages.
+"""
 
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+_FROM_NOTEBOOK = re.compile(r'href="\.\./([\w-]+)\.md')
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")  # text, path, section
 
 
@@ -22,3 +26,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         return f"[{link[1]}]({repository}/blob/main/{path}{link[3] or ''})" if repository else link[1]
 
     return _LINK.sub(outside, markdown)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Called by mkdocs for every page that was made."""
+    return _FROM_NOTEBOOK.sub(r'href="../../\1/', html) if page.file.src_uri.endswith(".ipynb") else html

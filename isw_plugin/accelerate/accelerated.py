@@ -157,8 +157,8 @@ class Accelerated(Recording, Snapshot):
         return f"{whole}\nthe rest runs {rest}: {self.reason}"
 
     def verdict(self) -> str:
-        """How many times as fast as the best dense form it was seen to be, or why it is not faster, in a sentence."""
-        return verdict(self)
+        """How many times as fast as the best dense form it, or its part, was seen to be, or why it is not faster."""
+        return f"{self.part} alone: {verdict(self)}" if self.part else verdict(self)
 
     def prepare(self, examples: Iterable[Inputs | int]) -> None:
         """Make the graphs for these inputs now, not within the first call of each, and hold them all.

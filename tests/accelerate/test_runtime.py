@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isw_plugin import InstanceWisePruner, load_accelerated
+from isw_plugin import InstanceWisePruner, export, load_accelerated
 from isw_plugin.accelerate import choose, plan, runtime, saved
 from isw_plugin.accelerate.accelerated import Accelerated
 from isw_plugin.accelerate.runtime import OnnxRuntime, is_installed, require_own
-from isw_plugin.errors import StateMismatchError
+from isw_plugin.errors import StateMismatchError, UnsupportedError
 from tests.accelerate.nets import assert_close
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="onnx and onnxruntime are not installed")
@@ -198,3 +198,21 @@ def test_onnx_that_is_not_ours_is_refused_at_load(
         fast.save_pretrained(tmp_path)
     with pytest.raises(StateMismatchError, match="ONNX model holds what this isw_plugin does not write: save"):
         load_accelerated(tmp_path)
+
+
+def test_what_it_runs_is_a_file(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    fast, x = dense(Net(FUNCTIONS["silu"]), torch.randn(2, 3, 12, 12)), torch.randn(5, 3, 12, 12)
+    fast.save_pretrained(tmp_path / "fast")
+    for name, source in (("fast.onnx", fast), ("loaded.onnx", load_accelerated(tmp_path / "fast"))):
+        session = onnxruntime.InferenceSession(export.onnx(source, tmp_path / name))
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_close(torch.from_numpy(found), fast(x))
+
+
+def test_what_our_kernels_run_is_none(tmp_path: Path) -> None:
+    model, images = Net(F.relu), torch.randn(3, 3, 12, 12)
+    gated = InstanceWisePruner(model.eval(), images[:1], alpha=0.0, beta=1.0).accelerate(images, backend="gated")
+    with pytest.raises(UnsupportedError, match="runs kernels that no other runtime has: export the pruner"):
+        export.onnx(gated, tmp_path / "gated.onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -161,6 +161,8 @@ def test_where_onnxruntime_is_the_fastest_its_file_is_written(place: Path, monke
     session, x = runtime.InferenceSession("out/dense.onnx"), torch.randn(3, 3, 16, 16)
     (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(outputs), _net(place).eval()(x).detach(), atol=1e-5, rtol=1e-4)
+    assert "no gates" in isw("export", "out/fast", "--to", "again.onnx").stdout
+    assert Path("again.onnx").read_bytes() == Path("out/dense.onnx").read_bytes()
     isw(*arguments, "--force")
 
 
