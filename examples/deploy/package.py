@@ -26,7 +26,7 @@ RUNNER = Path(__file__).with_name("run.cpp")
 
 _aten = torch.ops.aten
 _COMPILED = {  # which AOTInductor cannot call as they are: sizes, and calls with defaults that are numbers
-    *(_aten.sym_size.int, _aten.view.default, _aten.reshape.default, _aten.t.default, _aten.permute.default),
+    *(_aten.sym_size.int, _aten.view.default, _aten.reshape.default),
     *(_aten.linear.default, _aten.addmm.default),
 }
 
