@@ -13,13 +13,14 @@ from isw_cli.look import loaded
 from isw_cli.models import attached
 from isw_cli.output import Tracked, as_json, folder_for, table, tell
 from isw_cli.request import Request
+from isw_cli.rival import faster_by_openvino
 from isw_plugin import calibrate, evaluate, export
 from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import UnsupportedError
 
 __all__ = ["gate_model", "write_report"]
 
-_WRITTEN = ("gated", "fast", "dense.onnx")
+_WRITTEN = ("gated", "fast", "dense.onnx", "dense.xml")
 
 
 def gate_model(request: Request, out: Path, max_drop: float, force: bool, json: bool) -> None:
@@ -42,6 +43,7 @@ def gate_model(request: Request, out: Path, max_drop: float, force: bool, json: 
         if fast.execution == "dense" and fast.fitted.runtime == "onnxruntime" and not fast.part:
             export.onnx(fast, draft / "dense.onnx")
             verdict += ". onnxruntime is the fastest here: dense.onnx is what it runs, without gates"
+        verdict += faster_by_openvino(pruner, fast, inputs, draft / "dense.xml")
         shown: dict[str, Any] = {"title": f"{name}, gated", "caption": f"{name} on {request.data}", "speed": verdict}
         write(on, draft / "report", classes=images.classes, calibration=choice, off=off, **shown)
         facts = {

@@ -152,6 +152,7 @@ def test_where_onnxruntime_is_the_fastest_its_file_is_written(place: Path, monke
     runtime = pytest.importorskip("onnxruntime")
     accelerate = InstanceWisePruner.accelerate
     monkeypatch.setattr("isw_plugin.accelerate.plan.is_installed", lambda: True)
+    monkeypatch.setattr("isw_cli.gating.faster_by_openvino", lambda *_: "")
     monkeypatch.setattr("isw_plugin.accelerate.choose._medians", lambda rounds: [3.0, 2.0, 1.0][-len(rounds[0]) :])
     monkeypatch.setattr(InstanceWisePruner, "accelerate", lambda self, x: accelerate(self, x, backend="dense"))
     arguments = ("gate", "net.py:net", "--data", "data", "--size", "16", "--max-drop", "0.49", "--out", "out", "--json")
@@ -164,6 +165,16 @@ def test_where_onnxruntime_is_the_fastest_its_file_is_written(place: Path, monke
     assert "no gates" in isw("export", "out/fast", "--to", "again.onnx").stdout
     assert Path("again.onnx").read_bytes() == Path("out/dense.onnx").read_bytes()
     isw(*arguments, "--force")
+
+
+def test_where_openvino_is_the_fastest_its_file_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = ". OpenVINO is 2.00 times as fast here: dense.xml is what it runs, without gates"
+    monkeypatch.setattr("isw_cli.gating.faster_by_openvino", lambda *given: given[-1].write_text("of it") and says)
+    arguments = ("gate", "net.py:net", "--data", "data", "--size", "16", "--max-drop", "0.49", "--out", "out", "--json")
+    found = json.loads(isw(*arguments).stdout)
+    assert found["verdict"].endswith(says)
+    assert found["wrote"][-1] == "dense.xml"
+    assert says in Path("out/report/index.html").read_text()
 
 
 def test_images_are_prepared_as_timm_does(tmp_path: Path) -> None:
