@@ -32,7 +32,7 @@ def faster_by_openvino(pruner: InstanceWisePruner, fast: Accelerated, images: Te
         export.openvino(_ungated(pruner, images), file, images)
     except ISWError:  # it cannot be exported: there is nothing to compare
         return ""
-    runs = {"ours": partial(fast, images), "openvino": _run(file, images)}
+    runs: dict[str, Callable[[], object]] = {"ours": partial(fast, images), "openvino": _run(file, images)}
     times = compare(runs, len(images), _ROUNDS, torch.device("cpu"))
     faster = times["ours"].ms_per_image / times["openvino"].ms_per_image
     if faster > _SURE:
