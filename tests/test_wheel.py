@@ -90,7 +90,6 @@ print(cpu.active(), cpu.served_by(), fast.execution, float(record.keep_ratio) < 
 """
 
 
-@pytest.mark.slow  # compiles what is not in the cache: two minutes, or some seconds
 def test_a_wheel_with_kernels_needs_no_compiler_no_cache_and_no_home(tree: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     wheel = wheel_of(tree, ISW_KERNELS="1", ISW_PLUGIN_CACHE=str(cache_folder()))

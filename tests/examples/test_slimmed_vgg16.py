@@ -25,7 +25,7 @@ SMALL = "--width 0.125 --epochs-dense 2 --epochs-finetune 1 --prune-ratio 0.2 --
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with all stages done."""
     out = tmp_path_factory.mktemp("runs") / "done"
-    main(arguments([*SMALL, "--lambda", "0", "1e-6", "--out", str(out)]))
+    main(arguments([*SMALL, "--lambda", "1e-6", "--out", str(out)]))
     return out
 
 
@@ -41,7 +41,7 @@ def test_results_hold_every_row_with_its_provenance(finished: Path) -> None:
     rows = results["rows"]
     assert [row["stage"] for row in rows[:3]] == ["dense", "slimmed", "finetuned"]
     assert [(row["alpha"], row["beta"]) for row in rows[3:5]] == [(0.5, 1.0), (0.7, 0.7)]
-    assert {row["lambda"] for row in rows[2:]} == {0, 1e-6}
+    assert {row["lambda"] for row in rows[2:]} == {1e-6}
     assert [row["execution"] for row in rows[:3]] == ["dense"] * 3
     assert {row["execution"] for row in rows[3:]} <= {"dense", "accelerated"}  # the clock chooses
     assert rows[1]["macs"] < rows[0]["macs"]
@@ -53,7 +53,7 @@ def test_results_hold_every_row_with_its_provenance(finished: Path) -> None:
 
 def test_figures_table_and_models_are_written(finished: Path) -> None:
     names = {file.name for file in finished.iterdir()}
-    assert names >= {"results.txt", "frontier.png", "heatmap.png", "slimmed.safetensors", "finetuned-0.0.safetensors"}
+    assert names >= {"results.txt", "frontier.png", "heatmap.png", "slimmed.safetensors", "finetuned-1e-06.safetensors"}
     assert not any(name.endswith((".draft", ".partial.safetensors", ".pt", ".pkl")) for name in names)
 
 
@@ -115,11 +115,12 @@ def test_wrong_options_are_refused_before_anything_is_made(tmp_path: Path, optio
 
 
 @pytest.mark.usefixtures("untimed")
-def test_another_lambda_needs_no_new_dense_training(finished: Path) -> None:
+def test_further_lambdas_need_no_new_dense_training(finished: Path) -> None:
     before = (finished / "dense.safetensors").stat().st_mtime_ns
-    main(arguments([*SMALL, "--lambda", "1e-5", "--out", str(finished)]))
+    results = main(arguments([*SMALL, "--lambda", "0", "1e-6", "--out", str(finished)]))
     assert (finished / "dense.safetensors").stat().st_mtime_ns == before
-    assert (finished / "finetuned-1e-05.safetensors").exists()
+    assert (finished / "finetuned-0.0.safetensors").exists()
+    assert {row["lambda"] for row in results["rows"][2:]} == {0, 1e-6}
 
 
 def test_errors_end_in_one_line(tmp_path: Path) -> None:
