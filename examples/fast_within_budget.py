@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from budget_report import plots, table
 from gated_training import GatedTraining, load_gates, save_gates, settle
-from images import Batches, DataError, ImageSplits, load
+from images import Batches, ImageSplits, load
 from models import load_model
-from run_folder import OtherRunError, RunFolder, require_free_or_same
+from run_folder import RunFolder, require_free_or_same
 from torch import Tensor, nn
 from training import Schedule, finish, train
 
-from isw_plugin import InstanceWisePruner, ISWError, evaluate
+from isw_cli.errors import in_one_line
+from isw_plugin import InstanceWisePruner, evaluate
 from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import BudgetError, SettingError
 from isw_plugin.measure import compare, hardware
@@ -279,9 +280,5 @@ def check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line(resumable=True):
         main(arguments())
-    except (DataError, OtherRunError, ISWError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped: run the same command again to go on from the last saved epoch")

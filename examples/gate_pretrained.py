@@ -28,7 +28,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
-from isw_plugin import InstanceWisePruner, ISWError, calibrate, evaluate
+from isw_cli.errors import in_one_line
+from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.report import frontier
 
 
@@ -150,7 +151,5 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line():
         main(arguments())
-    except (DataError, ISWError) as error:
-        sys.exit(f"error: {error}")

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from torchvision.datasets import CIFAR10, ImageFolder
 from tqdm import tqdm
 
+from isw_cli.errors import InputError
+
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)  # all that Pillow raises
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """The data set cannot be read as asked; the message names the folder or file."""
 
 

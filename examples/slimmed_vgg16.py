@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from images import Batches, DataError, ImageSplits, load
-from run_folder import OtherRunError, RunFolder, damaged, require_free_or_same
+from images import Batches, ImageSplits, load
+from run_folder import RunFolder, damaged, require_free_or_same
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 from training import Schedule, finish, train
 
-from isw_plugin import Calibration, InstanceWisePruner, ISWError, calibrate, evaluate
+from isw_cli.errors import in_one_line
+from isw_plugin import Calibration, InstanceWisePruner, calibrate, evaluate
 from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import AttachError, BudgetError, SettingError
 from isw_plugin.measure import GateReport, Latency, compare, hardware
@@ -389,9 +390,5 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line(resumable=True):
         main(arguments())
-    except (DataError, OtherRunError, ISWError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped: run the same command again to go on from the last saved epoch")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from isw_cli.errors import in_one_line
 from isw_plugin.toolkits.lightning import FeatureDecay
 
 
@@ -67,4 +68,5 @@ def main(args: argparse.Namespace) -> nn.Module:
 
 
 if __name__ == "__main__":
-    main(recipe.arguments(__doc__, None))
+    with in_one_line():
+        main(recipe.arguments(__doc__, None))

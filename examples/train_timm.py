@@ -17,6 +17,7 @@ from timm.utils import init_distributed_device, is_primary
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from isw_cli.errors import in_one_line
 from isw_plugin import InstanceWisePruner
 from isw_plugin.toolkits.timm import add_feature_decay
 
@@ -92,4 +93,5 @@ def main(args: argparse.Namespace) -> nn.Module:
 
 
 if __name__ == "__main__":
-    main(recipe.arguments(__doc__, None))
+    with in_one_line():
+        main(recipe.arguments(__doc__, None))

@@ -35,7 +35,7 @@ def build_kernels(json: bool) -> None:
     if json:
         as_json(facts)
     else:
-        table("", ("", ""), facts.items())
+        table(facts.items())
 
 
 def examine(json: bool) -> bool:
@@ -64,7 +64,7 @@ def examine(json: bool) -> bool:
     if json:
         as_json(facts | {"missing": missing})
         return "kernels" not in missing
-    table("", ("", ""), facts.items())
+    table(facts.items())
     for name, advice in missing.items():
         tell(f"missing: {name}: {advice}")
     return "kernels" not in missing

@@ -87,7 +87,7 @@ def _show(facts: dict[str, Any]) -> None:
         ("channels dropped", f"{facts['prune_ratio']:.1%}"),
         ("MACs saved", f"{facts['macs_saved']:.1%}"),
     ]
-    table(f"{facts['model']}, {facts['images']:,} images", ("", ""), rows)
+    table(rows, f"{facts['model']}, {facts['images']:,} images")
     tell(facts["verdict"])
     tell("wrote " + ", ".join(f"{facts['out']}/{place}" for place in facts["wrote"]))
 

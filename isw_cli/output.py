@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ __all__ = ["Tracked", "as_json", "errors", "folder_for", "table", "tell"]
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _FIGURES = "classes|cv_per_site|easiest_hardest|easy_to_hard|frontier|heatmap|keep_per_site|latency"
 _OURS = re.compile(  # all that the commands write, below --out
-    rf"dense\.onnx|(report/)?(index\.html|({_FIGURES})\.png)"
+    rf"dense\.(onnx|xml|bin)|(report/)?(index\.html|({_FIGURES})\.png)"
     r"|(gated|fast)/((pruner|accelerated|images)\.json|[a-z]+-[0-9a-f]{16}\.safetensors)"
 )
 _plain = Console(highlight=False, soft_wrap=True, markup=False)
@@ -34,11 +34,10 @@ def tell(text: str) -> None:
     _plain.print(text)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A first column of names, others to the right."""
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for place, column in enumerate(columns):
-        shown.add_column(column, justify="right" if place else "left", overflow="fold")
+def table(rows: Iterable[tuple[str, str]], title: str | None = None) -> None:
+    """Names and what they stand for."""
+    shown = Table("", "", title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    shown.columns[1].overflow = "fold"  # paths
     for row in rows:
         shown.add_row(*row)
     _plain.print(shown)

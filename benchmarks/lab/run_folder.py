@@ -11,10 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from isw_cli.errors import InputError
+
 _LOCK = ".lock"
 
 
-class OtherRunError(ValueError):
+class OtherRunError(InputError):
     """The folder holds something else, a damaged run or one with other settings, or is in use; it was not touched."""
 
 

@@ -11,22 +11,20 @@ at any time and run the same command again. What was not run is listed as such.
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
-from benchmarks.lab.images import DataError, ImageSplits, load
-from benchmarks.lab.run_folder import OtherRunError
+from benchmarks.lab.images import ImageSplits, load
 from benchmarks.paper.figures import FIGURES
 from benchmarks.paper.measuring import Measurer
 from benchmarks.paper.recipes import SCALES, Recipe, recipes
 from benchmarks.paper.tables import TABLES
 from benchmarks.paper.training import Bench, as_pretrained, on_device
 from benchmarks.paper.writing import Writer
-from isw_plugin import ISWError
+from isw_cli.errors import in_one_line
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -127,9 +125,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line(resumable=True):
         main(arguments())
-    except (DataError, OtherRunError, ISWError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped: run the same command again to go on from the last saved epoch")

@@ -11,7 +11,6 @@ DIR/train/CLASS/*.jpg and DIR/test or DIR/val. Interrupt it and run the same com
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Any
 import torch
 
 from benchmarks.lab.circumstances import circumstances
-from benchmarks.lab.images import DataError, Images, ImageSplits, load
-from benchmarks.lab.run_folder import OtherRunError, require_equal
+from benchmarks.lab.images import Images, ImageSplits, load
+from benchmarks.lab.run_folder import require_equal
 from benchmarks.rivals.measuring import BATCHES, measure
 from benchmarks.rivals.networks import NETWORKS
 from benchmarks.rivals.rivals import RIVALS
 from benchmarks.rivals.training import Bench, Scale
-from isw_plugin import ISWError
+from isw_cli.errors import in_one_line
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 SCALES = {
@@ -166,9 +165,5 @@ def _line(cells: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line(resumable=True):
         main(arguments())
-    except (DataError, OtherRunError, ISWError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped: run the same command again to go on from the last saved epoch")

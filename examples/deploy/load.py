@@ -27,8 +27,7 @@ from serve import Classifier
 from torch import nn
 
 from isw_cli.data import images_in, preparation
-from isw_cli.errors import InputError
-from isw_plugin import ISWError
+from isw_cli.errors import InputError, in_one_line
 
 _AGREE = 1e-3  # of a score: batches of other sizes round otherwise
 
@@ -167,9 +166,5 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line():
         sys.exit(main(arguments()))
-    except (ISWError, InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")

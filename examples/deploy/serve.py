@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from isw_cli.data import preparation
-from isw_cli.errors import InputError
-from isw_plugin import ISWError, load_accelerated
+from isw_cli.errors import InputError, in_one_line
+from isw_plugin import load_accelerated
 
 
 class Classifier(litserve.LitAPI):
@@ -174,11 +173,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     try:
-        main(arguments())
-    except (ISWError, InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+        with in_one_line():
+            main(arguments())
     finally:
         for child in multiprocessing.active_children():
             child.terminate()
