@@ -1,8 +1,10 @@
-"""Where `isw` starts. What it imports takes seconds and may swallow ctrl-C: till then that ends the process at once."""
+"""Where `isw` starts. What it imports takes seconds and may swallow ctrl-C: till then that ends the process at once.
+
+Imports nothing here that takes time.
+"""
 
 import os
 import signal
-from typing import Any, NoReturn
 
 __all__ = ["begun", "main"]
 
@@ -21,6 +23,6 @@ def begun() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _end(*_: Any) -> NoReturn:
+def _end(*_: object) -> None:
     os.write(2, b"isw: stopped; nothing was written\n")
     os._exit(130)

@@ -70,8 +70,14 @@ def folder_for(out: Path, force: bool) -> Iterator[Path]:
         if not _OURS.fullmatch(name):
             raise InputError(f"--out {out} holds {name}, which isw did not write: name another folder")
     out = out.absolute()
-    nearest = next(parent for parent in out.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=nearest) as temporary:
+    nearest = next(parent for parent in out.parents if parent.exists())
+    try:
+        place = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=nearest)
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: nothing can be written in {nearest} ({error.strerror}): name another folder"
+        ) from error
+    with place as temporary:
         draft = Path(temporary) / "new"
         draft.mkdir()
         yield draft

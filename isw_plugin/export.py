@@ -100,6 +100,10 @@ def _path(file: str | os.PathLike[str], ending: str) -> Path:
         raise SettingError(f"file={str(file)!r}: a file's name that ends in {ending}, such as {path.stem + ending!r}")
     if not path.parent.is_dir():
         raise SettingError(f"file={str(file)!r}: the folder {path.parent} does not exist")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise SettingError(f"file={str(file)!r}: nothing can be written in {path.parent}: {error.strerror}") from error
     return path
 
 

@@ -210,7 +210,10 @@ def tensors_in(path: Path, digest: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         content = b""
     if hashlib.sha256(content).hexdigest() != digest:
-        raise StateMismatchError(f"{path} is missing or was changed: its checksum is not the one that was saved")
+        raise StateMismatchError(
+            f"{path} is missing or was changed: its checksum is not the one that was saved: "
+            "copy the folder again, or save it anew"
+        )
     try:
         if int.from_bytes(content[:8], "little") > _LARGEST_HEADER:
             raise ValueError(f"a header of more than {_LARGEST_HEADER:,} bytes")

@@ -88,7 +88,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise StateMismatchError(f"{path} was not written by save_pretrained, or is damaged: it has no version")
     if facts["version"] != VERSION or isinstance(facts["version"], bool):
         raise StateMismatchError(
-            f"{path} is of version {short(facts['version'])}, and this isw_plugin reads version {VERSION}"
+            f"{path} is of version {short(facts['version'])}, and this isw_plugin reads version {VERSION}: "
+            "load it by the isw_plugin that wrote it, or save it anew"
         )
     parts = {part: facts[part] if isinstance(facts.get(part), dict) else {} for part in _PARTS}
     lacking = [f"{part}.{key}" for part, keys in _PARTS.items() for key in keys if key not in parts[part]]

@@ -13,12 +13,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import timm
 import torch
 import torch._inductor.graph as inductor_graph
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from isw_cli.errors import in_one_line
+from isw_cli.models import subject
+from isw_cli.request import Request
 from isw_plugin import InstanceWisePruner
 from isw_plugin.ops import cpu
 
@@ -74,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     images = torch.randn(2, 3, 64, 64)  # give real ones
-    model = timm.create_model(options.model, num_classes=10).eval()
+    model = subject(Request(options.model), classes=10).model
     fast = InstanceWisePruner(model, images, alpha=0.0, beta=1.0).accelerate(images, backend="gated")
     package, program = options.folder / "model.pt2", options.folder / "run"
     write_package(fast, images, package)
@@ -84,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

@@ -51,7 +51,7 @@ class Masked:
             output = self._forward(call)
             memory = self.memory
             decided = (dict(memory.keep), dict(memory.norms)) if memory.enabled else ({}, {})
-        return Outcome(pytree.tree_map_only(Tensor, self._given, output), *decided)
+        return Outcome(self._given(output), *decided)
 
     def wanted(self, call: Call) -> Outcome:
         """The same for copies of the inputs, which a forward may change, as it may its buffers: they are put back."""
@@ -77,10 +77,12 @@ class Masked:
             return "the masked model does not give the same twice"
         return apart and f"the graph differs from the masked model: {apart}"
 
-    def _given(self, output: Tensor) -> Tensor:
-        """A caller may change what it gets."""
-        held = (*self.model.parameters(), *self.model.buffers())
-        return output.clone() if any(output is tensor or output._base is tensor for tensor in held) else output
+    def _given(self, output: Any) -> Any:
+        """A caller may change what it gets. A detector gives three tensors an image, so the model is walked once."""
+        held = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return pytree.tree_map_only(
+            Tensor, lambda given: given.clone() if {id(given), id(given._base)} & held else given, output
+        )
 
     def _forward(self, call: Call) -> Any:
         try:

@@ -161,7 +161,7 @@ def _searched(
     _, target_macs, _ = budget
     if target_macs is not None and target_macs <= 1:
         _refuse_share(target_macs, measured.first(1).evaluate(pruner).dense_macs)
-    with tqdm(desc="calibrating", unit="candidate", leave=False) as progress:
+    with tqdm(desc="calibrating", unit="candidate", leave=False, disable=None) as progress:
         trial = Trial(pruner, measured, progress)
         off = trial.reference()
         choice = Choice(off.accuracy, *budget)

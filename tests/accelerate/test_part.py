@@ -47,6 +47,19 @@ def test_the_backbone_of_a_detector_runs_as_a_graph_and_the_rest_masked(pruner: 
     assert fast.summary().splitlines()[-2].startswith("backbone accelerated: gated ")
 
 
+def test_a_forward_walks_the_model_no_more_for_more_images(
+    pruner: InstanceWisePruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether an output is a tensor of the model's own is asked of all outputs at once."""
+    fast, walks, named = accelerated(pruner, "dense"), [], nn.Module.named_modules
+    fast(images(8))  # makes the graph of this size
+    monkeypatch.setattr(nn.Module, "named_modules", lambda *given, **more: walks.append(1) or named(*given, **more))
+    fast(images(4))
+    few = len(walks)
+    fast(images(8))
+    assert len(walks) == 2 * few
+
+
 def test_it_is_evaluated_as_the_masked_model(pruner: InstanceWisePruner) -> None:
     loader = [(images(4), targets(4))]
 

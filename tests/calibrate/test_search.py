@@ -1,3 +1,4 @@
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -260,6 +261,11 @@ def test_thresholds_of_the_users_own_count_in_what_is_sure() -> None:
     assert [c.prune_ratio > 0 for c in found.candidates] == [True, False]
 
 
-def test_progress_shows_a_total(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_a_total_where_somebody_looks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate(pruner(), held_out(), max_drop=0.0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     calibrate(pruner(), held_out(), max_drop=0.0)
     assert "0/36" in capsys.readouterr().err

@@ -157,14 +157,16 @@ def test_where_onnxruntime_is_the_fastest_its_file_is_written(place: Path, monke
     monkeypatch.setattr(InstanceWisePruner, "accelerate", lambda self, x: accelerate(self, x, backend="dense"))
     arguments = ("gate", "net.py:net", "--data", "data", "--size", "16", "--max-drop", "0.49", "--out", "out", "--json")
     found = json.loads(isw(*arguments).stdout)
-    assert found["verdict"].endswith(". onnxruntime is the fastest here: dense.onnx is what it runs, without gates")
+    assert found["verdict"].endswith(". Without gates onnxruntime is the fastest here: dense.onnx is what it runs")
     assert found["wrote"] == ["report/index.html", "gated", "fast", "dense.onnx"]
     session, x = runtime.InferenceSession("out/dense.onnx"), torch.randn(3, 3, 16, 16)
     (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(outputs), _net(place).eval()(x).detach(), atol=1e-5, rtol=1e-4)
     assert "no gates" in isw("export", "out/fast", "--to", "again.onnx").stdout
     assert Path("again.onnx").read_bytes() == Path("out/dense.onnx").read_bytes()
-    isw(*arguments, "--force")
+    monkeypatch.setattr("isw_cli.gating.faster_by_openvino", lambda *_: ". OpenVINO is the fastest")  # of both
+    found = json.loads(isw(*arguments, "--force").stdout)
+    assert (found["verdict"].count("fastest"), found["wrote"][-1]) == (1, "fast")
 
 
 def test_where_openvino_is_the_fastest_its_file_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +299,15 @@ BAD = {
     "another side": (("gate", "net.py:fixed", "--data", "data", "--size", "8"), "does not run on images of 8 x 8"),
     "an architecture for none": (("sites", "net.py:net", "--model", "net.py:net"), "--model net.py:net is for a saved"),
     "an architecture that is none": (("sites", "data", "--model", "net"), "--model net: name a function"),
+    "out in a file": (("gate", "net.py:net", "--data", "data", "--out", "net.py/out"), "nothing can be written in"),
+    "out where none can write": (
+        ("gate", "net.py:net", "--data", "data", "--out", "/proc/out"),
+        "--out /proc/out: nothing",
+    ),
+    "a file where none can write": (
+        ("export", "net.py:gated", "--to", "/proc/m.onnx"),
+        "nothing can be written in /proc",
+    ),
     "out is a file": (("gate", "net.py:net", "--data", "data", "--out", "net.py"), "--out net.py is a file"),
 }
 
