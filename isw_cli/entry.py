@@ -8,10 +8,13 @@ import signal
 
 __all__ = ["begun", "main"]
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)  # `timeout`, `kill` and containers send the other
+
 
 def main() -> None:
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started us ignores it
-        signal.signal(signal.SIGINT, _end)
+    for number in _STOPS:
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):  # else who started us ignores it
+            signal.signal(number, _end)
     from isw_cli.main import app
 
     app()
@@ -19,8 +22,9 @@ def main() -> None:
 
 def begun() -> None:
     """All is imported: from here on ctrl-C is an exception, so that drafts are taken away."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in _STOPS:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _end(*_: object) -> None:

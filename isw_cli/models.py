@@ -145,7 +145,7 @@ def _fill(model: nn.Module, file: Path) -> None:
     from safetensors.torch import load_file
 
     if not file.is_file():
-        raise InputError(f"--weights {file} does not exist")
+        raise InputError(f"--weights {file} {'is a folder: name a file in it' if file.is_dir() else 'does not exist'}")
     state: Any
     try:
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)

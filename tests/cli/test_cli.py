@@ -294,6 +294,10 @@ BAD = {
     "no gates": (("export", "net.py:net", "--to", "m.onnx"), "net.py:net has no gates"),
     "no gates to report": (("report", "net.py:net", "--data", "data", "--size", "16"), "isw gate net.py:net --data"),
     "no weights": (("evaluate", "net.py:net", "--data", "data", "--weights", "gone.pt"), "gone.pt does not exist"),
+    "weights in a folder": (
+        ("evaluate", "net.py:net", "--data", "data", "--weights", "data"),
+        "data is a folder: name",
+    ),
     "weights that are none": (("evaluate", "net.py:net", "--data", "data", "--weights", "net.py"), "no state_dict"),
     "other classes": (("evaluate", "net.py:wide", "--data", "data", "--size", "16"), "1000 outputs and data 3 classes"),
     "another side": (("gate", "net.py:fixed", "--data", "data", "--size", "8"), "does not run on images of 8 x 8"),

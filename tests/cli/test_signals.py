@@ -15,17 +15,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us m
 def stop():
     while {module!r} not in sys.modules: time.sleep(.01)
     time.sleep({seconds})
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.{name})
 threading.Thread(target=stop, daemon=True).start()
 from isw_cli.entry import main
 main()
 """
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize(("module", "seconds"), [("torch", 0), ("timm.models.resnet", 3)], ids=["imports", "work"])
-def test_a_signal_is_one_line(module: str, seconds: float, tmp_path: Path) -> None:
+def test_a_signal_is_one_line(module: str, seconds: float, name: str, tmp_path: Path) -> None:
     """Packages take seconds to be imported, and some swallow what comes meanwhile."""
-    command = [sys.executable, "-c", STOP.format(module=module, seconds=seconds), "bench", "resnet50"]
+    command = [sys.executable, "-c", STOP.format(module=module, seconds=seconds, name=name), "bench", "resnet50"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1].endswith(": stopped; nothing was written")
