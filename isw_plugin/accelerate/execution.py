@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import isw_plugin.ops.cpu as cpu
 from isw_plugin.accelerate.layers import Layer, Linear, mask
 from isw_plugin.accelerate.padding import even
-from isw_plugin.ops.reference import ACTS, DTYPES, borders, pack_weight, pad
+from isw_plugin.ops.reference import ACTS, DTYPES, pack_weight, pad
 
 __all__ = ["DenseConv", "DenseLinear", "GatedConv", "can_skip"]
 
@@ -125,9 +125,10 @@ class DenseConv(nn.Module):
         self.reordered = None if self.linear else self._reordered()
 
     def _reordered(self) -> Any:
-        above, left, below, right = borders(self.border or 0)
-        n, channels, height, width = self.shape
-        return _reordered(self.even, [n, channels, height + above + below, width + left + right])
+        shape = (
+            self.shape if self.border is None else list(pad(torch.empty(self.shape, device="meta"), self.border).shape)
+        )
+        return _reordered(self.even, shape)
 
     def forward(
         self,
