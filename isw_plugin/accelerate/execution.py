@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import isw_plugin.ops.cpu as cpu
 from isw_plugin.accelerate.layers import Layer, Linear, mask
-from isw_plugin.ops.reference import ACTS, DTYPES, pack_weight
+from isw_plugin.accelerate.padding import even
+from isw_plugin.ops.reference import ACTS, DTYPES, pack_weight, pad
 
 __all__ = ["DenseConv", "DenseLinear", "GatedConv", "can_skip"]
 
@@ -40,7 +41,7 @@ class GatedConv(nn.Module):
     """Skips dropped channels.
 
     Gates come as the operators take them: statistics and thresholds, a keep mask and two zeros, or None. Outputs that
-    ``out_keep`` drops are not computed.
+    ``out_keep`` drops are not computed, nor, without ``zeros``, written.
     """
 
     weight: Tensor
@@ -78,6 +79,7 @@ class GatedConv(nn.Module):
         residual_beta: float,
         out_keep: Tensor | None = None,
         sums: bool = False,
+        zeros: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out), those from before a pool.
 
@@ -85,15 +87,16 @@ class GatedConv(nn.Module):
         """
         held = (self.weight, self.bias)
         settings = (self.stride, self.padding, self.act, gate, alpha, beta)
+        made = (out_keep, sums, zeros)
         if self.pooled:
-            outputs = torch.ops.isw.pooled_conv2d.default(x, *held, *settings, out_keep, sums)
+            outputs = torch.ops.isw.pooled_conv2d.default(x, *held, *settings, *made)
         elif self.depthwise:
-            outputs = torch.ops.isw.depthwise_conv2d.default(x, *held, *settings, out_keep, sums)
+            outputs = torch.ops.isw.depthwise_conv2d.default(x, *held, *settings, *made)
         elif self.groups > 1:
-            outputs = torch.ops.isw.grouped_conv2d.default(x, *held, self.groups, *settings, out_keep, sums)
+            outputs = torch.ops.isw.grouped_conv2d.default(x, *held, self.groups, *settings, *made)
         else:
             others = (residual, residual_gate, residual_alpha, residual_beta)
-            outputs = torch.ops.isw.conv2d.default(x, *held, *settings, *others, out_keep, sums)
+            outputs = torch.ops.isw.conv2d.default(x, *held, *settings, *others, *made)
         y, squares = outputs
         return y, squares
 
@@ -111,14 +114,21 @@ class DenseConv(nn.Module):
         self.shape = list(shape)
         one_pixel = layer.is_pointwise and self.shape[2:] == [1, 1]
         self.linear = DenseLinear(layer.as_linear(), self.shape[0]) if one_pixel else None
-        self.reordered = None if one_pixel else _reordered(layer, self.shape)
+        self.even, self.border = even(layer)
+        self.reordered = None if one_pixel else self._reordered()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"reordered": None}  # oneDNN's order cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch
-        self.reordered = None if self.linear else _reordered(self.layer, self.shape)
+        self.reordered = None if self.linear else self._reordered()
+
+    def _reordered(self) -> Any:
+        shape = (
+            self.shape if self.border is None else list(pad(torch.empty(self.shape, device="meta"), self.border).shape)
+        )
+        return _reordered(self.even, shape)
 
     def forward(
         self,
@@ -143,7 +153,8 @@ class DenseConv(nn.Module):
             return flat[:, :, None, None]
         if self.reordered is None or _traced(x):  # a compiler fuses and reorders by itself
             return self.layer.dense(x, residual)
-        layer = self.layer
+        layer = self.even
+        x = x if self.border is None else pad(x, self.border)
         window = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
         act = _ONEDNN_ACTS[layer.act]
         run = torch.ops.mkldnn._convolution_pointwise

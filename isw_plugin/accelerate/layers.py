@@ -38,9 +38,12 @@ def conv(
 ) -> Tensor:
     """Convolution of a map's kept channels (N, C_in, H, W), plus the kept channels of a residual, activated.
 
+    Padding is (vertical, horizontal) or (above, left, below, right).
     Outputs that ``out_keep`` (N, C_out) drops are zero.
     """
     x = x if keep is None else mask(x, keep, 1)
+    if len(padding) == 4:
+        x, padding = reference.pad(x, padding), (0, 0)
     y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
     if residual is not None:
         y = y + (residual if residual_keep is None else mask(residual, residual_keep, 1))
@@ -67,7 +70,7 @@ class Layer:
     weight: Tensor
     bias: Tensor
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: tuple[int, ...]
     dilation: tuple[int, int]
     groups: int
     act: str
@@ -84,7 +87,7 @@ class Layer:
             held,
             zeros if bias is None else constants[bias],  # type: ignore[index]
             _pair(stride),
-            _pair(padding),
+            _padding(padding),
             _pair(dilation),
             int(groups),  # type: ignore[arg-type]
             str(act),
@@ -149,3 +152,7 @@ class Linear:
 def _pair(value: object) -> tuple[int, int]:
     values = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]  # type: ignore[call-overload]
     return (values[0], values[-1])
+
+
+def _padding(value: object) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Sequence) and len(value) == 4 else _pair(value)

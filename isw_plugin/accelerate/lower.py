@@ -142,9 +142,10 @@ class _Lowering:
         with self.graph.inserting_before(node):
             out_keep = node.args[11] if len(node.args) > 11 else None
             if isinstance(module, GatedConv):
-                args = (x, *self._gate(keep), residual, *self._gate(residual_keep), out_keep)
                 predicts = any(user.target is predict for user in node.users)
-                call = self.graph.call_module(name, (*args, True) if predicts else args)
+                zeros = out_keep is None or not all(_leaves_out(user, node, out_keep) for user in node.users)
+                args = (x, *self._gate(keep), residual, *self._gate(residual_keep), out_keep, predicts, zeros)
+                call = self.graph.call_module(name, args)
                 y = self.graph.call_function(operator.getitem, (call, 0))
                 self.squares[y] = found = self.graph.call_function(operator.getitem, (call, 1))
                 if predicts:
@@ -325,6 +326,18 @@ def _from_squares(keep: Any) -> bool:
         return False
     x, axis = keep.args[0].args
     return bool(axis == 1) and _is_map(x)
+
+
+def _leaves_out(user: Any, value: Any, keep: Any) -> bool:
+    """Whether nothing of a map that a decision drops is read there: by a layer, or where statistics stand for it."""
+    if user.target is conv:
+        x, _, _, residual, *decisions = user.args[:6]
+        others = user.args[1:3] + user.args[6:]
+        pairs = zip((x, residual), decisions, strict=True)
+        return value not in others and all(decided is keep for read, decided in pairs if read is value)
+    if user.target is predict:
+        return True
+    return user.target is _isw.channel_norm.default and user.args[1] == 1 and _is_map(value)
 
 
 def _is_map(node: object) -> bool:

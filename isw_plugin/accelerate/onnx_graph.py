@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from isw_plugin.accelerate.layers import conv, linear
 from isw_plugin.errors import UnsupportedError
+from isw_plugin.ops.reference import borders
 
 __all__ = ["onnx_of"]
 
@@ -143,7 +144,7 @@ def _conv(writer: _Writer, node: fx.Node) -> None:
     x, weight, bias, residual, _, _, stride, padding, dilation, groups, act = node.args
     window: dict[str, Any] = {
         "strides": _pair(stride),
-        "pads": _pair(padding) * 2,
+        "pads": list(borders(padding)),  # type: ignore[arg-type]  # whole numbers
         "dilations": _pair(dilation),
         "group": groups,
     }

@@ -58,8 +58,8 @@ def simplify(graph_module: fx.GraphModule) -> fx.GraphModule:
     _fold_constants(graph_module)
     _fold_batch_norms(graph_module)
     _fold_scales(graph_module)
-    _fold_paddings(graph_module)
     _name_layers(graph)
+    _fold_paddings(graph)
     _name_masks(graph)
     name_heads(graph_module, constants_of(graph_module))
     for step in (_fuse_residuals, _fuse_activations, _drop_open_gates, _link, _skip, take_masks_in):
@@ -209,31 +209,6 @@ def _is_foldable(layer: Any, known: dict[fx.Node, Tensor]) -> bool:
     return all(held is None or held in known for held in layer.args[1:3])
 
 
-# -- padding ---------------------------------------------------------------------------------------
-
-
-def _fold_paddings(graph_module: fx.GraphModule) -> None:
-    for layer in _calls(graph_module.graph, _aten.conv2d.default):
-        known = constants_of(graph_module)
-        pad, weight, bias, stride, padding, dilation, groups = _window_of(layer)
-        if getattr(pad, "target", None) is not _aten.pad.default or weight not in known:
-            continue
-        if any(padding) or any(size != 1 for size in dilation):
-            continue
-        own = own_padding(pad, known[weight])
-        if own is not None:
-            padding, longer = own
-            held = weight if longer is known[weight] else _constant(graph_module, layer, longer)
-            layer.args = (pad.args[0], held, bias, stride, padding, dilation, groups)
-    graph_module.graph.eliminate_dead_code()
-
-
-def _window_of(node: Any) -> list[Any]:
-    """Arguments of a convolution, all of them."""
-    defaults = [None, None, None, (1, 1), (0, 0), (1, 1), 1]
-    return list(node.args) + defaults[len(node.args) :]
-
-
 # -- layers ----------------------------------------------------------------------------------------
 
 
@@ -254,6 +229,21 @@ def _name_layers(graph: fx.Graph) -> None:
 def _module_of(node: fx.Node) -> str:
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     return stack[-1].removeprefix("model.") if stack else node.name
+
+
+def _window_of(node: Any) -> list[Any]:
+    """Arguments of a convolution, all of them."""
+    defaults = [None, None, None, (1, 1), (0, 0), (1, 1), 1]
+    return list(node.args) + defaults[len(node.args) :]
+
+
+def _fold_paddings(graph: fx.Graph) -> None:
+    for layer in _calls(graph, conv):
+        pad, padding = layer.args[0], layer.args[7]
+        own = own_padding(pad) if getattr(pad, "target", None) is _aten.pad.default and not any(padding) else None
+        if own is not None:
+            layer.args = (pad.args[0], *layer.args[1:7], own, *layer.args[8:])
+    graph.eliminate_dead_code()
 
 
 def _name_masks(graph: fx.Graph) -> None:

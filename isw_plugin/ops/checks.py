@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from isw_plugin.errors import EngineInputError
-from isw_plugin.ops.reference import ACTS, BLOCK, DTYPES, Gating, Statistics
+from isw_plugin.ops.reference import ACTS, BLOCK, DTYPES, Gating, Statistics, borders
 
 __all__ = [
     "check_conv2d",
@@ -41,10 +41,11 @@ def check_conv2d(
     residual_gating: Gating = None,
     out_keep: Tensor | None = None,
     sums: bool = False,
+    zeros: bool = True,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> None:
     """A convolution of any kind but depthwise."""
-    _check_flag(sums)
+    _check_flag(sums=sums, zeros=zeros)
     check_map(x, dtypes)
     _check_packed(weight, bias, x.shape[1], x, groups)
     _check_window(x, weight.shape[2:4], stride, padding)
@@ -85,9 +86,10 @@ def check_depthwise(
     gating: Gating,
     out_keep: Tensor | None,
     sums: bool,
+    zeros: bool,
 ) -> None:
     """A convolution of every channel by itself."""
-    _check_flag(sums)
+    _check_flag(sums=sums, zeros=zeros)
     check_map(x)
     _check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
     _check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
@@ -98,6 +100,8 @@ def check_depthwise(
 def check_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
     """A window whose padding torch takes, too."""
     check_map(x)
+    if len(padding) != 2:
+        raise EngineInputError(f"padding={padding}: expected a number or two")
     _check_window(x, kernel, stride, padding)
     if any(2 * pad > k for pad, k in zip(padding, kernel, strict=True)):
         raise EngineInputError(f"padding {padding} is more than half the kernel {kernel}")
@@ -114,7 +118,7 @@ def check_keep_mask(squares: Tensor, alpha: float, beta: float) -> None:
 def check_sum_squares(x: Tensor, sums: bool) -> None:
     """A map, and what is asked of it."""
     check_map(x)
-    _check_flag(sums)
+    _check_flag(sums=sums)
 
 
 def check_predict(
@@ -244,9 +248,10 @@ def _check_keep(
     _check_shape(keep, name, (n, channels))
 
 
-def _check_flag(sums: object) -> None:
-    if not isinstance(sums, bool):
-        raise EngineInputError(f"sums={sums!r}: expected True or False")
+def _check_flag(**flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise EngineInputError(f"{name}={flag!r}: expected True or False")
 
 
 def _check_thresholds(alpha: object, beta: object, name: str) -> None:
@@ -265,17 +270,19 @@ def _check_window(x: Tensor, kernel: Sequence[int], stride: Sequence[int], paddi
         )
     if 0 in x.shape[2:]:
         raise EngineInputError(f"x: a map of {x.shape[2]}x{x.shape[3]} is empty")
-    if any(size + 2 * pad < k for size, pad, k in zip(x.shape[2:], padding, kernel, strict=True)):
+    above, left, below, right = borders(padding)
+    if x.shape[2] + above + below < kernel[0] or x.shape[3] + left + right < kernel[1]:
         raise EngineInputError(
             f"x: a map of {x.shape[2]}x{x.shape[3]} with padding {tuple(padding)} is smaller than "
             f"the kernel {tuple(kernel)}"
         )
 
 
-def pair(value: object, name: str) -> tuple[int, int]:
-    """(vertical, horizontal) of a number or of a pair."""
+def pair(value: object, name: str) -> tuple[int, ...]:
+    """(vertical, horizontal) of a number or of a pair; of paddings four numbers stay as they are."""
     numbers = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(numbers) != 2 or not all(map(_is_whole, numbers)):
+    given = len(numbers) == 2 or (name == "padding" and len(numbers) == 4)
+    if not given or not all(map(_is_whole, numbers)):
         raise EngineInputError(f"{name}={value!r}: expected a number or two, whole ones")
     return numbers
 
@@ -290,5 +297,6 @@ def output_size(
     """(OH, OW) of a window that slides over a map of this (H, W)."""
     if min(stride) < 1:
         raise EngineInputError(f"stride {tuple(stride)}: must be positive")
-    height = (size[0] + 2 * padding[0] - kernel[0]) // stride[0] + 1
-    return height, (size[1] + 2 * padding[1] - kernel[1]) // stride[1] + 1
+    above, left, below, right = borders(padding)
+    height = (size[0] + above + below - kernel[0]) // stride[0] + 1
+    return height, (size[1] + left + right - kernel[1]) // stride[1] + 1

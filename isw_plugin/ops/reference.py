@@ -4,6 +4,7 @@ N instances, C channels, S slots: partial sums of squares over S groups of rows 
 A feature's `gating` says which of its channels are kept: `Statistics`, a keep mask (bool (N, C), True = kept),
 or None for all. A dropped channel counts as zero, whatever it holds.
 ``out_keep`` says the same of outputs, before there are any: a dropped one is zero, and so are its sums of squares.
+Without ``zeros`` nobody reads it: it may hold anything, here zero all the same.
 
 Maps and weights are float32 or bfloat16, one type in a call. Sums, bias, residual and activation are computed in
 float32 and rounded once, to the type of x; a bias is float32 or of that type. Sums of squares are float32 and of the
@@ -29,6 +30,7 @@ __all__ = [
     "Gating",
     "Statistics",
     "as_pixels",
+    "borders",
     "conv2d",
     "depthwise_conv2d",
     "grouped_conv2d",
@@ -36,6 +38,7 @@ __all__ = [
     "linear",
     "max_pool2d",
     "pack_weight",
+    "pad",
     "pooled_conv2d",
     "predict",
     "row_slots",
@@ -137,19 +140,32 @@ def _drop(x: Tensor, gating: Gating) -> Tensor:
     return x if keep is None else torch.where(keep.view(keep.shape + (1,) * (x.dim() - 2)), x, 0.0)
 
 
+def borders(padding: int | Sequence[int]) -> tuple[int, ...]:
+    """Zeros (above, left, below, right) of a map."""
+    numbers = (padding, padding) if isinstance(padding, int | torch.SymInt) else tuple(padding)
+    return numbers if len(numbers) == 4 else 2 * numbers
+
+
+def pad(x: Tensor, padding: int | Sequence[int]) -> Tensor:
+    """x (N, C, H, W) with zeros around."""
+    above, left, below, right = borders(padding)
+    return F.pad(x, (left, right, above, below))
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     *,
     stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
+    padding: int | tuple[int, ...] = 0,
     act: str = "none",
     gating: Gating = None,
     residual: Tensor | None = None,
     residual_gating: Gating = None,
     out_keep: Tensor | None = None,
     sums: bool = False,
+    zeros: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Convolution of kept channels, then bias, residual and activation.
 
@@ -158,20 +174,21 @@ def conv2d(
         weight: From pack_weight, (ceil(C_out / 32), C_in, kh, kw, 32).
         bias: (C_out,).
         stride: One number or (vertical, horizontal).
-        padding: One number or (vertical, horizontal).
+        padding: One number, (vertical, horizontal) or (above, left, below, right).
         act: One of ACTS.
         gating: Which input channels are kept.
         residual: Added before the activation, (N, C_out, OH, OW).
         residual_gating: Which of its channels are kept.
         out_keep: Which outputs are kept, bool (N, C_out); None: all.
         sums: Whether plain sums come with the squares.
+        zeros: Whether outputs that are dropped are written.
 
     Returns:
         y (N, C_out, OH, OW) and its partial sums of squares (N, S, C_out); with ``sums`` (2, N, S, C_out), the latter
         and plain ones.
     """
     wide = unpack_weight(weight, bias.shape[0]).float()
-    y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding)
+    y = F.conv2d(pad(_drop(x, gating).float(), padding), wide, bias.float(), stride)
     if residual is not None:
         y = y + _drop(residual, residual_gating)
     y = _drop(ACTS[act](y).to(x.dtype), out_keep)
@@ -185,11 +202,12 @@ def grouped_conv2d(
     groups: int,
     *,
     stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
+    padding: int | tuple[int, ...] = 0,
     act: str = "none",
     gating: Gating = None,
     out_keep: Tensor | None = None,
     sums: bool = False,
+    zeros: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """conv2d without a residual, of channels in groups that do not see each other.
 
@@ -197,13 +215,13 @@ def grouped_conv2d(
         x: Input, float32 (N, C_in, H, W).
         weight: From pack_weight(weight, groups).
         groups: Divides C_in and C_out.
-        stride, padding, act, gating, out_keep, sums, bias: As in conv2d.
+        stride, padding, act, gating, out_keep, sums, zeros, bias: As in conv2d.
 
     Returns:
         As conv2d.
     """
     wide = unpack_weight(weight, bias.shape[0], groups).float()
-    y = F.conv2d(_drop(x, gating).float(), wide, bias.float(), stride, padding, groups=groups)
+    y = F.conv2d(pad(_drop(x, gating).float(), padding), wide, bias.float(), stride, groups=groups)
     y = _drop(ACTS[act](y).to(x.dtype), out_keep)
     return y, _sum_rows(y, sums=sums)
 
@@ -214,11 +232,12 @@ def pooled_conv2d(
     bias: Tensor,
     *,
     stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
+    padding: int | tuple[int, ...] = 0,
     act: str = "none",
     gating: Gating = None,
     out_keep: Tensor | None = None,
     sums: bool = False,
+    zeros: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """conv2d without a residual, then 2x2 max-pooling: the map between the two is never written.
 
@@ -264,11 +283,12 @@ def depthwise_conv2d(
     bias: Tensor,
     *,
     stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
+    padding: int | tuple[int, ...] = 0,
     act: str = "none",
     gating: Gating = None,
     out_keep: Tensor | None = None,
     sums: bool = False,
+    zeros: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise convolution; a dropped channel comes out as act(bias) everywhere.
 
@@ -277,17 +297,18 @@ def depthwise_conv2d(
         weight: As in torch, (C, 1, kh, kw).
         bias: (C,).
         stride: One number or (vertical, horizontal).
-        padding: One number or (vertical, horizontal).
+        padding: One number, (vertical, horizontal) or (above, left, below, right).
         act: One of ACTS.
         gating: Which channels are kept.
         out_keep: Which outputs are kept, bool (N, C); None: all.
         sums: Whether plain sums come with the squares.
+        zeros: Whether outputs that are dropped are written.
 
     Returns:
         y (N, C, OH, OW) and its sums of squares (N, 1, C), or (2, N, 1, C).
     """
-    kept = _drop(x, gating).float()
-    y = ACTS[act](F.conv2d(kept, weight.float(), bias.float(), stride, padding, groups=x.shape[1])).to(x.dtype)
+    kept = pad(_drop(x, gating).float(), padding)
+    y = ACTS[act](F.conv2d(kept, weight.float(), bias.float(), stride, groups=x.shape[1])).to(x.dtype)
     y = _drop(y, out_keep)
     return y, sum_squares(y, sums)
 

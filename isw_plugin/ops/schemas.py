@@ -26,8 +26,8 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
 }
 TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
 TYPES |= {"groups": "int", "axis": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?", "size": "int"}
-TYPES |= {"statistics": "Tensor[]", "keeps": "Tensor?[]", "positions": "int[]", "sums": "bool"}  # others: tensors
-_DEFAULTS = {"out_keep": "=None", "sums": "=False"}  # they came last
+TYPES |= {"statistics": "Tensor[]", "keeps": "Tensor?[]", "positions": "int[]", "sums": "bool", "zeros": "bool"}
+_DEFAULTS = {"out_keep": "=None", "sums": "=False", "zeros": "=True"}  # they came last
 
 
 def gates(parameter: str) -> bool:

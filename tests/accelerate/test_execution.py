@@ -21,12 +21,16 @@ LAYERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {  # weight, window
     "1x5": ((9, 5, 1, 5), {"padding": (0, 2), "stride": (2, 1)}),
     "depthwise": ((5, 1, 3, 3), {"padding": (1, 1), "groups": 5}),
     "depthwise stride 2": ((5, 1, 5, 5), {"padding": (2, 2), "stride": (2, 2), "groups": 5}),
+    "same of many inputs": ((9, 5, 3, 3), {"stride": (2, 2), "padding": (0, 0, 1, 1)}),
+    "same and depthwise": ((5, 1, 3, 3), {"stride": (2, 2), "padding": (0, 1, 1, 1), "groups": 5}),
+    "same and dilated": ((9, 5, 3, 3), {"padding": (1, 2, 2, 2), "dilation": (2, 2)}),
     "dilated": ((9, 5, 3, 3), {"padding": (2, 2), "dilation": (2, 2)}),
     "grouped": ((40, 1, 3, 3), {"groups": 5, "padding": (1, 1)}),
     "grouped with few outputs": ((35, 1, 3, 3), {"groups": 5}),
     "grouped and dilated": ((40, 1, 3, 3), {"groups": 5, "dilation": (2, 2)}),
 }
 SKIPPED = ("3x3", "1x1", "stride 2", "1x5", "depthwise", "depthwise stride 2", "grouped")
+SKIPPED += ("same of many inputs", "same and depthwise")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -72,8 +72,9 @@ isw::Window random_window(std::mt19937& random) {
   };
   w.ph = padding(w.h, w.kh);
   w.pw = padding(w.w, w.kw);
-  w.oh = (w.h + 2 * w.ph - w.kh) / w.sh + 1;
-  w.ow = (w.w + 2 * w.pw - w.kw) / w.sw + 1;
+  const int64_t more = random() % 5 ? 0 : random() % 4;  // behind
+  w.oh = (w.h + 2 * w.ph + more - w.kh) / w.sh + 1;
+  w.ow = (w.w + 2 * w.pw + more - w.kw) / w.sw + 1;
   return w;
 }
 
@@ -91,6 +92,7 @@ Case<T> random_case(std::mt19937& random, bool depthwise) {
     a.c_in = a.groups * choose(random, {1, 4, 16, 33});
     a.c_out = a.groups * choose(random, {1, 8, 16, 24, 40});
   }
+  a.zeros = true;
   a.slots = depthwise ? 1 : isw::slots_of(w.oh, w.ow);
   a.act = static_cast<isw::Act>(random() % 6);
   a.pooled = !depthwise && w.oh > 1 && w.ow > 1 && random() % 3 == 0;

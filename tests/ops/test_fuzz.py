@@ -73,7 +73,7 @@ class Draw(random.Random):
         given = torch.randint(1, 256, keep.shape, generator=self.torch, dtype=torch.uint8) * keep
         return self.choice([(None, None), (keep, keep), (given.view(torch.bool), keep)])
 
-    def window(self) -> tuple[tuple[int, int], ...]:
+    def window(self) -> tuple[tuple[int, ...], ...]:
         """Map, kernel, stride and padding, which may be more than the kernel."""
         size = self.choice([(self.randint(1, 24), self.randint(1, 72)), (n := self.choice([1, 2, 4, 7, 8, 14, 16]), n)])
         kernel = self.choice([(1, 1), (3, 3), (3, 3), (self.randint(1, 7), self.randint(1, 7))])
@@ -81,7 +81,9 @@ class Draw(random.Random):
         same = (kernel[0] // 2, kernel[1] // 2)
         padding = self.choice([same, (self.randint(0, kernel[0] + 3), self.randint(0, kernel[1] + 3))])
         fitting = [max(p, -(-(k - s) // 2)) for p, k, s in zip(padding, kernel, size, strict=True)]
-        return size, kernel, stride, (fitting[0], fitting[1])
+        if self.random() < 0.2:  # as many more behind
+            fitting += [border + self.randint(0, 3) for border in fitting]
+        return size, kernel, stride, tuple(fitting)
 
     def channels(self, macs_of_one: int) -> tuple[int, int]:
         for _ in range(20):
@@ -91,9 +93,11 @@ class Draw(random.Random):
         return 1, 1
 
 
-def check(found: Any, wanted: Any, bound: float) -> None:
-    """Equal but for rounding, where no sum of absolute values is above the bound."""
+def check(found: Any, wanted: Any, bound: float, unread: Tensor | None = None) -> None:
+    """Equal but for rounding, where no sum of absolute values is above the bound, and but for unread outputs."""
     (y, squares), (wanted_y, wanted_squares) = found, wanted
+    if unread is not None:
+        y = y.masked_fill(unread[..., None, None], 0.0)
     sums = wanted_sums = None
     if squares.dim() == 4:
         assert squares.shape == wanted_squares.shape
@@ -109,6 +113,10 @@ def check(found: Any, wanted: Any, bound: float) -> None:
     if sums is not None:
         share = 2.1 * share * (4 * pixels * wanted_squares).sqrt() + 4 * pixels * error
         assert ((sums - wanted_sums).abs() <= share + 1e-30).all()
+
+
+def unread(zeros: bool, out_keep: Tensor | None) -> Tensor | None:
+    return None if zeros or out_keep is None else ~out_keep
 
 
 def bound_of(x: Tensor, weight: Tensor, *added: Tensor) -> float:
@@ -147,15 +155,20 @@ def convolution(draw: Draw, name: str) -> None:
         others = {"residual_gating": residual_keep}
     more = (groups,) if name == "grouped_conv2d" else ()
     options["out_keep"], others["out_keep"] = draw.out_keep(n, groups * outputs)
-    options["sums"] = draw.random() < 0.5
+    options["sums"], options["zeros"] = draw.random() < 0.5, draw.random() < 0.5
     args = hide(draw, x, keep), pack_weight(weight, groups), bias, *more
     wanted = getattr(reference, name)(*args, **options | others, gating=keep)
     bound = bound_of(x, weight, bias, *[residual] if "residual" in options else [])
-    check(getattr(ops, name)(*args, **options, gating=gating), wanted, bound)
+    check(
+        getattr(ops, name)(*args, **options, gating=gating), wanted, bound, unread(options["zeros"], others["out_keep"])
+    )
 
 
 def reference_size(size: Any, kernel: Any, stride: Any, padding: Any) -> tuple[int, int]:
-    numbers = [(s + 2 * p - k) // t + 1 for s, k, t, p in zip(size, kernel, stride, padding, strict=True)]
+    behind = padding[-2:]
+    numbers = [
+        (s + p + q - k) // t + 1 for s, k, t, p, q in zip(size, kernel, stride, padding[:2], behind, strict=True)
+    ]
     return numbers[0], numbers[1]
 
 
@@ -167,9 +180,10 @@ def depthwise(draw: Draw) -> None:
     options: dict[str, Any] = {"stride": stride, "padding": padding, "act": draw.choice(list(reference.ACTS))}
     args = hide(draw, x, keep), weight, bias
     options["out_keep"], out_keep = draw.out_keep(x.shape[0], x.shape[1])
-    options["sums"] = draw.random() < 0.5
+    options["sums"], options["zeros"] = draw.random() < 0.5, draw.random() < 0.5
     wanted = reference.depthwise_conv2d(*args, **options | {"out_keep": out_keep}, gating=keep)
-    check(ops.depthwise_conv2d(*args, **options, gating=gating), wanted, bound_of(x, weight, bias))
+    found = ops.depthwise_conv2d(*args, **options, gating=gating)
+    check(found, wanted, bound_of(x, weight, bias), unread(options["zeros"], out_keep))
 
 
 def linear(draw: Draw) -> None:

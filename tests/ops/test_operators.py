@@ -31,6 +31,8 @@ CONVS = {  # kernel, stride, padding
     "2x2 stride 3": (2, 3, 1),
     "1x3": ((1, 3), 1, (0, 1)),
     "3x2 stride 1x2": ((3, 2), (1, 2), (2, 0)),
+    "3x3 stride 2, more behind": (3, 2, (0, 1, 1, 2)),
+    "5x5, more before": (5, 1, (3, 2, 1, 0)),
 }
 
 

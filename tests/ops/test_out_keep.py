@@ -46,6 +46,10 @@ def assert_skips(name: str, keep: Tensor, *args: Any, **options: Any) -> None:
     y = found[0].movedim(-1, 1) if name == "linear" else found[0]
     assert not y[~keep].any()
     assert not found[1].transpose(1, 2)[~keep].any()
+    if name != "linear":
+        y, *others = getattr(ops, name)(*args, **options, out_keep=keep, zeros=False)
+        assert torch.equal(y[keep], found[0][keep])
+        assert torch.equal(others[0], found[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,3 +170,18 @@ def test_opcheck(arguments: Any) -> None:
     weight = normal(*kernel) if name == "depthwise_conv2d" else pack_weight(normal(*kernel))
     given = [normal(*shape), weight, normal(kernel[0]), [1, 1], [1, 1], "relu", None, 0.0, 0.0, *others]
     torch.library.opcheck(getattr(torch.ops.isw, name).default, (*given, keep_of("random", 2, kernel[0])))
+
+
+def test_what_nobody_reads_is_not_written() -> None:
+    """A map that fills memory that held another: what is dropped holds that still."""
+    x, keep = normal(1, 8, 256, 256), torch.arange(8).ge(4)[None]
+    weights = {"1x1": (1, 0), "3x3": (3, 1)}
+    for side, padding in weights.values():
+        weight = pack_weight(normal(8, 8, side, side))
+        first, _ = ops.conv2d(x, weight, normal(8), padding=padding)
+        address, held = first.data_ptr(), first.clone()
+        del first
+        y, squares = ops.conv2d(x, weight, normal(8), padding=padding, act="relu", out_keep=keep, zeros=False)
+        assert y.data_ptr() == address  # of maps.h
+        assert torch.equal(y[:, :4], held[:, :4])
+        assert not squares[..., :4].any()

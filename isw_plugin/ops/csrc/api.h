@@ -26,7 +26,8 @@ struct Gate {
 struct Window {
   int64_t h, w;  // input map
   int64_t oh, ow;  // output map
-  int64_t kh, kw, sh, sw, ph, pw;
+  int64_t kh, kw, sh, sw;
+  int64_t ph, pw;  // zeros above and to the left; those behind follow from the output map
 };
 
 struct ConvShape {
@@ -37,6 +38,7 @@ struct ConvShape {
   Act act;
   Gate gate, residual_gate;
   const uint8_t* out_keep;  // [N][C_out], outputs that are made, others are zero; null: all
+  bool zeros;  // whether those are written: else they hold anything, since nobody reads them
 };
 
 // T: how maps and weights are kept, float or BFloat16.

@@ -169,7 +169,7 @@ class DirectConv {
     const int64_t first = slot_row(task.slot);
     const Pass part = pass_of(first, slot_row(task.slot + 1) - first);
     T* y = a_.y + (n * a_.c_out + channel) * plane() + part.first;
-    std::fill(y, y + part.stored, T{});
+    if (a_.zeros) std::fill(y, y + part.stored, T{});
     const int64_t at = (n * a_.slots + task.slot) * a_.c_out + channel;
     a_.squares[at] = 0;
     if (a_.sums) a_.sums[at] = 0;

@@ -90,7 +90,7 @@ class PointwiseBlocks {
       compute_task({n, worker, groups * part / parts, groups * (part + 1) / parts});
       out_.for_dropped(n, a_.c_out * part / parts, a_.c_out * (part + 1) / parts, [&](int64_t channel) {
         T* y = a_.y + (n * a_.c_out + channel) * pixels_;
-        std::fill(y, y + pixels_, T{});
+        if (a_.zeros) std::fill(y, y + pixels_, T{});
         a_.squares[n * a_.c_out + channel] = 0;
         if (a_.sums) a_.sums[n * a_.c_out + channel] = 0;
       });

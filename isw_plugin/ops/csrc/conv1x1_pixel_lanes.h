@@ -266,7 +266,7 @@ class Pointwise {
     const int64_t slot = (task.n * a_.slots + task.slot) * a_.c_out;
     out_.for_dropped(task.n, a_.c_out * task.part / parts_, a_.c_out * (task.part + 1) / parts_, [&](int64_t channel) {
       T* y = a_.y + (task.n * a_.c_out + channel) * pixels();
-      std::fill(y + first, y + last, T{});
+      if (a_.zeros) std::fill(y + first, y + last, T{});
       a_.squares[slot + channel] = 0;
       if (a_.sums) a_.sums[slot + channel] = 0;
     });

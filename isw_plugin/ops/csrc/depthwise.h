@@ -289,9 +289,7 @@ class Depthwise {
     const bool made = !a_.out_keep || a_.out_keep[plane];
     const Vec value = made ? rounded<T>(activate<act>(a_.act, broadcast(a_.bias[c]))) : Vec{};
     T* y = a_.y + plane * pixels;
-    int64_t p = 0;
-    for (; p + lanes <= pixels; p += lanes) store(y + p, value);
-    store_first(y + p, value, pixels - p);
+    for (int64_t p = 0; (made || a_.zeros) && p < pixels; p += lanes) store_first(y + p, value, smaller(lanes, pixels - p));
     a_.squares[plane] = value[0] * value[0] * static_cast<float>(pixels);
     if (a_.sums) a_.sums[plane] = value[0] * static_cast<float>(pixels);
   }

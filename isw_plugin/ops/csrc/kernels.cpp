@@ -12,7 +12,8 @@
 namespace {
 
 bool is_pointwise(const isw::Window& w) {
-  return w.kh == 1 && w.kw == 1 && w.ph == 0 && w.pw == 0 && w.oh * w.ow >= 16;
+  const bool inside = (w.oh - 1) * w.sh < w.h && (w.ow - 1) * w.sw < w.w;  // no output is of zeros behind the map
+  return w.kh == 1 && w.kw == 1 && w.ph == 0 && w.pw == 0 && inside && w.oh * w.ow >= 16;
 }
 
 // Outputs that must be transposed pay where vectors of pixels would not be full, and behind many input channels.

@@ -162,18 +162,21 @@ Tensor checked_keep(const MaybeTensor& keep, int64_t n, int64_t channels, const 
 isw::Window window_of(const Tensor& x, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
   constexpr int64_t most = 1 << 24;  // so that no size overflows
   const auto within = [](IntArrayRef values, int64_t least) {
-    return values.size() == 2 && std::min(values[0], values[1]) >= least && std::max(values[0], values[1]) <= most;
+    return std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least && value <= most; });
   };
-  TORCH_CHECK_VALUE(within(kernel, 1) && within(stride, 1) && within(padding, 0),
-                    "kernel and stride must be positive and padding not negative, two numbers up to ", most, ", got ",
-                    kernel, ", ", stride, ", ", padding);
+  const bool fit = kernel.size() == 2 && stride.size() == 2 && (padding.size() == 2 || padding.size() == 4);
+  TORCH_CHECK_VALUE(fit && within(kernel, 1) && within(stride, 1) && within(padding, 0),
+                    "kernel and stride must be positive and padding not negative, two numbers up to ", most,
+                    ", or four of padding, got ", kernel, ", ", stride, ", ", padding);
+  const IntArrayRef behind = padding.slice(padding.size() - 2);
   isw::Window w{x.size(2), x.size(3), 0, 0, kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
-  TORCH_CHECK_VALUE(w.h > 0 && w.w > 0 && w.h + 2 * w.ph >= w.kh && w.w + 2 * w.pw >= w.kw, "a map of ", w.h, "x", w.w,
+  const int64_t height = w.h + w.ph + behind[0], width = w.w + w.pw + behind[1];
+  TORCH_CHECK_VALUE(w.h > 0 && w.w > 0 && height >= w.kh && width >= w.kw, "a map of ", w.h, "x", w.w,
                     " with padding ", padding, " is empty or smaller than the kernel ", kernel);
-  w.sh = std::min(w.sh, w.h + 2 * w.ph);  // larger ones find the same pixel and take more memory
-  w.sw = std::min(w.sw, w.w + 2 * w.pw);
-  w.oh = (w.h + 2 * w.ph - w.kh) / w.sh + 1;
-  w.ow = (w.w + 2 * w.pw - w.kw) / w.sw + 1;
+  w.sh = std::min(w.sh, height);  // larger ones find the same pixel and take more memory
+  w.sw = std::min(w.sw, width);
+  w.oh = (height - w.kh) / w.sh + 1;
+  w.ow = (width - w.kw) / w.sw + 1;
   return w;
 }
 
@@ -197,7 +200,7 @@ Tensor new_map(IntArrayRef sizes, const Tensor& like) { return isw::MapMemory::i
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
                                     IntArrayRef padding, std::string_view act, const MaybeTensor& gate_, double alpha,
                                     double beta, const MaybeTensor& out_keep_, const Residual& residual_,
-                                    int64_t groups, bool pooled, bool sums) {
+                                    int64_t groups, bool pooled, bool sums, bool zeros) {
   const Tensor x = checked_map(x_), weight = checked(weight_, 5, "weight", x.scalar_type());
   const Tensor bias = checked_bias(bias_, x);
   const Tensor gate = checked_gate(gate_), residual_gate = checked_gate(residual_.gate);
@@ -221,6 +224,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   args.residual_gate = gate_of(residual_gate, residual_.alpha, residual_.beta, args.n, args.c_out);
   const Tensor out_keep = checked_keep(out_keep_, args.n, args.c_out);
   args.out_keep = data<uint8_t>(out_keep);
+  args.zeros = zeros;
   args.act = act_of(act);
   if (y.numel() == 0) return {y, statistics.tensor};
   with_type_of(x, [&](auto zero) {
@@ -233,29 +237,29 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
 std::tuple<Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
                                   IntArrayRef padding, std::string_view act, const MaybeTensor& gate, double alpha,
                                   double beta, const MaybeTensor& residual, const MaybeTensor& residual_gate,
-                                  double residual_alpha, double residual_beta, const MaybeTensor& out_keep, bool sums) {
+                                  double residual_alpha, double residual_beta, const MaybeTensor& out_keep, bool sums, bool zeros) {
   const Residual added{residual, residual_gate, residual_alpha, residual_beta};
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, added, 1, false, sums);
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, added, 1, false, sums, zeros);
 }
 
 std::tuple<Tensor, Tensor> grouped_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups,
                                           IntArrayRef stride, IntArrayRef padding, std::string_view act,
                                           const MaybeTensor& gate, double alpha, double beta,
-                                          const MaybeTensor& out_keep, bool sums) {
+                                          const MaybeTensor& out_keep, bool sums, bool zeros) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "x: expected Float for a grouped layer, got ", x.scalar_type());
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, groups, false, sums);
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, groups, false, sums, zeros);
 }
 
 std::tuple<Tensor, Tensor> pooled_conv2d(const Tensor& x, const Tensor& weight, const Tensor& bias, IntArrayRef stride,
                                          IntArrayRef padding, std::string_view act, const MaybeTensor& gate,
-                                         double alpha, double beta, const MaybeTensor& out_keep, bool sums) {
-  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, 1, true, sums);
+                                         double alpha, double beta, const MaybeTensor& out_keep, bool sums, bool zeros) {
+  return convolve(x, weight, bias, stride, padding, act, gate, alpha, beta, out_keep, {}, 1, true, sums, zeros);
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
                                             IntArrayRef stride, IntArrayRef padding, std::string_view act,
                                             const MaybeTensor& gate_, double alpha, double beta,
-                                            const MaybeTensor& out_keep_, bool sums) {
+                                            const MaybeTensor& out_keep_, bool sums, bool zeros) {
   const Tensor x = checked_map(x_), weight = checked(weight_, 4, "weight", x.scalar_type());
   const Tensor bias = checked_bias(bias_, x), gate = checked_gate(gate_);
   isw::ConvShape args{};
@@ -268,6 +272,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
   args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
   const Tensor out_keep = checked_keep(out_keep_, args.n, args.c_out);
   args.out_keep = data<uint8_t>(out_keep);
+  args.zeros = zeros;
   args.act = act_of(act);
   Tensor y = new_map({args.n, args.c_out, args.window.oh, args.window.ow}, x);
   const Statistics statistics(args.n, 1, args.c_out, sums, x);
@@ -282,7 +287,8 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
 Tensor max_pool2d(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding) {
   const Tensor x = checked_map(x_);
   const isw::Window w = window_of(x, kernel, stride, padding);
-  TORCH_CHECK_VALUE(2 * w.ph <= w.kh && 2 * w.pw <= w.kw, "padding ", padding, " is more than half the kernel ", kernel);
+  TORCH_CHECK_VALUE(padding.size() == 2 && 2 * w.ph <= w.kh && 2 * w.pw <= w.kw, "padding ", padding,
+                    " is not two numbers of at most half the kernel ", kernel);
   Tensor y = new_map({x.size(0), x.size(1), w.oh, w.ow}, x);
   if (y.numel() == 0) return y;
   with_type_of(x, [&](auto zero) {

@@ -177,7 +177,8 @@ constexpr TileKernel<T> narrow_tiles[] = {plain<T, 6, 1>(), plain<T, 3, 2>(), pl
 constexpr int64_t narrow_widths = sizeof(narrow_tiles<float>) / sizeof(TileKernel<float>);
 
 inline bool is_same_3x3(const Window& w) {
-  return w.kh == 3 && w.kw == 3 && w.sh == 1 && w.sw == 1 && w.ph == 1 && w.pw == 1;
+  const bool same = w.oh == w.h && w.ow == w.w;  // as many zeros behind as before
+  return w.kh == 3 && w.kw == 3 && w.sh == 1 && w.sw == 1 && w.ph == 1 && w.pw == 1 && same;
 }
 
 // A tile that leaves border taps out at compile time, or null.
