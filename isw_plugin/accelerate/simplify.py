@@ -62,7 +62,8 @@ def simplify(graph_module: fx.GraphModule) -> fx.GraphModule:
     _fold_paddings(graph)
     _name_masks(graph)
     name_heads(graph_module, constants_of(graph_module))
-    for step in (_fuse_residuals, _fuse_activations, _drop_open_gates, _link, _skip, take_masks_in):
+    fused = _fuse_residuals, _fuse_activations, _drop_open_gates
+    for step in (*fused, _link, _fold_paddings, _skip, take_masks_in):  # a mask may lie before a padding or behind it
         step(graph)
     for node in _calls(graph, _aten.view.default):
         node.target = _aten.reshape.default  # maps may come in another memory order than the traced ones
@@ -238,11 +239,13 @@ def _window_of(node: Any) -> list[Any]:
 
 
 def _fold_paddings(graph: fx.Graph) -> None:
-    for layer in _calls(graph, conv):
-        pad, padding = layer.args[0], layer.args[7]
-        own = own_padding(pad) if getattr(pad, "target", None) is _aten.pad.default and not any(padding) else None
-        if own is not None:
-            layer.args = (pad.args[0], *layer.args[1:7], own, *layer.args[8:])
+    for pad in _calls(graph, _aten.pad.default):
+        own = own_padding(pad)
+        for user in list(pad.users) if own is not None else []:
+            if user.target is torch.ops.isw.channel_norm.default and user.args[1] == 1:
+                user.replace_input_with(pad, pad.args[0])
+            elif user.target is conv and user.args[0] is pad and not any(user.args[7]):
+                user.args = (pad.args[0], *user.args[1:7], own, *user.args[8:])
     graph.eliminate_dead_code()
 
 
