@@ -23,11 +23,11 @@ def attach(model: nn.Module, memory: Memory) -> None:
 def configure(model: nn.Module, memory: Memory) -> None:
     """Tell the hooks what holds at each site."""
     settings = settings_of(memory)
-    held = {name: settings.lambda_and_gate(override) for name, override in settings.overrides.items()}
-    memory.weighed = {name: lambda_ > 0 for name, (lambda_, _) in held.items()}
-    memory.gates = {name: gate for name, (_, gate) in held.items()}
+    memory.weighed = {name: lambda_ > 0 for name, lambda_ in settings.lambdas().items()}
+    memory.gates = settings.gates()
     device = device_of(model)
     memory.heads = {name: head.to(device) for name, head in settings.heads.items()}
+    memory.followers = settings.followers
     memory.learned = settings.learned
     memory.watched = frozenset(source for head in settings.heads.values() for source in head.sources)
 

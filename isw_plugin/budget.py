@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from isw_plugin.followers import root
 from isw_plugin.functional import coefficient_of_variation, mean_norm
 from isw_plugin.hooks import memory_of
 from isw_plugin.inputs import call, instances_in
@@ -107,13 +108,15 @@ class Budget:
         memory = memory_of(pruner.model)
         assert memory is not None
         assert memory.settings is not None
-        self.pruner, self.heads = pruner, pruner.heads
+        self.pruner, self.heads, self.followers = pruner, pruner.heads, pruner.followers
         self.gates: dict[str, Any] = dict(memory.gates)
         self.norms, self.keep = pruner.norms, pruner.keep
         self.dense = _dense(pruner, memory.settings)
         require_decided(pruner.sites, self.keep, len(next(iter(self.keep.values()))))
         self.curves = {
-            site: _Curve.of(norms, self.gates[site].alpha, memory.min_keep) for site, norms in self.norms.items()
+            site: _Curve.of(norms, self.gates[site].alpha, memory.min_keep)
+            for site, norms in self.norms.items()
+            if site not in self.followers
         }
         self.works = self._works()
         saved = sum(saved_by_site(pruner, self.keep, self.norms, self.dense).values())
@@ -125,8 +128,8 @@ class Budget:
             for reader in site.consumers:
                 held = site.channels if reader.channels is None else sum(at >= 0 for at in reader.channels)
                 share = held * reader.repeat / self.dense.columns[reader.layer]
-                sites = read.setdefault(reader.layer, {})
-                sites[site.name] = sites.get(site.name, 0.0) + share
+                sites, decider = read.setdefault(reader.layer, {}), root(self.followers, site.name)
+                sites[decider] = sites.get(decider, 0.0) + share
         made = {
             layer: site.name for site in self.pruner.sites if site.name in self.heads for layer in site.making.layers
         }

@@ -29,8 +29,8 @@ from isw_plugin.gates import RandomGate
 from isw_plugin.hooks import memory_of
 from isw_plugin.inputs import arguments, call
 from isw_plugin.pruner import InstanceWisePruner
-from isw_plugin.settings import check_inputs
 from isw_plugin.sites import Inputs
+from isw_plugin.values import check_inputs
 
 __all__ = ["onnx", "openvino"]
 

@@ -90,7 +90,7 @@ def features(read: Mapping[str, Statistics], sources: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """Predicts the norms of one site: ``norms = sqrt(P) relu(A phi + b)``, P positions of the map.
+    """Predicts the norms of one site, or of the last that follows it: ``norms = sqrt(P) relu(A phi + b)``, P positions.
 
     Attributes:
         sources: The sites that it reads.

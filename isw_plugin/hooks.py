@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,11 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from isw_plugin.errors import AttachError, ProbeError, RecordedWithoutGradError, UnsupportedError
-from isw_plugin.functional import is_tracing
+from isw_plugin.followers import root
 from isw_plugin.gates import Gate, LearnedGate, keeps_all
-from isw_plugin.heads import UNSEEN, Statistics, positions, statistics
+from isw_plugin.heads import UNSEEN, positions, statistics
 from isw_plugin.learned_hooks import AtLayer, decision_of
-from isw_plugin.masking import Part, column_keep, reader_parts, require_mask, size
+from isw_plugin.masking import (
+    Part,
+    column_keep,
+    reader_parts,
+    require_instances,
+    require_map,
+    require_mask,
+    size,
+)
 from isw_plugin.memory import Call, Memory
 from isw_plugin.places import Hook, Step, hooks_in, steps_to
 from isw_plugin.sites import Site
@@ -166,11 +174,12 @@ class _Observe(Hook):
         recording = call.records and memory.weighed[site.name]
         if not recording and call.gates is None:
             return feature
-        _require_map(feature, site)
+        require_map(feature, site)
         gate = call.gates[site.name] if call.gates is not None else None
         head = call.heads.get(site.name) if gate is not None else None
+        source = call.followers.get(site.name) if gate is not None else None
         learns = isinstance(gate, LearnedGate)
-        if recording or not (head or learns):
+        if recording or not (head or source or learns):
             # What the gradient of the norms needs must outlive the forward.
             norms = memory.channel_norm(feature.clone() if recording and site.overwritten else feature, site.axis)
             if recording and call.whole:  # a checkpoint's recompute repeats the arithmetic, not the record
@@ -181,20 +190,30 @@ class _Observe(Hook):
             return self._learned(call, gate, feature)
         if head is not None:
             known = {source: call.known(source, site.name) for source in head.sources}
-            _require_instances(known, feature, site)
-            size = positions(feature, site.axis)
-            if call.learns:
-                true = norms if recording else memory.channel_norm(feature.detach(), site.axis)
-                call.lessons.setdefault(site.name, []).append((known, true.detach() / math.sqrt(size)))
-            norms = head.norms(known, size)
-        seen = feature.detach() if head is None else UNSEEN
-        gated = self._gate(call, gate, feature, norms.detach(), seen)
+            require_instances({name: of_map.rms for name, of_map in known.items()}, feature, site)
+            call.read[site.name] = known
+        if call.learns and (head or source):
+            self._learn(call, norms if recording else memory.channel_norm(feature.detach(), site.axis), feature)
+        if head is not None:
+            norms = head.norms(known, positions(feature, site.axis))
+        if source is not None:
+            gated = self._followed(call, gate, feature, source)
+        else:
+            gated = self._gate(call, gate, feature, norms.detach(), feature.detach() if head is None else UNSEEN)
         if site.name in call.watched:
             left = gated.detach()
             keep = call.keep[site.name][-1]
-            known_norms = torch.where(keep, norms.detach(), 0) if head is None else memory.channel_norm(left, site.axis)
+            measured = head is None and source is None
+            known_norms = torch.where(keep, norms.detach(), 0) if measured else memory.channel_norm(left, site.axis)
             call.statistics[site.name] = statistics(left, site.axis, known_norms)
         return gated
+
+    def _learn(self, call: Call, true: Tensor, feature: Tensor) -> None:
+        """Show the head that decides on this map what it should have predicted: norms of the last that follows it."""
+        if self.site.name not in call.followers.values():
+            decider = root(call.followers, self.site.name)
+            rms = true.detach() / math.sqrt(positions(feature, self.site.axis))
+            call.lessons.setdefault(decider, []).append((call.read[decider], rms))
 
     def _record(self, call: Call, norms: Tensor) -> None:
         if not torch.is_grad_enabled():
@@ -214,6 +233,13 @@ class _Observe(Hook):
         call.decide(name, norms, keep)
         return self.memory.mask(feature, keep, self.site.axis) if self.applies else feature
 
+    def _followed(self, call: Call, gate: Gate, feature: Tensor, source: str) -> Tensor:
+        """The map under the decision on the one that it is made of."""
+        norms, keep = call.followed(source, self.site.name)
+        require_instances({source: keep}, feature, self.site)
+        call.decide(self.site.name, norms, keep)
+        return feature if keeps_all(gate) else self.memory.mask(feature, keep, self.site.axis)
+
     def _with_largest(self, keep: Tensor, gate: Gate, norms: Tensor) -> Tensor:
         """What a gate keeps, and ``min_keep`` channels at least."""
         require_mask(keep, gate, norms, self.site.name)
@@ -228,36 +254,6 @@ class _Observe(Hook):
         keep = self._with_largest(made.keep, gate, made.scores)
         call.decide(self.site.name, made.scores.detach(), keep)
         return self.memory.mask(made.feature, keep, self.site.axis) if gate.whole_channels else made.feature
-
-
-def _require_map(feature: Any, site: Site) -> None:
-    """The map is of the form that the probe saw, or the instances' axis would be another."""
-    if not isinstance(feature, Tensor):
-        raise UnsupportedError(f"{site.name} is a {type(feature).__name__} here: no feature map that can be gated")
-    if feature.is_nested or not feature.is_floating_point():
-        nested = "nested, pass enable_nested_tensor=False to nn.TransformerEncoder" if feature.is_nested else ""
-        raise UnsupportedError(
-            f"the feature map of {site.name} is {nested or feature.dtype}: norms are of dense real maps; exclude it"
-        )
-    if is_tracing():
-        return  # sizes are no numbers there
-    if feature.dim() != len(site.shape) + 1 or feature.shape[site.axis] != site.channels:
-        axes = [str(size) for size in site.shape]
-        raise UnsupportedError(
-            f"the feature map of {site.name} has shape {tuple(feature.shape)}, and (N, {', '.join(axes)}) when the "
-            f"sites were found, {site.channels} channels on axis {site.axis}: pass batches (x.unsqueeze(0) for one "
-            "instance), keep the instance axis in forward (no bare .squeeze()), or exclude the site. After a change "
-            "of the model call pruner.update_regularizer()"
-        )
-
-
-def _require_instances(known: Mapping[str, Statistics], feature: Tensor, site: Site) -> None:
-    for source, of_map in known.items():
-        if not is_tracing() and of_map.rms.shape[0] != feature.shape[0]:
-            raise UnsupportedError(
-                f"{site.name} runs on {feature.shape[0]} instances, and {source}, from which its norms are predicted, "
-                f"ran on {of_map.rms.shape[0]}: pruner.drop_predictors() measures again"
-            )
 
 
 class _ObserveOutput(_Observe):

@@ -1,19 +1,19 @@
 """Masks: from decisions on sites to the columns that a reader of several of them sees as zeros."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isw_plugin.errors import SettingError
+from isw_plugin.errors import SettingError, UnsupportedError
 from isw_plugin.functional import is_tracing
 from isw_plugin.gates import Gate
 from isw_plugin.sites import Consumer, Site
 
-__all__ = ["Part", "column_keep", "reader_parts", "require_mask", "size"]
+__all__ = ["Part", "column_keep", "reader_parts", "require_instances", "require_map", "require_mask", "size"]
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,34 @@ def require_mask(keep: Any, gate: Gate, norms: Tensor, name: str) -> None:
         f"{gate} gave {what} at {name}: a gate gives a dense bool tensor of shape {tuple(norms.shape)} on "
         f"{norms.device}, True where the channel is kept"
     )
+
+
+def require_map(feature: Any, site: Site) -> None:
+    """Raise UnsupportedError unless a map is as the probe saw it, or the instances' axis would be another."""
+    if not isinstance(feature, Tensor):
+        raise UnsupportedError(f"{site.name} is a {type(feature).__name__} here: no feature map that can be gated")
+    if feature.is_nested or not feature.is_floating_point():
+        nested = "nested, pass enable_nested_tensor=False to nn.TransformerEncoder" if feature.is_nested else ""
+        raise UnsupportedError(
+            f"the feature map of {site.name} is {nested or feature.dtype}: norms are of dense real maps; exclude it"
+        )
+    if is_tracing():
+        return  # sizes are no numbers there
+    if feature.dim() != len(site.shape) + 1 or feature.shape[site.axis] != site.channels:
+        axes = [str(size) for size in site.shape]
+        raise UnsupportedError(
+            f"the feature map of {site.name} has shape {tuple(feature.shape)}, and (N, {', '.join(axes)}) when the "
+            f"sites were found, {site.channels} channels on axis {site.axis}: pass batches (x.unsqueeze(0) for one "
+            "instance), keep the instance axis in forward (no bare .squeeze()), or exclude the site. After a change "
+            "of the model call pruner.update_regularizer()"
+        )
+
+
+def require_instances(known: Mapping[str, Tensor], feature: Tensor, site: Site) -> None:
+    """Raise UnsupportedError unless what is known of other sites, (N, C) each, is of these instances."""
+    for source, of_map in known.items():
+        if not is_tracing() and of_map.shape[0] != feature.shape[0]:
+            raise UnsupportedError(
+                f"{site.name} runs on {feature.shape[0]} instances, and {source}, by which it is predicted, ran on "
+                f"{of_map.shape[0]}: pruner.drop_predictors() measures again"
+            )

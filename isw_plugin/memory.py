@@ -23,12 +23,14 @@ from isw_plugin.settings import Settings
 __all__ = ["Call", "Memory", "Taken"]
 
 _NO_HEADS: Mapping[str, Head] = {}
+_NO_FOLLOWERS: Mapping[str, str] = {}
 _FORGOTTEN = 100  # training forwards without a penalty taken, after which something is surely wrong
 
 
 class _Decided(NamedTuple):
     """What a forward decided and saw that a checkpoint repeats; empty where that is not known."""
 
+    norms: Mapping[str, list[Tensor]]
     keep: Mapping[str, list[Tensor]]
     statistics: Mapping[str, Statistics]
 
@@ -48,6 +50,7 @@ class Call:
         records: Whether norms enter the penalty.
         before: In a checkpoint's recompute, what the forward that it repeats decided, where that is known.
         heads: By site name, what predicts its norms.
+        followers: By site name, the site that decides for it.
         watched: Sites whose statistics are kept.
         alone: No earlier forward with gradients waits for its backward, as far as is known.
         recorded: Site name -> norms (N, C) of every time that the site ran, in the graph.
@@ -55,6 +58,7 @@ class Call:
         norms, keep: Site name -> what was decided, every time, detached.
         statistics: Site name -> of its map after the mask, the last time.
         learns: Whether it shows heads what they should have predicted, and records losses of gates.
+        read: Site name -> what its head read, the last time.
         lessons: Site name -> what its head read, and the root mean squares that there were, every time.
     """
 
@@ -67,11 +71,13 @@ class Call:
         before: _Decided | None = None,
         whole: bool = False,
         heads: Mapping[str, Head] = _NO_HEADS,
+        followers: Mapping[str, str] = _NO_FOLLOWERS,
         watched: frozenset[str] = frozenset(),
         learns: bool = False,
     ) -> None:
         self.gates = gates
         self.heads = heads
+        self.followers = followers
         self.watched = watched
         self.records = records
         self.learns = learns
@@ -89,6 +95,7 @@ class Call:
         self.norms: dict[str, list[Tensor]] = {}
         self.keep: dict[str, list[Tensor]] = {}
         self.statistics: dict[str, Statistics] = {}
+        self.read: dict[str, Mapping[str, Statistics]] = {}
         self.lessons: dict[str, list[Lesson]] = {}
         self.notes: dict[str, dict[int, tuple[int, Any]]] = {}  # by site and layer: instances, what its gate noted
         self._made: dict[str, int] = {}  # decisions, by site
@@ -107,6 +114,15 @@ class Call:
             UnsupportedError: It cannot be told which that is.
         """
         return self._of(site, reader).keep[site][-1]
+
+    def followed(self, site: str, follower: str) -> tuple[Tensor, Tensor]:
+        """Norms and decision (N, C) of a site that decides for another, which runs now.
+
+        Raises:
+            UnsupportedError: It cannot be told which they are.
+        """
+        decided = self._of(site, follower)
+        return decided.norms[site][-1], decided.keep[site][-1]
 
     def known(self, site: str, reader: str) -> Statistics:
         """Statistics of the map of a site that the layer of another, which is predicted, reads now.
@@ -143,7 +159,8 @@ class Memory:
         decays: Whether training forwards are kept for the penalty at all.
         weighed: By site name; whether its norms enter the penalty.
         enabled: Whether gates act.
-        heads: By site name; what predicts norms. Sites without one are measured.
+        heads: By site name; what predicts norms. Sites without one are measured, or follow.
+        followers: By site name; the site that decides for it.
         watched: Sites whose statistics calls keep: those that heads read.
         learned: By site name; the parameters of its gate, where that has some.
         min_keep: Channels that every instance keeps at every site, the largest.
@@ -156,6 +173,7 @@ class Memory:
         self.settings = settings
         self.gates: dict[str, Gate] = {}
         self.heads: dict[str, Head] = {}
+        self.followers: Mapping[str, str] = {}
         self.watched: frozenset[str] = frozenset()
         self.learned: dict[str, nn.Module] = {}
         self.decays = True
@@ -262,7 +280,7 @@ class Memory:
 
     def _call(self, records: bool, **of_it: Any) -> Call:
         gates = self.gates if self.enabled else None
-        return Call(gates, records, heads=self.heads, watched=self.watched, **of_it)
+        return Call(gates, records, **_who_predicts(self), **of_it)
 
     def end(self) -> None:
         """The forward has ended; what one that raised has recorded goes."""
@@ -292,10 +310,8 @@ class Memory:
             graded: Call | None = getattr(self._mine, "graded", None) or self._graded
             if graded is not None and (graded.gates is gates or not compiling):
                 if graded.again is None:
-                    before = _Decided(graded.keep, graded.statistics) if graded.alone else _Decided({}, {})
-                    graded.again = Call(
-                        graded.gates, graded.records, before=before, heads=graded.heads, watched=graded.watched
-                    )
+                    seen = (graded.norms, graded.keep, graded.statistics) if graded.alone else ({}, {}, {})
+                    graded.again = Call(graded.gates, graded.records, before=_Decided(*seen), **_who_predicts(graded))
                 return graded.again
         loose: Call | None = getattr(self._mine, "loose", None)
         if loose is None or loose.gates is not gates:
@@ -308,6 +324,10 @@ class Memory:
 
 
 _OF_CALLS = frozenset(["tape", "_last", "_graded", "_mine"])
+
+
+def _who_predicts(held: "Call | Memory") -> dict[str, Any]:
+    return {"heads": held.heads, "followers": held.followers, "watched": held.watched}
 
 
 def _joined(times: list[Tensor]) -> Tensor:

@@ -19,10 +19,10 @@ from isw_plugin.inputs import device_of
 from isw_plugin.learned import average_after_backward, stored_learned
 from isw_plugin.places import without_hooks
 from isw_plugin.saving import encoded_inputs, write
-from isw_plugin.settings import Settings, check_inputs, check_lambda, choose_gate
+from isw_plugin.settings import Settings, check_lambda, choose_gate
 from isw_plugin.sites import Found, Inputs, Patterns, Site, default_inputs
 from isw_plugin.summary import site_table
-from isw_plugin.values import as_count
+from isw_plugin.values import as_count, check_choice, check_inputs
 from isw_plugin.wrappers import attachable, unwrapped
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class InstanceWisePruner:
         self._memory.clear()
         self._settings.found = None
         self._settings.inputs = None
-        self._settings.heads, self._settings.learned = {}, {}
+        self._settings.heads, self._settings.followers, self._settings.learned = {}, {}, {}
 
     # -- training: Eq. 5 ---------------------------------------------------------------------------
 
@@ -327,8 +327,13 @@ class InstanceWisePruner:
 
     @property
     def per_site(self) -> dict[str, dict[str, Any]]:
-        """What differs at single sites, by site name."""
-        return {site: dict(override) for site, override in self._settings.overrides.items() if override}
+        """What differs at single sites, by site name; gate parameters of none that follows another."""
+        settings = self._settings
+        differs = {
+            site: {name: value for name, value in own.items() if name == "lambda_" or site not in settings.followers}
+            for site, own in settings.overrides.items()
+        }
+        return {site: own for site, own in differs.items() if own}
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -407,7 +412,7 @@ class InstanceWisePruner:
         finally:
             self._settings.gate, self._settings.budget = gate, budget
             if per_site is not None:
-                self._settings.set_thresholds(self.model, {}, differed)
+                self._settings.set_thresholds(self.model, {}, differed, known=True)
             self._configure()
             self._memory.enabled = enabled
 
@@ -420,10 +425,18 @@ class InstanceWisePruner:
 
     @property
     def predicted(self) -> tuple[str, ...]:
-        """Names of the sites whose norms are predicted, which is decided before their layers run."""
-        return tuple(self._settings.heads)
+        """Names of the sites that are decided on before their layers run: norms are predicted, or they follow."""
+        held = self._settings.heads.keys() | self._settings.followers.keys()
+        return tuple(site.name for site in self.sites if site.name in held) if held else ()
 
-    def fit_predictors(self, batches: "Batches", *, max_instances: int = 6000) -> "Predictors":
+    @property
+    def followers(self) -> dict[str, str]:
+        """Sites that keep what another keeps, and which: a depthwise layer makes their map of the other's."""
+        return dict(self._settings.followers)
+
+    def fit_predictors(
+        self, batches: "Batches", *, max_instances: int = 6000, depthwise: Literal["follow", "own"] = "follow"
+    ) -> "Predictors":
         """Predict norms from the maps that a site's layers read, so that what is dropped need not be computed.
 
         A head for every site that can have one, ``norms = sqrt(P) relu(A phi + b)``, is fitted in closed form
@@ -434,6 +447,9 @@ class InstanceWisePruner:
         Args:
             batches: Images, with labels or without, in any form that ``evaluate`` takes.
             max_instances: Images to use at most, of each rank's loader.
+            depthwise: "follow": where a depthwise layer alone reads a predicted map, the site that it makes has no head
+                and keeps what the other keeps, whose head predicts its norms: one decision serves expansion, filter and
+                projection. But for sites whose gate parameters were set apart by ``per_site``. "own": a head for each.
 
         Returns:
             How well each head predicts, what it keeps and what it costs.
@@ -457,17 +473,20 @@ class InstanceWisePruner:
 
         self._require_attached()
         most = as_count("max_instances", max_instances, "a number of images", least=1)
-        settings, before = self._settings, self._settings.heads
+        check_choice("depthwise", depthwise, ("follow", "own"))
+        settings, before = self._settings, (self._settings.heads, self._settings.followers)
         settings.require_scope_all()
         sites = self.sites
-        settings.heads = {}
+        may_follow = settings.may_follow() if depthwise == "follow" else {}
+        settings.heads, settings.followers = {}, {}
         try:
             with self.gating():
-                heads, found = fit(self.model, self._memory, sites, batches, most)
+                heads, found = fit(self.model, self._memory, sites, batches, most, may_follow)
         finally:
-            settings.heads = before
+            settings.heads, settings.followers = before
             self._configure()
-        settings.take_heads(heads, {name: head.reason for name, head in found.sites.items()})
+        reasons = {name: head.reason for name, head in found.sites.items()}
+        settings.take_heads(heads, found.followers, reasons)
         self._configure()
         return found
 
@@ -619,7 +638,8 @@ class InstanceWisePruner:
         return settings.state() | {"min_keep": self._memory.min_keep, "enabled": self.enabled} | self._tensors()
 
     def _tensors(self) -> dict[str, Any]:
-        return stored(self._settings.heads) | stored_learned(self._settings.learned)
+        followers = {"followers": self.followers} if self.followers else {}
+        return stored(self._settings.heads) | followers | stored_learned(self._settings.learned)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the settings of a pruner on the same architecture.

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from isw_plugin.decay import REDUCTIONS, first_norms, relative_weights
-from isw_plugin.errors import AttachError, PatternError, PredictionError, SettingError, StateMismatchError
+from isw_plugin.errors import AttachError, PredictionError, SettingError, StateMismatchError
+from isw_plugin.followers import require_followed, restored_followers, root, set_apart
 from isw_plugin.gates import BUILT_IN, CVGate, Gate, LearnedGate, named_gate, stored_gate, with_parameters
 from isw_plugin.heads import Head, require_norms_only, restored
 from isw_plugin.learned import kept_learned, made_learned, put_values, restored_learned
 from isw_plugin.sites import Found, Inputs, Patterns, find_sites
 from isw_plugin.sites.patterns import select
-from isw_plugin.values import as_number
+from isw_plugin.values import as_number, check_choice, check_patterns, check_per_site
 
-__all__ = ["Settings", "check_inputs", "check_lambda", "choose_gate"]
+__all__ = ["Settings", "check_lambda", "choose_gate"]
 
 _VERSION = 1
 _ADDED = {"calibration", "references", "budget"}  # to a state of this version, after some were saved without
@@ -45,20 +46,21 @@ class Settings:
     budget: float | None = None  # share of the MACs that steered thresholds aim at now
     counted: Any = None  # MACs of the layers, once thresholds were steered by them
     heads: dict[str, Head] = field(default_factory=dict)  # of the sites whose norms are predicted
+    followers: dict[str, str] = field(default_factory=dict)  # sites that keep what another keeps, and which
     unpredicted: dict[str, str] = field(default_factory=dict)  # why others have none, beside how they are made
     learned: dict[str, nn.Module] = field(default_factory=dict)  # parameters of gates that have some, by site
 
     def __post_init__(self) -> None:
         self.lambda_ = check_lambda(self.lambda_)
-        _check_choice("scope", self.scope, ("all", "consumers"))
+        check_choice("scope", self.scope, ("all", "consumers"))
         if isinstance(self.gate, LearnedGate) and self.scope != "all":
             raise SettingError(
                 f'scope="{self.scope}": {type(self.gate).__name__} makes the map anew for all: scope="all"'
             )
-        _check_choice("reduction", self.reduction, REDUCTIONS)
-        _check_patterns("layers", self.layers)
-        _check_patterns("exclude", self.exclude)
-        _check_per_site(self.per_site)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_patterns("layers", self.layers)
+        check_patterns("exclude", self.exclude)
+        check_per_site(self.per_site)
         self.per_site = {pattern: self._plain(override) for pattern, override in self.per_site.items()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,6 +81,11 @@ class Settings:
         parameters = dict(override)
         lambda_ = check_lambda(parameters.pop("lambda_", self.lambda_))
         return lambda_, with_parameters(self.gate, **parameters)
+
+    def gates(self) -> dict[str, Gate]:
+        """What decides at every site: at one that follows, what decides at the site that it follows."""
+        own = self._gates(self.overrides)
+        return {name: own[root(self.followers, name)] for name in own}
 
     def _gates(self, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Gate]:
         return {name: self.lambda_and_gate(override)[1] for name, override in overrides.items()}
@@ -142,26 +149,60 @@ class Settings:
             for name, head in self.heads.items()
             if {name, *head.sources} <= same and here[name].making.sources == head.sources
         }
-        if gone := [name for name in self.heads if name not in kept]:
+        follow = {
+            name: source
+            for name, source in self.followers.items()
+            if name in same and here[name].making.follows == source and root(self.followers, name) in kept
+        }
+        if gone := [name for name in (*self.heads, *self.followers) if name not in kept | follow]:
             warnings.warn(
                 f"{', '.join(gone)}: measured again, since they or the maps that their heads read have changed. "
                 "fit_predictors fits new heads",
                 stacklevel=4,
             )
-        self.heads = kept
+        self.heads, self.followers = kept, follow
 
     def set_thresholds(
-        self, model: nn.Module, parameters: Mapping[str, Any], per_site: Mapping[str, Mapping[str, Any]] | None
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Any],
+        per_site: Mapping[str, Mapping[str, Any]] | None,
+        known: bool = False,
     ) -> None:
-        """Change parameters of the gate and, unless None, all that differs at single sites."""
+        """Change parameters of the gate and, unless None, all that differs at single sites.
+
+        Args:
+            known: They are put back: sites that follow now may have held others before.
+        """
         gate = with_parameters(self.gate, **parameters)
         changed = dataclasses.replace(self, gate=gate)
         if per_site is not None:
             changed = dataclasses.replace(changed, per_site=per_site)
             changed.overrides = _by_site(model, self.found, changed.per_site) if self.found else {}
+            if not known:
+                require_followed(self.followers, changed.overrides, changed._gates(changed.overrides))
         if isinstance(gate, LearnedGate):
             _require_fixed(self._gates(self.overrides), changed._gates(changed.overrides))
         self.gate, self.per_site, self.overrides = gate, changed.per_site, changed.overrides
+
+    def may_follow(self) -> dict[str, str]:
+        """Sites that a depthwise layer alone makes, and of which, where nobody set other gate parameters for them.
+
+        What ``calibrate`` and a budget set is set anew, for the site that decides.
+        """
+        calibrated = (self.calibration or {}).get("best", {}).get("per_site", {})
+        free = {"lambda_", "beta"} if self.budget is not None else {"lambda_"}
+        chosen = {
+            site: {
+                name: value
+                for name, value in own.items()
+                if name not in free and (name, value) not in calibrated.get(site, {}).items()
+            }
+            for site, own in self.overrides.items()
+        }
+        follow = {site.name: site.making.follows for site in self.known().sites if site.making.follows}
+        others = {site for site, *_ in set_apart(follow, chosen, self._gates(self.overrides))}
+        return {site: source for site, source in follow.items() if site not in others}
 
     def override(self, site: str, parameters: Mapping[str, Any]) -> None:
         """Set gate parameters of one site, whatever patterns say of it; its overrides are found at ``resolve``."""
@@ -222,12 +263,19 @@ class Settings:
         settings.require_channels(state.get("min_keep", 0))
         learned = made_learned(model, settings.known().sites, settings._gates(settings.overrides))
         learned = restored_learned(state.get("learned", {}), learned)
-        settings.take_heads(restored(state.get("heads", {}), settings.known().sites))
+        sites = settings.known().sites
+        heads = restored(state.get("heads", {}), sites)
+        settings.take_heads(heads, restored_followers(state.get("followers", {}), sites, heads))
         settings.learned = put_values(self.learned, learned)
         return settings
 
-    def take_heads(self, heads: dict[str, Head], unpredicted: Mapping[str, str] | None = None) -> None:
-        """Predict the norms of these sites, and measure all others.
+    def take_heads(
+        self,
+        heads: dict[str, Head],
+        follow: Mapping[str, str] | None = None,
+        unpredicted: Mapping[str, str] | None = None,
+    ) -> None:
+        """Predict the norms of these sites, let others follow, and measure the rest.
 
         Raises:
             PredictionError: A gate needs more than norms, or others than readers see the maps.
@@ -237,7 +285,7 @@ class Settings:
         for site in self.known().sites:
             if site.name in heads:
                 require_norms_only(self.lambda_and_gate(self.overrides[site.name])[1], site)
-        self.heads, self.unpredicted = heads, dict(unpredicted or {})
+        self.heads, self.followers, self.unpredicted = heads, dict(follow or {}), dict(unpredicted or {})
 
     def require_scope_all(self) -> None:
         """Raise PredictionError where others than readers see whole maps, so that nothing can be left undone."""
@@ -301,45 +349,6 @@ def check_lambda(lambda_: float) -> float:
     if not (number >= 0 and math.isfinite(number)):
         raise SettingError(f"lambda_={number}: {meaning}")
     return number
-
-
-def check_inputs(inputs: Any) -> None:
-    """Raise SettingError where example inputs hold a shape or an array instead of a tensor."""
-    leaves = tree_leaves(inputs)
-    if isinstance(inputs, tuple | list) and leaves and all(type(leaf) is int for leaf in leaves):
-        shape = leaves if len(leaves) != 3 else [1, *leaves]
-        raise SettingError(
-            f"example_inputs={inputs!r} is a shape: pass a tensor, such as torch.zeros({', '.join(map(str, shape))})"
-        )
-    arrays = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor) and hasattr(leaf, "__array__")]
-    if arrays or isinstance(inputs, bool | int | float | str | bytes):
-        raise SettingError(
-            f"example_inputs hold a {(arrays or [type(inputs).__name__])[0]}: pass tensors, such as "
-            "torch.from_numpy(images), a tuple of what forward takes or a dict of it by name"
-        )
-
-
-def _check_patterns(name: str, patterns: Any) -> None:
-    listed = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) for pattern in patterns)
-    if not (isinstance(patterns, str) or callable(patterns) or listed):
-        raise PatternError(
-            f"{name}={patterns!r}: a glob over layer names, a list of globs, or a function (name, module) -> bool"
-        )
-
-
-def _check_per_site(per_site: Any) -> None:
-    def named(value: Any) -> bool:
-        return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
-
-    if not (named(per_site) and all(map(named, per_site.values()))):
-        raise SettingError(
-            f"per_site={per_site!r}: patterns and what differs there, such as {{'layer1.*': {{'beta': 0.5}}}}"
-        )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SettingError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}")
 
 
 def _by_site(model: nn.Module, found: Found, per_site: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

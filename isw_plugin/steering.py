@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isw_plugin.budget import Budget, next_target, relative_norms
 from isw_plugin.errors import AttachError, BudgetError, NothingRecordedError, SettingError
+from isw_plugin.followers import root
 from isw_plugin.gates import CVGate
 from isw_plugin.hooks import Memory, memory_of
 from isw_plugin.pruner import InstanceWisePruner
@@ -185,6 +186,11 @@ def _recorded(pruner: InstanceWisePruner) -> dict[str, Tensor]:
 def _checked_shares(pruner: InstanceWisePruner, keep: Any) -> dict[str, float]:
     if not isinstance(keep, Mapping) or not keep:
         raise SettingError(f"keep={keep!r}: a dict of site name -> share of channels to keep, for one site or more")
+    for site in pruner.followers.keys() & keep.keys():
+        raise SettingError(
+            f"keep has {site!r}, which has no threshold: it keeps what {pruner.followers[site]} keeps. Name "
+            f"{root(pruner.followers, site)!r}"
+        )
     sites = [site.name for site in pruner.sites]
     unknown = [site for site in keep if site not in sites]
     if unknown:

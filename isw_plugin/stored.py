@@ -240,6 +240,7 @@ _STATE: dict[str, Check] = {
     "budget": _or_none(lambda share: _is_number(share) and 0 < share <= 1),
     "min_keep": _is_count,
     "heads": _mapping_to(_is_head),
+    "followers": _mapping_to(_is_text),
     "learned": _mapping_to(_are_names),
     "enabled": lambda value: isinstance(value, bool),
 }

@@ -15,7 +15,7 @@ ORDER = [
     {"functional", "inputs", "copies", "values", "folders"},
     {"ops"},
     {"sites", "gates", "structure", "decay", "batches"},
-    {"heads", "learned"},
+    {"heads", "followers", "learned"},
     {"settings"},
     {"memory", "masking"},
     {"places"},

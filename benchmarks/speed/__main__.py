@@ -17,7 +17,7 @@ takes: a process can be slow as a whole, so a row of several is that of the midd
 hand-over: what a cache line takes from core to core (speed/handover.py); above 100 ns they had no cache in common.
 masks: the keep ratio that thresholds were set for, or "trained", the stored decisions of that network on test images,
 handed in as masks; "forced inputs", random masks of each image's own, at a keep ratio; "forced outputs", the same known
-before layers run, as where norms are predicted, so that outputs are skipped too.
+before layers run, as where norms are predicted, so that outputs are skipped too; sites behind depthwise layers follow.
 """
 
 import argparse

@@ -131,18 +131,21 @@ def force(pruner: InstanceWisePruner, keep_ratio: float, instances: int, outputs
 
     Args:
         outputs: Sites that can be predicted are: they have heads, of random weights, and decide before their layers
-            run. A depthwise layer's map is decided on as the map that it reads.
+            run. A depthwise layer's map is decided on as the map that it reads, and follows it where that is predicted.
     """
     torch.manual_seed(2)
     if outputs:
-        pruner._settings.take_heads({site.name: _head(site, pruner) for site in pruner.sites if not site.making.reason})
+        can = {site.name: site for site in pruner.sites if not site.making.reason}
+        followers = {name: site.making.follows for name, site in can.items() if site.making.follows in can}
+        heads = {name: _head(site, pruner) for name, site in can.items() if name not in followers}
+        pruner._settings.take_heads(heads, followers)
         pruner._configure()
     pruner.enable()
     for site in pruner.sites:
         scores = torch.rand(instances, site.channels)
         keep = scores.argsort(1).argsort(1) < round(keep_ratio * site.channels)
-        if _is_depthwise(pruner.model, site):
-            keep = pruner._memory.gates[site.making.sources[0]].keep
+        if site.making.follows:
+            keep = pruner._memory.gates[site.making.follows].keep
         pruner._memory.gates[site.name] = Stored(keep.repeat(1 if len(keep) > instances else 4, 1))
     return pruner
 
@@ -152,8 +155,3 @@ def _head(site: Site, pruner: InstanceWisePruner) -> Head:
     inputs = 2 * sum(channels[source] for source in site.making.sources)
     weight = (torch.randn(site.channels, inputs) / inputs).bfloat16().float()  # as those that are fitted
     return Head(site.making.sources, weight, torch.ones(site.channels))
-
-
-def _is_depthwise(model: nn.Module, site: Site) -> bool:
-    layers = [model.get_submodule(name) for name in site.making.layers]
-    return len(layers) == 1 and getattr(layers[0], "groups", 1) == site.channels

@@ -32,7 +32,7 @@ def check_engine(model: nn.Module, images: Tensor, *, predicted: bool = False) -
     """Whether accelerate() computes what masking does, on the images that it was fitted on and on one alone.
 
     Args:
-        predicted: With heads wherever there can be one.
+        predicted: With heads wherever there can be one, but that sites behind depthwise layers follow.
     """
     results: dict[str, str] = {}
     with _traced_once(), _untimed():
@@ -44,7 +44,7 @@ def _check_engine(model: nn.Module, images: Tensor, results: dict[str, str], pre
     subject = Subject.of(model, images)
     pruner = subject.attach(heads=random_heads if predicted else None)
     if predicted:
-        results["heads"] = f"{len(pruner.predicted)} of {len(pruner.sites)} sites"
+        results["heads"] = f"{len(pruner.heads)} of {len(pruner.sites)} sites"
     masked, keep = gated(pruner, images)
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # that it runs masked is judged here
         fast = pruner.accelerate(images, backend="gated")

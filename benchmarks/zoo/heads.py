@@ -1,4 +1,4 @@
-"""Heads of random numbers, wherever norms can be predicted."""
+"""Heads of random numbers, wherever norms can be predicted; sites behind depthwise layers follow."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,13 @@ __all__ = ["random_heads"]
 
 
 def random_heads(sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
-    """A head for every site that can have one, as a pruner's state holds them."""
+    """Heads of all sites that can have one and follow none, and those that follow, as a pruner's state holds both."""
     generator = torch.Generator().manual_seed(0)
     named = {site.name: site for site in sites}
-    return {site.name: _head(site, named, generator) for site in sites if not site.making.reason}
+    can = {site.name: site for site in sites if not site.making.reason}
+    followers = {name: site.making.follows for name, site in can.items() if site.making.follows in can}
+    heads = {name: _head(site, named, generator) for name, site in can.items() if name not in followers}
+    return {"heads": heads, "followers": followers}
 
 
 def _head(site: Site, sites: dict[str, Site], generator: torch.Generator) -> dict[str, Any]:

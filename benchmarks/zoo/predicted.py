@@ -12,9 +12,10 @@ _ABOUT = """\
 # With norms predicted
 
 `accelerate()` of the models of [the zoo](models.md), with heads of random numbers at every site whose norms can be
-predicted, and without where none can: does the copy decide and compute what masking does, for two images, for one,
-and with every other layer dense? "apart": the largest difference of an output from the masked model's, of the largest
-output. "skipped" is not counted as passed. Written by `python -m benchmarks.zoo report`."""
+predicted, but that sites behind depthwise layers follow, and without where none can: does the copy decide and compute
+what masking does, for two images, for one, and with every other layer dense? "apart": the largest difference of an
+output from the masked model's, of the largest output. "skipped" is not counted as passed. Written by
+`python -m benchmarks.zoo report`."""
 
 
 def rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

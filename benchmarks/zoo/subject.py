@@ -61,7 +61,7 @@ class Subject:
         gate = _WidestGap(())
         self.pruner = InstanceWisePruner(self.model, self.images, LAMBDA, gate=gate, scope=scope)
         if heads:
-            self.pruner.load_state_dict(self.pruner.state_dict() | {"heads": heads(self.pruner.sites)})
+            self.pruner.load_state_dict(self.pruner.state_dict() | heads(self.pruner.sites))
         if not self.saved:
             self.saved = with_thresholds(self.pruner, self.images)
         sites = self.pruner.state_dict()["sites"]
@@ -121,7 +121,7 @@ def with_thresholds(pruner: InstanceWisePruner, images: Tensor) -> dict[str, Any
     betas: list[float] = []
     with pruner.gating(betas=betas):
         output(pruner.model, images)
-    ran = list(pruner._memory.norms)  # in the order that the gates were called in
+    ran = [name for name in pruner._memory.norms if name not in pruner.followers]  # in the order of the gates' calls
     per_site = {name: {"beta": beta} for name, beta in zip(ran, betas, strict=True)}
     gate = {"type": "CVGate", "parameters": {"alpha": 0.0, "beta": 1.0}}
     return pruner.state_dict() | {"gate": gate, "per_site": per_site}

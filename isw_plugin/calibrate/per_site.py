@@ -34,14 +34,16 @@ class Corner:
 
 
 def refined(trial: Trial, choice: Choice, start: Candidate, values: Mapping[str, Sequence[float]]) -> list[Candidate]:
-    """Candidates with thresholds of single sites, from ``start`` on; sites that the user set keep theirs.
+    """Candidates with thresholds of single sites, from ``start`` on; sites that the user set keep theirs, and those
+    that follow others have none.
 
     Evaluations: in each round, one of ``_INSTANCES`` images for a site and value, and one of all images for
     every halving of the path. That is about 9 a site for the CV gate, and 15 of all images.
     """
     found: list[Candidate] = []
-    own = trial.own
-    sites = [site.name for site in trial.pruner.sites if not own.get(site.name, {}).keys() & values.keys()]
+    own, follow = trial.own, trial.pruner.followers
+    free = [site.name for site in trial.pruner.sites if not own.get(site.name, {}).keys() & values.keys()]
+    sites = [site for site in free if site not in follow]
     for halvings in range(_ROUNDS if sites else 0):
         options = {site: _options(trial, start.at(site), values, 2**halvings) for site in sites}
         steps = path(_corners(trial, choice, start, options))

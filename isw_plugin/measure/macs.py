@@ -81,7 +81,8 @@ class MacReport:
         dense: Of one image with every channel kept.
         gated: Of each image with its dropped channels skipped, (N,) float64.
         per_site: Site name -> MACs saved in the readers of this map, and where it is decided before its layers run in
-            these, less what deciding takes (a head's, or a gate's with parameters); (N,) float64. They add up.
+            these, less what deciding takes (a head's, or a gate's with parameters); (N,) float64. They add up. Where a
+            site follows, its depthwise layer's are the other's, which reads that map.
         per_layer: Layer name -> dense MACs of one image.
         gate: The gates' own multiply-adds for one image, not in ``gated``.
 
@@ -165,6 +166,7 @@ def saved_by_site(
     keep = {name: mask.cpu() for name, mask in keep.items()}
     sites, heads, gates = pruner.sites, pruner.heads, _gates(pruner)
     own = _own_macs(pruner, dense) | {name: float(head.macs) for name, head in heads.items()}
+    own |= dict.fromkeys(pruner.followers, 0.0)
     parts = reader_parts(sites) if own else {}
     saved = {}
     for site in sites:
@@ -272,8 +274,9 @@ def count_dense(model: nn.Module, inputs: Any, forward: Callable[[nn.Module, Any
         counted.columns[name] = module.in_channels if isinstance(module, _ConvNd) else module.in_features
         handles.append(module.register_forward_hook(_LayerCounter(counted, name, instances), with_kwargs=True))
     squared = _squared(pruner) if pruner else ()
+    undecided = {*pruner.learned, *pruner.followers} if pruner else ()
     for site in sites:
-        counted.gate += 0 if pruner and site.name in pruner.learned else 4 * site.channels
+        counted.gate += 0 if site.name in undecided else 4 * site.channels
         if site.name not in squared:
             continue
         handles.append(_count_gate(model, site, counted, instances))
@@ -294,7 +297,7 @@ def _squared(pruner: InstanceWisePruner) -> set[str]:
     """Sites whose squares are summed: all that are measured, and those that heads read."""
     heads = pruner.heads
     read = {source for head in heads.values() for source in head.sources}
-    known = heads.keys() | pruner.learned.keys()
+    known = {*pruner.predicted, *pruner.learned}
     return read | {site.name for site in pruner.sites if site.name not in known}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from isw_plugin.batches import Batches, batches_in, fitting, taken_apart
 from isw_plugin.errors import ISWError, NonFiniteFeatureError, PredictionError
+from isw_plugin.followers import following, last, root
 from isw_plugin.gates import Gate, keeps_all
 from isw_plugin.heads import UNSEEN, Head, Statistics, features, require_norms_only
 from isw_plugin.hooks import Memory
@@ -76,9 +77,17 @@ class _Seen:
 
 
 def fit(
-    model: nn.Module, memory: Memory, sites: Sequence[Site], batches: Batches, max_instances: int
+    model: nn.Module,
+    memory: Memory,
+    sites: Sequence[Site],
+    batches: Batches,
+    max_instances: int,
+    may_follow: Mapping[str, str],
 ) -> tuple[dict[str, Head], Predictors]:
     """See ``InstanceWisePruner.fit_predictors``; gates are on, and every site measures.
+
+    Args:
+        may_follow: Sites that take over the decision of another, where that is predicted.
 
     Returns:
         The heads of the sites that shall be predicted, and what was found.
@@ -86,6 +95,8 @@ def fit(
     candidates = [site for site in sites if not site.making.reason]
     if not candidates:
         raise PredictionError(f"no site can be predicted; {sites[0].name}: {sites[0].making.reason}")
+    predictable = {site.name for site in candidates}
+    may_follow = {name: source for name, source in may_follow.items() if source in predictable}
     for site in candidates:
         require_norms_only(memory.gates[site.name], site)
     ranks = _of_all_ranks(lambda: _observed(model, memory, candidates, batches, max_instances))
@@ -93,15 +104,18 @@ def fit(
     table = seen.table()
     held_out = torch.arange(seen.images) % _HELD_OUT == _HELD_OUT - 1
     fitted = int((~held_out).sum())
-    _require_enough(sites, candidates, table, seen.images, fitted)
-    heads, reports = {}, {}
+    _require_enough(sites, [site for site in candidates if site.name not in may_follow], seen.images, fitted)
+    _require_alive(candidates, table, seen.images)
+    macs = {site.name: sum(seen.macs[layer] for layer in site.making.layers) for site in candidates}
+    fits = _Fits(memory.gates, table, held_out, macs, may_follow)
     for site in tqdm(candidates, desc="heads", disable=None, leave=False):
-        macs = sum(seen.macs[layer] for layer in site.making.layers)
-        head, reports[site.name] = _fitted(site, memory.gates[site.name], table, held_out, macs)
-        if not reports[site.name].reason:
-            heads[site.name] = head
+        if may_follow.get(site.name) in fits.keep:
+            fits.follow(site)
+        else:
+            _require_enough(sites, [site], seen.images, fitted)
+            fits.fit(site)
     measured = {site.name: site.making.reason for site in sites if site.making.reason}
-    return of_all_ranks((heads, Predictors(reports, measured, fitted, seen.images - fitted)))[0]
+    return of_all_ranks((fits.heads, Predictors(fits.reports, measured, fitted, seen.images - fitted)))[0]
 
 
 def _of_all_ranks(observe: Callable[[], _Seen]) -> list[_Seen]:
@@ -172,10 +186,8 @@ def _together(ranks: Sequence[_Seen]) -> _Seen:
     return seen
 
 
-def _require_enough(
-    sites: Sequence[Site], candidates: Sequence[Site], table: Mapping[str, _Rows], images: int, fitted: int
-) -> None:
-    """Images for every head, and something to predict."""
+def _require_enough(sites: Sequence[Site], candidates: Sequence[Site], images: int, fitted: int) -> None:
+    """Images for every head."""
     channels = {site.name: site.channels for site in sites}
     inputs = {site.name: 2 * sum(channels[source] for source in site.making.sources) for site in candidates}
     widest = max(inputs, key=inputs.__getitem__)
@@ -185,6 +197,10 @@ def _require_enough(
             f"the head of {widest} has {inputs[widest]} inputs, and {fitted} of {images} images would fit it (every "
             f"fifth judges): give {needed} images or more, and max_instances as many"
         )
+
+
+def _require_alive(candidates: Sequence[Site], table: Mapping[str, _Rows], images: int) -> None:
+    """Something to predict."""
     for site in candidates:
         if site.name not in table or not table[site.name].norms.any():
             raise PredictionError(
@@ -193,22 +209,61 @@ def _require_enough(
             )
 
 
-def _fitted(
-    site: Site, gate: Gate, table: Mapping[str, _Rows], held_out: Tensor, macs: float
-) -> tuple[Head, HeadReport]:
-    read = {name: Statistics(table[name].rms, table[name].mean, 1) for name in site.making.sources}
-    norms, scale = table[site.name].norms, table[site.name].scale
-    phi, rms = features(read, site.making.sources), norms / scale
-    found = ridge(phi[~held_out], rms[~held_out], (phi[held_out], rms[held_out]))
-    head = Head(site.making.sources, found.weight, found.bias)
-    measured, keep = gate(UNSEEN, norms[held_out]), gate(UNSEEN, (head.norms(read, 1) * scale)[held_out])
-    recall = (keep & measured).sum().item() / max(1, measured.sum().item())
-    density = _SUPPOSED if keeps_all(gate) else keep.float().mean().item()
-    saved = (1 - density) * site.channels * macs
-    reason = ""
-    if recall < _LEAST_RECALL:
-        reason = f"its head finds {recall:.2f} of the channels that measuring keeps"
-    elif saved <= head.macs:
-        reason = f"its head takes {head.macs:,} MACs and saves {saved:,.0f}"
-    kept = (keep.float().mean().item(), measured.float().mean().item())
-    return head, HeadReport(found.r_squared, recall, *kept, head.macs, saved, reason)
+@dataclass
+class _Fits:
+    """Sites one after the other: their heads, what is said of them, and what predicted ones keep of held-out images.
+
+    Args:
+        macs: Of one channel in the layers that make a site, by site.
+    """
+
+    gates: Mapping[str, Gate]
+    table: Mapping[str, _Rows]
+    held_out: Tensor
+    macs: Mapping[str, float]
+    may_follow: Mapping[str, str]
+    heads: dict[str, Head] = field(default_factory=dict)
+    reports: dict[str, HeadReport] = field(default_factory=dict)
+    keep: dict[str, Tensor] = field(default_factory=dict)
+
+    def follow(self, site: Site) -> None:
+        """Let a site keep what the one before it keeps."""
+        source = self.may_follow[site.name]
+        keep = self.keep[site.name] = self.keep[source]
+        self.reports[site.name] = self._report(site, keep, follows=source)
+
+    def fit(self, site: Site) -> None:
+        """Fit a head, which is taken if it pays."""
+        read = {name: Statistics(self.table[name].rms, self.table[name].mean, 1) for name in site.making.sources}
+        rows, held_out = self.table[self._judged(site)], self.held_out
+        phi, rms = features(read, site.making.sources), rows.norms / rows.scale
+        found = ridge(phi[~held_out], rms[~held_out], (phi[held_out], rms[held_out]))
+        head = Head(site.making.sources, found.weight, found.bias)
+        keep = self.gates[site.name](UNSEEN, (head.norms(read, 1) * rows.scale)[held_out])
+        report = self._report(site, keep, r_squared=found.r_squared, macs=head.macs)
+        reason = self._refusal(site, head, report)
+        self.reports[site.name] = replace(report, reason=reason)
+        if not reason:
+            self.heads[site.name], self.keep[site.name] = head, keep
+
+    def _report(
+        self, site: Site, keep: Tensor, r_squared: float | None = None, macs: int = 0, follows: str = ""
+    ) -> HeadReport:
+        gate = self.gates[root(self.may_follow, site.name) if follows else site.name]
+        measured = gate(UNSEEN, self.table[self._judged(site)].norms[self.held_out])
+        recall = (keep & measured).sum().item() / max(1, measured.sum().item())
+        density = keep.float().mean().item()
+        saved = (1 - (_SUPPOSED if keeps_all(gate) else density)) * site.channels * self.macs[site.name]
+        return HeadReport(r_squared, recall, density, measured.float().mean().item(), macs, saved, follows=follows)
+
+    def _judged(self, site: Site) -> str:
+        """The site whose norms decide: the last that follows, as nothing else reads the maps before it."""
+        return last(self.may_follow, site.name)
+
+    def _refusal(self, site: Site, head: Head, report: HeadReport) -> str:
+        """Why a head does not pay, together with the sites that follow it; "" where it does."""
+        chain = sum(self.macs[name] for name in following(self.may_follow, site.name))
+        saved = report.saved * chain / self.macs[site.name]
+        if report.recall < _LEAST_RECALL:
+            return f"its head finds {report.recall:.2f} of the channels that measuring keeps"
+        return f"its head takes {head.macs:,} MACs and saves {saved:,.0f}" if saved <= head.macs else ""

@@ -56,7 +56,7 @@ def find_sites(
         )
     chosen = set(select(nameable, layers, exclude))
     values = {value: names[0] for value, names in makers.items() if chosen & set(names)}
-    makings = Makings(readers, values)
+    makings = Makings(readers, values, ends.axes)
     sites = tuple(_site(graph, ends, value, readers, taps, makings) for value in values)
     for site_names in makers.values():
         if not chosen & set(site_names):

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from isw_plugin.sites.graph import Graph, Node
 from isw_plugin.sites.operations import ACTIVATIONS, JOINS, PASSES, POOLS, VIEWS
 from isw_plugin.sites.readers import Readers
-from isw_plugin.sites.site import Making
+from isw_plugin.sites.site import Consumer, Making
 
 __all__ = ["Makings"]
 
@@ -21,12 +22,14 @@ class Makings:
     Args:
         readers: Of the graph.
         sites: Value -> name of the site.
+        axes: Value -> axis of its channels.
     """
 
-    def __init__(self, readers: Readers, sites: Mapping[int, str]) -> None:
+    def __init__(self, readers: Readers, sites: Mapping[int, str], axes: Mapping[int, int]) -> None:
         self.graph: Graph = readers.graph
-        self.users = readers.users
+        self.readers, self.users = readers, readers.users
         self.sites = sites
+        self.axes = axes
 
     def of(self, value: int, axis: int, layers: tuple[str, ...]) -> Making:
         """How the map ``value`` is made, whose channels lie on ``axis``, by these layers."""
@@ -43,12 +46,15 @@ class Makings:
         seen = self._seen_before(value, makers, between)
         if seen:
             return Making(reason=f"{seen} sees it before the gate")
+        alone = len(makers) == 1 and not found
         for maker in makers:
             read, reason = self._read(maker)
             if reason:
                 return Making((), layers, reason)
             found |= read
-        return Making(tuple(name for name in self.sites.values() if name in found), layers, "")
+        sources = tuple(name for name in self.sites.values() if name in found)
+        follows = sources[0] if alone and len(sources) == 1 and self._is_depthwise(makers[0], sources[0]) else ""
+        return Making(sources, layers, "", follows)
 
     def _back(self, value: int, layers: tuple[str, ...]) -> tuple[list[Node], list[Node], dict[str, None], str]:
         """The layers that make a map, what runs between them and it, and the sites that are added on the way."""
@@ -103,6 +109,20 @@ class Makings:
             else:
                 pending += producer.inputs
         return found, ""
+
+    def _is_depthwise(self, layer: Node, source: str) -> bool:
+        """Whether a layer makes every channel of the same channel of a site's map alone, which nothing else reads."""
+        module = self.graph.modules[layer.name]
+        if not (isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels):
+            return False
+        value = next(value for value, name in self.sites.items() if name == source)
+        axis, current = self.axes[value], layer.inputs[0]
+        while current != value:
+            if len(self.users[current]) != 1:
+                return False
+            current = self.graph.producers[current].inputs[0]
+        whole = self.graph.shapes[value][axis] == module.in_channels
+        return whole and len(self.users[value]) == 1 and self.readers.of(value, axis) == [Consumer(layer.name)]
 
     def _seen_before(self, value: int, makers: list[Node], between: list[Node]) -> str:
         """Who else reads what lies between the layers and the map; "" where nobody does."""

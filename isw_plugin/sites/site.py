@@ -58,11 +58,14 @@ class Making:
         layers: Those whose output channel c is needed for channel c of the map and for nothing else: what is dropped
             before they run need not be computed. None where that does not hold of all of them.
         reason: Why norms cannot be predicted before the layers run; "" where they can.
+        follows: Where one depthwise layer makes it, and nothing is added, the site that this layer alone reads, whose
+            channel c makes channel c; "" elsewhere.
     """
 
     sources: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     reason: str = "not looked for"
+    follows: str = ""
 
 
 @dataclass(frozen=True)

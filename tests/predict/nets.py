@@ -51,6 +51,26 @@ class Inverted(Net):
         return self.head(x).mean((2, 3))
 
 
+class Twice(Net):
+    """An expansion, two depthwise filters one after the other, and a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()
+        self.pw, self.act1 = nn.Conv2d(4, 8, 1), nn.ReLU6()
+        self.dw, self.act2 = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6()
+        self.dw2, self.bn2, self.act3 = nn.Conv2d(8, 8, 3, stride=2, groups=8), nn.BatchNorm2d(8), nn.ReLU()
+        self.pwl, self.act4, self.head = nn.Conv2d(8, 5, 1), nn.ReLU(), nn.Conv2d(5, 6, 1)
+
+    def run(self, x: Tensor, touch: Touch) -> Tensor:
+        x, _ = touch("stem", self.act(self.stem(x)))
+        hidden, _ = touch("pw", self.act1(self.pw(x)))
+        hidden, _ = touch("dw", self.act2(self.dw(hidden)))
+        hidden, _ = touch("dw2", self.act3(self.bn2(self.dw2(hidden))))
+        x, _ = touch("pwl", self.act4(self.pwl(hidden)))
+        return self.head(x).mean((2, 3))
+
+
 class Grouped(Net):
     """Two groups."""
 
@@ -123,6 +143,14 @@ LAYERS: dict[type[Net], Layers] = {
         "pwl": (["dw"], "pwl"),
         "head": (["pwl"], None),
     },
+    Twice: {
+        "stem": ([3], "stem"),
+        "pw": (["stem"], "pw"),
+        "dw": (["pw"], "dw"),
+        "dw2": (["dw"], "dw2"),
+        "pwl": (["dw2"], "pwl"),
+        "head": (["pwl"], None),
+    },
     Grouped: {"c1": ([3], "c1"), "c2": (["c1"], "c2"), "c3": (["c2"], None)},
     Joined: {
         "a": ([3], "a"),
@@ -139,10 +167,12 @@ SOURCES: dict[type[Net], dict[str, tuple[str, ...]]] = {
     Residual: {"block.c1": ("stem",), "block.c2": ("stem", "block.c1")},
     Down: {"c1": ("stem",), "c2": ("stem", "c1")},
     Inverted: {"pw": ("stem",), "dw": ("pw",), "pwl": ("stem", "dw")},
+    Twice: {"pw": ("stem",), "dw": ("pw",), "dw2": ("dw",), "pwl": ("dw2",)},
     Grouped: {"c2": ("c1",)},
     Joined: {"b": ("a",), "c": ("a", "b"), "fc1": ("c",)},
     Concat: {},
 }
+FOLLOWERS: dict[type[Net], dict[str, str]] = {Inverted: {"dw": "pw"}, Twice: {"dw": "pw", "dw2": "dw"}}
 PREDICTED = [kind for kind, sources in SOURCES.items() if sources]
 
 
@@ -164,6 +194,15 @@ def predicting(kind: type[Net], seed: int = 0, **settings: object) -> tuple[Net,
     return net, pruner
 
 
+def following(kind: type[Net], seed: int = 0, **settings: object) -> tuple[Net, InstanceWisePruner]:
+    """The same, but that sites behind depthwise layers follow."""
+    net, pruner = predicting(kind, seed, **settings)
+    state = pruner.state_dict()
+    state["heads"] = {name: head for name, head in state["heads"].items() if name not in FOLLOWERS[kind]}
+    pruner.load_state_dict(state | {"followers": FOLLOWERS[kind]})
+    return net, pruner
+
+
 def predicted_by_hand(net: Net, pruner: InstanceWisePruner, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """What docs/predicting.md says, written out: outputs and keep masks."""
     known: dict[str, tuple[Tensor, Tensor]] = {}
@@ -178,7 +217,10 @@ def predicted_by_hand(net: Net, pruner: InstanceWisePruner, x: Tensor) -> tuple[
             phi = torch.cat([part for source in head.sources for part in known[source]], 1)
             norms = math.sqrt(places) * (phi @ head.weight.T + head.bias).clamp_min(0)
         gate = pruner.gate
-        kept[name] = keep = keep_mask(norms, gate.alpha, gate.beta)
+        keep = keep_mask(norms, gate.alpha, gate.beta)
+        if name in pruner.followers:
+            keep = kept[pruner.followers[name]]
+        kept[name] = keep
         flat = flat * keep.unsqueeze(2)
         known[name] = (flat.square().mean(2).sqrt(), flat.mean(2))
         masked = flat.reshape(feature.shape)

@@ -1,6 +1,7 @@
 """MACs of predicted sites against a literal loop over every multiply-add."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from isw_plugin import InstanceWisePruner, count_macs, evaluate
 from tests.conftest import Concat, Net, made
-from tests.predict.nets import LAYERS, PREDICTED, Inverted, Stack, predicting
+from tests.predict.nets import FOLLOWERS, LAYERS, PREDICTED, Inverted, Stack, following, predicting
 
 
 def columns(reads: Sequence[str | int], keep: dict[str, Tensor], width: int, image: int) -> list[bool]:
@@ -39,7 +40,7 @@ def macs_by_hand(net: Net, pruner: InstanceWisePruner, images: Tensor) -> Tensor
         for image in range(len(images)):
             kept = columns(reads, keep, width, image)
             for out in range(outputs):
-                if makes in pruner.heads and not keep[makes][image, out]:
+                if makes in pruner.predicted and not keep[makes][image, out]:
                     continue
                 group = out // (outputs // groups)
                 of_group = kept[group * width // groups : (group + 1) * width // groups]
@@ -47,9 +48,12 @@ def macs_by_hand(net: Net, pruner: InstanceWisePruner, images: Tensor) -> Tensor
     return total.double()
 
 
-@pytest.mark.parametrize("kind", [*PREDICTED, Concat])
-def test_what_is_dropped_is_counted_on_both_sides(kind: type[Net]) -> None:
-    net, pruner = predicting(kind)
+@pytest.mark.parametrize(
+    ("kind", "attached"),
+    [*((kind, predicting) for kind in (*PREDICTED, Concat)), *((kind, following) for kind in FOLLOWERS)],
+)
+def test_what_is_dropped_is_counted_on_both_sides(kind: type[Net], attached: Any) -> None:
+    net, pruner = attached(kind)
     images = net.images(6)
     report = count_macs(net, images)
     torch.testing.assert_close(report.gated, macs_by_hand(net, pruner, images), rtol=1e-9, atol=1e-6)

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from benchmarks.speed import __main__ as engine
-from benchmarks.speed.networks import NETWORKS, gate_at, network, trained_networks
+from benchmarks.speed.networks import NETWORKS, force, gate_at, network, trained_networks
 from benchmarks.speed.steady import Probe
 from benchmarks.speed.ways import FORCED, TRAINED, Row, measure
 from isw_plugin import InstanceWisePruner
 from isw_plugin.accelerate import choose, fit
 from tests.accelerate.nets import clock, whole_clock
+from tests.conftest import made
+from tests.predict.nets import Inverted
 
 
 class Alone(Probe):
@@ -69,6 +71,17 @@ def test_forced_masks_skip_outputs_too() -> None:
     assert inputs.keep == pytest.approx(outputs.keep) == pytest.approx(0.5, abs=0.01)
     assert max(inputs.error, outputs.error) < 1e-4
     assert 1.7 < inputs.bound < 2.1 < 2.5 < outputs.bound < 4
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+def test_forced_masks_of_depthwise_layers_are_those_before_them(outputs: bool) -> None:
+    net = made(Inverted)
+    pruner = force(InstanceWisePruner(net, net.images(1)), 0.5, 4, outputs)
+    assert pruner.followers == ({"dw": "pw"} if outputs else {})
+    assert set(pruner.heads) == ({"pw", "pwl"} if outputs else set())
+    net(net.images(4))
+    assert torch.equal(pruner.keep["dw"], pruner.keep["pw"])
+    assert (pruner.keep["dw"].sum(1) == 4).all()
 
 
 def test_a_second_run_goes_on(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
