@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from images import DataError
 from run_folder import OtherRunError, RunFolder
 from slimmed_vgg16 import arguments, main, vgg16
@@ -23,10 +25,15 @@ SMALL = "--width 0.125 --epochs-dense 2 --epochs-finetune 1 --prune-ratio 0.2 --
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with all stages done."""
-    out = tmp_path_factory.mktemp("runs") / "done"
-    main(arguments([*SMALL, "--lambda", "1e-6", "--out", str(out)]))
-    return out
+    """A run folder with all stages done: a copy, so that workers of pytest-xdist do them once for all."""
+    own = tmp_path_factory.getbasetemp()
+    done = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "slimmed_vgg16"
+    with FileLock(f"{done}.lock"):
+        if not done.exists():
+            made = tmp_path_factory.mktemp("made") / "run"
+            main(arguments([*SMALL, "--lambda", "1e-6", "--out", str(made)]))
+            made.rename(done)
+        return Path(shutil.copytree(done, tmp_path_factory.mktemp("runs") / "done"))
 
 
 @pytest.fixture
