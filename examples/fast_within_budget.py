@@ -10,6 +10,8 @@ Thresholds are then settled on held-out training images and everything is report
 chosen on. Saved after every epoch: interrupt it at any time and run the same command again. All is in --out.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import json
 import math
@@ -31,7 +33,6 @@ from run_folder import RunFolder, require_free_or_same
 from torch import Tensor, nn
 from training import Schedule, finish, train
 
-from isw_cli.errors import in_one_line
 from isw_plugin import InstanceWisePruner, evaluate
 from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import BudgetError, SettingError

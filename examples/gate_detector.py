@@ -8,6 +8,8 @@ whole, lists of images in, boxes out, and say nothing of photographs. `calibrate
 average precision at IoU 0.5, by torchmetrics. What is reported is the mAP over all images of another part of the set.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +26,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from isw_cli.errors import in_one_line
+from isw_cli.weights import fill
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 
 CLASSES = ("background", "circle", "square", "triangle")
@@ -84,7 +86,7 @@ def detector(side: int, weights: Path | None) -> nn.Module:
     model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=len(CLASSES))
     model.transform.fixed_size = (side, side)
     if weights is not None:
-        model.load_state_dict(torch.load(weights, "cpu", weights_only=True))
+        fill(model, weights)
     return model
 
 

@@ -10,6 +10,8 @@ or class name (goose): those rows of the classifier are taken. Weights come from
 with --checkpoint.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import json
 import shlex
@@ -28,7 +30,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
-from isw_cli.errors import in_one_line
 from isw_plugin import InstanceWisePruner, calibrate, evaluate
 from isw_plugin.report import frontier
 
@@ -84,6 +85,8 @@ def _from_file(name: str, checkpoint: Path, classes: int) -> nn.Module:
             return timm.create_model(name, checkpoint_path=str(checkpoint))
         except (OSError, RuntimeError):
             raise DataError(f"{checkpoint}: no weights of {name} for {classes} classes ({error})") from error
+    except Exception as error:  # whatever is said of a damaged file
+        raise DataError(f"{checkpoint}: no readable weights: damaged, or no state_dict: copy it again") from error
 
 
 def _shortened(rows: list[int]) -> str:

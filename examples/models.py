@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm
-import torch
 import torchvision
 from classes import keep_classes, some_rows
 from images import DataError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from isw_cli.errors import InputError
+from isw_cli.weights import read
 
 __all__ = ["load_model"]
 
@@ -100,15 +101,10 @@ def _from_file(file: Path, function: str) -> nn.Module:
 
 def _read(weights: Path) -> dict[str, Tensor]:
     """A state_dict from safetensors, or from a torch file of tensors alone."""
-    if not weights.is_file():
-        raise DataError(f"{weights}: no such file")
     try:
-        if weights.suffix == ".safetensors":
-            return load_file(weights)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a torn or foreign file raises
-        raise DataError(f"{weights}: no readable weights ({error})") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        state = read(weights)
+    except InputError as error:
+        raise DataError(str(error)) from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(f"{weights}: a state_dict of tensors was expected")
     return {key.removeprefix("module."): value for key, value in state.items()}

@@ -8,6 +8,8 @@ Five stages, each saved when done and training after every epoch: interrupt it a
 same command again. Ends with Table 6 of the paper for this run; everything is written into --out.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import json
 import math
@@ -29,7 +31,6 @@ from timm.models.vgg import VGG
 from torch import Tensor, nn
 from training import Schedule, finish, train
 
-from isw_cli.errors import in_one_line
 from isw_plugin import Calibration, InstanceWisePruner, calibrate, evaluate
 from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import AttachError, BudgetError, SettingError

@@ -6,6 +6,8 @@
 Interrupted, it goes on from the last finished epoch when it is run again.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 
 import recipe
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from isw_cli.errors import in_one_line
 from isw_plugin import InstanceWisePruner
 
 

@@ -7,6 +7,8 @@ Interrupted, it goes on from the last finished epoch when it is run again. timm'
 feature decay from ``python -m isw_plugin.toolkits.timm`` (see docs/training.md).
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 
 import recipe
@@ -17,7 +19,6 @@ from timm.utils import init_distributed_device, is_primary
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from isw_cli.errors import in_one_line
 from isw_plugin import InstanceWisePruner
 from isw_plugin.toolkits.timm import add_feature_decay
 

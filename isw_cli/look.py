@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from isw_cli.data import Images, images_in, preparation
-from isw_cli.errors import InputError
-from isw_cli.models import Subject, attached, line, subject
+from isw_cli.errors import InputError, line
+from isw_cli.models import Subject, attached, subject
 from isw_cli.output import Tracked, as_json, errors, tell
 from isw_cli.request import Request
 from isw_plugin import CVGate, InstanceWisePruner, evaluate, export

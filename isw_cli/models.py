@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isw_cli.errors import InputError
+from isw_cli.errors import InputError, line
 from isw_cli.request import Request
+from isw_cli.weights import fill
 from isw_plugin import InstanceWisePruner, load_accelerated, load_pretrained
 from isw_plugin.accelerate import LoadedModel
 from isw_plugin.errors import ISWError
 
-__all__ = ["Subject", "attached", "line", "subject"]
+__all__ = ["Subject", "attached", "subject"]
 
 _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 
@@ -59,7 +60,7 @@ def subject(request: Request, classes: int | None = None) -> Subject:
     else:
         found = _of_timm(name, classes, request.pretrained)
     if weights is not None:
-        _fill(found.model, weights)
+        fill(found.model, weights)
         found = Subject(found.name, found.model, found.pruner)
     return found
 
@@ -138,25 +139,3 @@ def _bare(architecture: str) -> nn.Module:
     if made.pruner is not None:
         made.pruner.remove()
     return made.model
-
-
-def _fill(model: nn.Module, file: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise InputError(f"--weights {file} {'is a folder: name a file in it' if file.is_dir() else 'does not exist'}")
-    state: Any
-    try:
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except Exception as error:  # whatever is said of a damaged file
-        raise InputError(f"--weights {file} is no safetensors file and no state_dict: {line(error)}") from error
-    try:
-        model.load_state_dict(state.get("state_dict", state))
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"--weights {file} does not fit the model: {line(error)}") from error
-
-
-def line(error: BaseException) -> str:
-    """What it says, in one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]

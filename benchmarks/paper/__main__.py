@@ -10,6 +10,8 @@ DIR/train/CLASS/*.jpg and DIR/test or DIR/val. Every network is trained once and
 at any time and run the same command again. What was not run is listed as such.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -24,7 +26,6 @@ from benchmarks.paper.recipes import SCALES, Recipe, recipes
 from benchmarks.paper.tables import TABLES
 from benchmarks.paper.training import Bench, as_pretrained, on_device
 from benchmarks.paper.writing import Writer
-from isw_cli.errors import in_one_line
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,6 +8,8 @@
 DIR/train/CLASS/*.jpg and DIR/test or DIR/val. Interrupt it and run the same command again: every epoch is saved.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import json
 import statistics
@@ -25,7 +27,6 @@ from benchmarks.rivals.measuring import BATCHES, measure
 from benchmarks.rivals.networks import NETWORKS
 from benchmarks.rivals.rivals import RIVALS
 from benchmarks.rivals.training import Bench, Scale
-from isw_cli.errors import in_one_line
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 SCALES = {

@@ -7,6 +7,8 @@ own. Answers are compared with those of the model in this process; memory is tha
 after a quarter of the time and at the end.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import base64
 import http.client
@@ -27,7 +29,7 @@ from serve import Classifier
 from torch import nn
 
 from isw_cli.data import images_in, preparation
-from isw_cli.errors import InputError, in_one_line
+from isw_cli.errors import InputError
 
 _AGREE = 1e-3  # of a score: batches of other sizes round otherwise
 

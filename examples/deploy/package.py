@@ -5,6 +5,8 @@
 writes deploy/model.pt2, an image and what the model gives for it, compiles run.cpp, runs it, and compares.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import shlex
 import subprocess
@@ -18,7 +20,6 @@ import torch._inductor.graph as inductor_graph
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from isw_cli.errors import in_one_line
 from isw_cli.models import subject
 from isw_cli.request import Request
 from isw_plugin import InstanceWisePruner

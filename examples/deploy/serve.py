@@ -10,6 +10,8 @@
 answered by {"error": ...}, and costs the others in its batch nothing.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import base64
 import io
@@ -31,7 +33,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from isw_cli.data import preparation
-from isw_cli.errors import InputError, in_one_line
+from isw_cli.errors import InputError
 from isw_plugin import load_accelerated
 
 

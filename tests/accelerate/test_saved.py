@@ -295,6 +295,23 @@ def test_another_processor_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch
         load_accelerated(folder)
 
 
+@pytest.mark.parametrize("made", [{"hardware": "Another Processor"}, {"isw_plugin": "0.0.1", "torch": "2.0.0"}])
+def test_what_was_made_elsewhere_runs_right(folder: Path, made: dict[str, str]) -> None:
+    images, wanted = Plain().images(), load_accelerated(folder)
+    facts = json.loads((folder / "accelerated.json").read_text())
+    version, _ = facts.pop("version"), facts.pop("sha256")
+    facts["made"] |= made
+    (folder / "accelerated.json").write_text(json.dumps({"version": version, "sha256": saved._digest(facts), **facts}))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again = load_accelerated(folder)
+    assert [str(each.message).split(",")[0] for each in said] == (
+        ["layers were chosen on Another Processor"] if "hardware" in made else []
+    )
+    assert torch.equal(again(images), wanted(images))
+    assert all(value in again.summary().splitlines()[-1] for value in made.values())
+
+
 def test_what_runs_masked_cannot_be_saved(tmp_path: Path) -> None:
     fast = fast_one(Plain, Plain().images())
     fast.execution, fast.reason = "masked", "because"

@@ -324,6 +324,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(place: Path, name: str) -> Non
     assert sorted(file for file in place.rglob("*") if "__pycache__" not in str(file)) == before
 
 
+WEIGHTS = {
+    "empty.pt": (lambda file: file.touch(), "the file is empty: copy or download it again"),
+    "torn.pt": (lambda file: file.write_bytes(b"torn"), "damaged, or no state_dict: copy or download it again"),
+    "code.pt": (
+        lambda file: torch.save(_net(file.parent), file),
+        "or write it by torch.save(model.state_dict(), FILE)",
+    ),
+    "torn.safetensors": (lambda file: file.write_bytes(b"torn"), "damaged, or no safetensors file: copy"),
+    "list.pt": (lambda file: torch.save([1.0], file), "holds no state_dict: write one by torch.save"),
+    "other.pt": (
+        lambda file: torch.save({"0.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}, file),
+        "does not fit the model: it lacks 0.bias, 2.weight, 2.bias and 2 more; the model lacks fc.bias; "
+        "0.weight is (2,) there and (8, 3, 3, 3) here: name the model that it was saved from",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_cannot_be_used(place: Path, name: str) -> None:
+    write, words = WEIGHTS[name]
+    write(place / name)
+    said = refused("evaluate", "net.py:net", "--data", "data", "--weights", name)
+    assert words in said
+    assert "weights_only" not in said
+
+
 def test_an_image_that_cannot_be_read_is_named(place: Path) -> None:
     (place / "data" / "dog" / "3.png").write_bytes(b"no picture")
     arguments = ("gate", "net.py:net", "--data", "data", "--size", "16", "--max-drop", "0.49", "--out", "out")

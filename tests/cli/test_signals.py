@@ -1,12 +1,14 @@
 """What stops a command or a script: ctrl-C at any moment, and errors that its user can mend, each in one line."""
 
+from isw_cli.script import in_one_line
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from isw_cli.errors import InputError, in_one_line
+from isw_cli.errors import InputError
 from isw_plugin.errors import SettingError
 
 STOP = """
@@ -31,6 +33,35 @@ def test_a_signal_is_one_line(module: str, seconds: float, name: str, tmp_path: 
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1].endswith(": stopped; nothing was written")
     assert "Traceback" not in done.stderr
+
+
+SCRIPT = """
+import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def stop():
+    while "torch" not in sys.modules: time.sleep(.01)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=stop, daemon=True).start()
+import runpy
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_a_script_imports_is_one_line() -> None:
+    script = Path(__file__).parents[2] / "examples" / "gate_pretrained.py"
+    command = [sys.executable, "-c", SCRIPT.format(script=str(script)), "resnet18", "--data", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "\nstopped\n")
+
+
+def test_a_script_that_is_imported_leaves_ctrl_c_alone() -> None:
+    code = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+exec("from isw_cli.script import in_one_line", {"__name__": "load"})
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("error", [InputError("no\nsuch"), SettingError("no such"), FileNotFoundError("no such")])
