@@ -5,11 +5,14 @@
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -79,14 +82,9 @@ class Tape : public torch::CustomClassHolder {
     const at::AutoDispatchBelowAutograd no_gradients;
     std::vector<Tensor> slots = std::move(inputs);
     slots.resize(count_);
-    torch::jit::Stack stack;
-    for (const Call& call : calls_) {
-      stack.clear();
-      for (const Argument& argument : call.arguments) stack.push_back(argument.filled(slots));
-      call.op.callBoxed(&stack);
-      for (size_t i = 0; i < call.results.size(); ++i) store(stack[i], call.results[i], slots);
-      for (const Slot slot : call.finished) slots[slot] = Tensor();
-    }
+    const auto run_calls = [&] { run(calls_, slots); };
+    if (own_calls_ > 1 && !large_) isw::with_team(run_calls);
+    else run_calls();
     std::vector<Tensor> outputs;
     for (const Argument& output : outputs_) outputs.push_back(output.filled(slots).toTensor());
     return outputs;
@@ -94,6 +92,17 @@ class Tape : public torch::CustomClassHolder {
 
  private:
   enum class State { fresh, recording, recorded };
+
+  static void run(const std::vector<Call>& calls, std::vector<Tensor>& slots) {
+    torch::jit::Stack stack;
+    for (const Call& call : calls) {
+      stack.clear();
+      for (const Argument& argument : call.arguments) stack.push_back(argument.filled(slots));
+      call.op.callBoxed(&stack);
+      for (size_t i = 0; i < call.results.size(); ++i) store(stack[i], call.results[i], slots);
+      for (const Slot slot : call.finished) slots[slot] = Tensor();
+    }
+  }
 
   // Held here too: a call that was interrupted may drop its tape before it stops it.
   static thread_local c10::intrusive_ptr<Tape> recording;
@@ -140,7 +149,24 @@ class Tape : public torch::CustomClassHolder {
       if (alias && alias->isWrite() && !call.arguments[i].depends()) complete_ = false;  // it would be written again
     }
     for (const IValue& output : outputs) call.results.push_back(slots_of(output));
+    const bool own = schema.name().starts_with("isw::");
+    own_calls_ += own;
+    large_ = large_ || (!own && is_large(call, outputs));
     calls_.push_back(std::move(call));
+  }
+
+  // Whether PyTorch would share the work out: about what it makes, times what a matrix of weights has for each of it.
+  static bool is_large(const Call& call, const std::vector<IValue>& outputs) {
+    int64_t work = 0;
+    for (const IValue& output : outputs)
+      if (output.isTensor() && output.toTensor().defined()) work += output.toTensor().numel();
+    int64_t weights = 1;
+    for (const Argument& argument : call.arguments) {
+      const Tensor constant = argument.value.isTensor() ? argument.value.toTensor() : Tensor();
+      if (constant.defined() && constant.dim() > 1 && constant.numel())
+        weights = std::max(weights, constant.numel() / constant.size(0));
+    }
+    return work * weights >= 1 << 22;
   }
 
   static void store(const IValue& value, const std::vector<Slot>& results, std::vector<Tensor>& slots) {
@@ -220,6 +246,8 @@ class Tape : public torch::CustomClassHolder {
   Slot count_ = 0;
   std::vector<Call> calls_;
   std::vector<Argument> outputs_;
+  int64_t own_calls_ = 0;
+  bool large_ = false;  // a call of PyTorch's
   // While it is recorded:
   std::unordered_map<c10::TensorImpl*, Slot> known_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> held_;
