@@ -83,7 +83,7 @@ class Tape : public torch::CustomClassHolder {
     std::vector<Tensor> slots = std::move(inputs);
     slots.resize(count_);
     const auto run_calls = [&] { run(calls_, slots); };
-    if (own_calls_ > 1 && !large_) isw::with_team(run_calls);
+    if (own_work_ > 16 * other_work_) isw::with_team(run_calls);  // where PyTorch's share is small
     else run_calls();
     std::vector<Tensor> outputs;
     for (const Argument& output : outputs_) outputs.push_back(output.filled(slots).toTensor());
@@ -149,24 +149,23 @@ class Tape : public torch::CustomClassHolder {
       if (alias && alias->isWrite() && !call.arguments[i].depends()) complete_ = false;  // it would be written again
     }
     for (const IValue& output : outputs) call.results.push_back(slots_of(output));
-    const bool own = schema.name().starts_with("isw::");
-    own_calls_ += own;
-    large_ = large_ || (!own && is_large(call, outputs));
+    (schema.name().starts_with("isw::") ? own_work_ : other_work_) += work_of(call, outputs);
     calls_.push_back(std::move(call));
   }
 
-  // Whether PyTorch would share the work out: about what it makes, times what a matrix of weights has for each of it.
-  static bool is_large(const Call& call, const std::vector<IValue>& outputs) {
-    int64_t work = 0;
+  // About the multiply-adds of a call: for every number that it makes those of a matrix of constants, or a few for its
+  // way through memory.
+  static int64_t work_of(const Call& call, const std::vector<IValue>& outputs) {
+    int64_t made = 0, each = 8;
     for (const IValue& output : outputs)
-      if (output.isTensor() && output.toTensor().defined()) work += output.toTensor().numel();
-    int64_t weights = 1;
+      if (output.isTensor() && output.toTensor().defined()) made += output.toTensor().numel();
     for (const Argument& argument : call.arguments) {
-      const Tensor constant = argument.value.isTensor() ? argument.value.toTensor() : Tensor();
-      if (constant.defined() && constant.dim() > 1 && constant.numel())
-        weights = std::max(weights, constant.numel() / constant.size(0));
+      const Tensor weight = argument.value.isTensor() ? argument.value.toTensor() : Tensor();
+      if (!weight.defined() || weight.dim() < 2 || weight.numel() == 0) continue;
+      const int64_t block = weight.dim() == 5 ? weight.size(4) : 1;  // of packed weights
+      each = std::max(each, weight.numel() / weight.size(0) / block);
     }
-    return work * weights >= 1 << 22;
+    return made * each;
   }
 
   static void store(const IValue& value, const std::vector<Slot>& results, std::vector<Tensor>& slots) {
@@ -246,8 +245,7 @@ class Tape : public torch::CustomClassHolder {
   Slot count_ = 0;
   std::vector<Call> calls_;
   std::vector<Argument> outputs_;
-  int64_t own_calls_ = 0;
-  bool large_ = false;  // a call of PyTorch's
+  int64_t own_work_ = 0, other_work_ = 0;
   // While it is recorded:
   std::unordered_map<c10::TensorImpl*, Slot> known_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> held_;
