@@ -73,7 +73,11 @@ class Helpers {
     pthread_sigmask(SIG_SETMASK, &all, &held);
     bool started = true;
     try {
-      std::thread([this] { help(); }).detach();
+      std::thread helper([this] { help(); });
+#if defined(__linux__)
+      pthread_setname_np(helper.native_handle(), "isw helper");
+#endif
+      helper.detach();
       ++count_;
     } catch (...) {  // no memory is as good a reason
       started = false;
@@ -83,9 +87,6 @@ class Helpers {
   }
 
   [[noreturn]] void help() {
-#if defined(__linux__)
-    pthread_setname_np(pthread_self(), "isw helper");
-#endif
     const auto is_called = [this] { return vacancies_ > 0; };
     for (;;) {
       spin(patience(), is_called);
