@@ -10,6 +10,8 @@ Further: gates on the trained network as it is, and with --per-site thresholds o
 against "consumers" at the same thresholds. A second run goes on where the first stopped, network by network.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import copy
 import itertools
@@ -253,4 +255,5 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(arguments())
+    with in_one_line():
+        main(arguments())

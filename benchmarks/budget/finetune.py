@@ -6,6 +6,8 @@
 Writes OUT/DECAY/trained.safetensors, decay by decay; saved after every epoch, so a second run goes on.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import copy
 from pathlib import Path
@@ -81,4 +83,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(arguments())
+    with in_one_line():
+        main(arguments())

@@ -9,6 +9,8 @@ thresholds are chosen anew afterwards, for another share of the MACs. Writes OUT
 saved after every epoch, so a second run goes on.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import json
 from pathlib import Path
@@ -129,5 +131,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = main(arguments())
-    print(*(f"{name}: {found[name]}" for name in ("off", "before", "after", "again") if name in found), sep="\n")
+    with in_one_line():
+        found = main(arguments())
+        print(*(f"{name}: {found[name]}" for name in ("off", "before", "after", "again") if name in found), sep="\n")

@@ -7,6 +7,8 @@ Runs what --only names, or all, one after another, each resumable by itself, sto
 results/networks/NAME.json and writes results/networks/table.md, in which what did not run is listed as not run.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import json
 import os
@@ -133,4 +135,5 @@ def main(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    print(main(arguments()))
+    with in_one_line():
+        print(main(arguments()))

@@ -7,6 +7,8 @@ The models are VGG16s of benchmarks.paper or examples/slimmed_vgg16.py, trained 
 chosen on held-out training images and reported on test images, in float32.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import itertools
 import json
@@ -84,4 +86,5 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(arguments())
+    with in_one_line():
+        main(arguments())

@@ -9,6 +9,8 @@ OUT/steered.json, accuracy on test images at the thresholds that training ended 
 second run goes on.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import json
 from pathlib import Path
@@ -147,5 +149,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = main(arguments())
-    print(*(f"{name}: {found[name]}" for name in ("off", "gated")), sep="\n")
+    with in_one_line():
+        found = main(arguments())
+        print(*(f"{name}: {found[name]}" for name in ("off", "gated")), sep="\n")

@@ -7,6 +7,8 @@ default, then prunes a copy of it, globally, to the same MACs; every layer keeps
 Accuracy on the test images is given right after that, and after fine-tuning: mean and range of the seeds.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import copy
 import datetime
@@ -231,4 +233,5 @@ def main(own: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(arguments())
+    with in_one_line():
+        main(arguments())

@@ -20,6 +20,8 @@ handed in as masks; "forced inputs", random masks of each image's own, at a keep
 before layers run, as where norms are predicted, so that outputs are skipped too; sites behind depthwise layers follow.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import dataclasses
 import itertools
@@ -209,4 +211,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

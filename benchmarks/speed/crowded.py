@@ -8,6 +8,8 @@ Situations: quiet; beside one and two busy processes; two threads on one core; a
 percentile of single calls in milliseconds. "gated" keeps half of the channels, by forced gates; all are float32.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import dataclasses
 import json
@@ -190,4 +192,5 @@ def take(args: argparse.Namespace, models: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

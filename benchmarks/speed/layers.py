@@ -7,6 +7,8 @@ Times are ratios to the dense layer (3x3 convolution, bias, ReLU): below 1 is fa
 kernel with a mask that keeps everything; "gated" decides in the operator, from statistics, at about half the channels.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import statistics
 from collections.abc import Callable
@@ -76,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

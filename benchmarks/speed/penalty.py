@@ -3,6 +3,8 @@
 python -m benchmarks.speed.penalty --batch 64 --rounds 15
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import statistics
 import time
@@ -59,4 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

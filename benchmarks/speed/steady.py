@@ -19,7 +19,7 @@ __all__ = ["Probe", "taken_rounds"]
 
 _SLOWER = 1.1  # times the best time of a probe
 _CALLS = 9
-_REST = 0.03  # seconds before a turn where some run apart: threads that are idle go on looking for work
+_REST = 0.03  # seconds before a turn: several have threads of their own, and idle ones go on looking for work
 
 
 class Probe:
@@ -83,7 +83,7 @@ def taken_rounds(
     Returns:
         Rounds, after one that warms up, and whether each was steady.
     """
-    turns = _Turns(runs, least, _REST if any(isinstance(run, Apart) for run in runs) else 0.0)
+    turns = _Turns(runs, least, _REST)
     turns.round()
     taken: list[list[float]] = []
     steady: list[bool] = []

@@ -12,6 +12,8 @@
 A line of JSON a model is written as soon as it is known; a second run goes on where the first stopped.
 """
 
+from isw_cli.script import in_one_line
+
 import argparse
 import json
 import time
@@ -141,4 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

@@ -32,8 +32,9 @@ class Accelerated(Recording, Snapshot):
     """A snapshot of a gated model that skips dropped channels. Inference only.
 
     ``execution`` says what a call runs: "accelerated" (dropped channels are skipped), "dense" (the best dense form,
-    all channels, because gates do not gain here) or "masked" (the model as it was: it could not be exported, or what
-    was exported gave something else; ``reason`` says so). Of a model that cannot be exported whole, a detector for one,
+    all channels, because gates do not gain here) or "masked" (the model as it was, its gates off where
+    ``backend="dense"`` was asked for: it could not be exported, or what was exported gave something else; ``reason``
+    says so). Of a model that cannot be exported whole, a detector for one,
     ``part`` names the largest part that can: that one runs so, and the rest masked, or with all channels where it is
     "dense".
 

@@ -44,8 +44,8 @@ def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backen
             "dense" one of them.
 
     Returns:
-        The accelerated copy; where it cannot be exported, or would give something else, one that runs the masked copy
-        and says so.
+        The accelerated copy; where it cannot be exported, or would give something else, one that runs the masked copy,
+        with every channel where "dense" was asked for, and says so.
 
     Raises:
         SettingError: No tensor or no instance among the inputs.
@@ -66,7 +66,14 @@ def accelerate(model: nn.Module, sites: tuple[Site, ...], inputs: Inputs, backen
             progress.update()
 
         _fit(fast, call, backend, tell)
+    if backend == "dense" and fast.execution == "masked":
+        _keep_all(masked.memory)
     return fast
+
+
+def _keep_all(memory: Memory) -> None:
+    memory.clear()
+    memory.enabled = False
 
 
 def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None]) -> None:
@@ -89,8 +96,7 @@ def _fit(fast: Accelerated, call: Call, backend: str, tell: Callable[[str], None
         chosen = choose(traced, flat, backend, tell)
     tell("checking")
     if chosen.execution == "dense":
-        masked.memory.clear()
-        masked.memory.enabled = False
+        _keep_all(masked.memory)
         wanted = masked.wanted(call)
     fast.fitted, fast.choices = chosen.fitted, chosen.choices
     plans.by_runtime = chosen.plan.runtime is not None

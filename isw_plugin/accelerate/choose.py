@@ -21,7 +21,7 @@ __all__ = ["Chosen", "Fitted", "choose"]
 _LEAST, _CONFIRMED, _MOST = 7, 14, 41  # rounds: at least, before gates are said to lose, at most
 _LIMIT = 20.0  # seconds, after which no more than the least are timed
 _TURN = 25e-3  # seconds of one form, at least
-_REST = 0.02  # seconds before each turn where forms have threads of their own: idle ones still look for work
+_REST = 0.02  # seconds before each turn: forms have threads of their own, and idle ones still look for work
 _CHANCE = 0.02  # of such a split of rounds where neither form is the faster
 _WORST = 1.15  # times the best dense form, with every channel kept
 
@@ -144,10 +144,7 @@ def _timed(plans: Sequence[Plan], inputs: Sequence[Any], limit: float, settled: 
         late = len(rounds) == _MOST or time.monotonic() > limit
         return len(rounds) >= _LEAST and (late or settled(rounds))
 
-    runs = [partial(plan.run, *inputs) for plan in plans]
-    if any(plan.runtime for plan in plans):
-        return take_turns(runs, _TURN, enough, rest=_REST)
-    return take_turns(runs, _TURN, enough)
+    return take_turns([partial(plan.run, *inputs) for plan in plans], _TURN, enough, _REST)
 
 
 def _medians(rounds: _Rounds) -> list[float]:

@@ -14,6 +14,8 @@ __all__ = ["Latency", "compare", "hardware", "summarize", "timed"]
 
 T = TypeVar("T")
 
+_REST = 0.02  # seconds before each run: several have threads of their own, and idle ones go on looking for work
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -80,5 +82,6 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
+            time.sleep(_REST)
             seconds[name].append(timed(run, device)[1])
     return {name: summarize(taken, [images] * len(taken), device) for name, taken in seconds.items()}

@@ -273,7 +273,7 @@ def test_auto_takes_the_faster_and_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 def test_layers_run_dense_until_little_is_lost_with_everything_kept(
     all_kept: list[float], skipping: int, execution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def whole(runs: Sequence[Callable[[], object]], least: float, enough: Any) -> list[list[float]]:
+    def whole(runs: Sequence[Callable[[], object]], least: float, enough: Any, rest: float) -> list[list[float]]:
         return 14 * [[1e-3, all_kept.pop(0), 2e-3, 3e-3][: len(runs)]]
 
     def layers(graphs: Sequence[fx.GraphModule], inputs: Sequence[Tensor]) -> list[dict[str, float]]:

@@ -58,7 +58,7 @@ class Turning:
     def monotonic(self) -> float:
         return float(self.taken)
 
-    def __call__(self, runs: Any, least: float, enough: Callable[[Rounds], bool]) -> Rounds:
+    def __call__(self, runs: Any, least: float, enough: Callable[[Rounds], bool], rest: float) -> Rounds:
         given: Rounds = []
         while not enough(given):
             given.append(self.rounds[min(self.taken, len(self.rounds) - 1)][: len(runs)])

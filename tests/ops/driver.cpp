@@ -1,6 +1,5 @@
-// Runs every kernel on many shapes, each call on its own threads, several calls at once. Buffers have their exact
+// Runs every kernel on many shapes, by the threads that help, several calls at once. Buffers have their exact
 // size, so a sanitizer sees every access outside. test_sanitize.py compiles and runs it.
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,19 +10,14 @@
 #include <vector>
 
 #include "api.h"
+#include "helpers.h"
 
 extern "C" const isw::Kernels* isw_kernels();
 
 namespace {
 
-void run_threads(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state) {
-  std::atomic<int64_t> next{0};
-  std::vector<std::thread> threads;
-  for (int64_t worker = 0; worker < workers; ++worker)
-    threads.emplace_back([&, worker] {
-      for (int64_t task = next++; task < tasks; task = next++) body(state, task, worker);
-    });
-  for (auto& thread : threads) thread.join();
+void run_tasks(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state) {
+  isw::Helpers::instance().with_team(workers, [&](isw::Team& team) { team.run(tasks, body, state); });
 }
 
 template <typename T>
@@ -160,7 +154,7 @@ void run_predict(std::mt19937& random, const isw::Runner& runner) {
 template <typename T>
 void run_case(unsigned seed, bool with_sums) {
   std::mt19937 random(seed);
-  const isw::Runner runner{static_cast<int64_t>(1 + seed % 3), run_threads};
+  const isw::Runner runner{static_cast<int64_t>(1 + seed % 3), run_tasks};
   const isw::KernelsFor<T>& kernels = *isw_kernels();
   const bool depthwise = seed % 4 == 0;
   Case<T> c = random_case<T>(random, depthwise);

@@ -1,12 +1,10 @@
 // The torch side of the kernels: checks, outputs, threads, registration. Schemas come from schemas.py, by ISW_SCHEMAS.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -18,38 +16,13 @@
 #include "gating.h"
 #include "load.h"
 #include "maps.h"
+#include "threads.h"
 
 namespace {
 
 using at::IntArrayRef;
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-// The tasks that a worker begins with, on a cache line of their own.
-struct alignas(64) Share {
-  std::atomic<int64_t> next;
-  int64_t end;
-};
-
-// Every worker has the same part of the tasks in every layer, so that it finds the instances that it wrote in its own
-// cache; between cores without a common one a map travels for longer than it takes to compute. When done it helps the
-// others, task by task: instances keep different numbers of channels.
-void run_tasks(int64_t workers, int64_t tasks, void (*body)(void*, int64_t, int64_t), void* state) {
-  const int64_t count = std::min(workers, tasks);
-  std::vector<Share> shares(count);
-  for (int64_t i = 0; i < count; ++i) {
-    shares[i].next = tasks * i / count;
-    shares[i].end = tasks * (i + 1) / count;
-  }
-  at::parallel_for(0, count, 1, [&](int64_t worker, int64_t) {
-    for (int64_t i = 0; i < count; ++i) {
-      Share& share = shares[(worker + i) % count];
-      for (int64_t task = share.next++; task < share.end; task = share.next++) body(state, task, worker);
-    }
-  });
-}
-
-isw::Runner runner() { return {std::max(1, at::get_num_threads()), run_tasks}; }
 
 Tensor checked(const Tensor& t, int64_t dim, const char* name, at::ScalarType type = at::kFloat) {
   TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == type && t.dim() == dim, name, ": expected a ", type,
@@ -229,7 +202,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   if (y.numel() == 0) return {y, statistics.tensor};
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
-    kernels_for<T>().conv(args_of<T>(args, x, weight, bias, residual, y, statistics), runner());
+    kernels_for<T>().conv(args_of<T>(args, x, weight, bias, residual, y, statistics), isw::runner());
   });
   return {y, statistics.tensor};
 }
@@ -279,7 +252,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
   if (y.numel() == 0) return {y, statistics.tensor};
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
-    kernels_for<T>().depthwise(args_of<T>(args, x, weight, bias, Tensor(), y, statistics), runner());
+    kernels_for<T>().depthwise(args_of<T>(args, x, weight, bias, Tensor(), y, statistics), isw::runner());
   });
   return {y, statistics.tensor};
 }
@@ -293,7 +266,7 @@ Tensor max_pool2d(const Tensor& x_, IntArrayRef kernel, IntArrayRef stride, IntA
   if (y.numel() == 0) return y;
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
-    kernels_for<T>().max_pool({data<T>(x), data_of_new<T>(y), x.size(0) * x.size(1), w}, runner());
+    kernels_for<T>().max_pool({data<T>(x), data_of_new<T>(y), x.size(0) * x.size(1), w}, isw::runner());
   });
   return y;
 }
@@ -305,7 +278,7 @@ Tensor sum_squares(const Tensor& x_, bool sums) {
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
     kernels_for<T>().sum_squares(data<T>(x), statistics.squares, statistics.sums, x.size(0) * x.size(1),
-                                 x.size(2) * x.size(3), runner());
+                                 x.size(2) * x.size(3), isw::runner());
   });
   return statistics.tensor;
 }
@@ -362,7 +335,7 @@ std::tuple<Tensor, Tensor> predict(const Tensor& weight_, const Tensor& bias_, a
                               data<T>(weight), data<float>(bias), std::sqrt(static_cast<float>(size)),
                               static_cast<float>(alpha), static_cast<float>(beta), data_of_new<float>(norms),
                               keep.mutable_data_ptr<bool>()},
-                             runner());
+                             isw::runner());
   });
   return {norms, keep};
 }

@@ -5,11 +5,14 @@
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -79,14 +82,9 @@ class Tape : public torch::CustomClassHolder {
     const at::AutoDispatchBelowAutograd no_gradients;
     std::vector<Tensor> slots = std::move(inputs);
     slots.resize(count_);
-    torch::jit::Stack stack;
-    for (const Call& call : calls_) {
-      stack.clear();
-      for (const Argument& argument : call.arguments) stack.push_back(argument.filled(slots));
-      call.op.callBoxed(&stack);
-      for (size_t i = 0; i < call.results.size(); ++i) store(stack[i], call.results[i], slots);
-      for (const Slot slot : call.finished) slots[slot] = Tensor();
-    }
+    const auto run_calls = [&] { run(calls_, slots); };
+    if (own_work_ > 16 * other_work_) isw::with_team(run_calls);  // where PyTorch's share is small
+    else run_calls();
     std::vector<Tensor> outputs;
     for (const Argument& output : outputs_) outputs.push_back(output.filled(slots).toTensor());
     return outputs;
@@ -94,6 +92,17 @@ class Tape : public torch::CustomClassHolder {
 
  private:
   enum class State { fresh, recording, recorded };
+
+  static void run(const std::vector<Call>& calls, std::vector<Tensor>& slots) {
+    torch::jit::Stack stack;
+    for (const Call& call : calls) {
+      stack.clear();
+      for (const Argument& argument : call.arguments) stack.push_back(argument.filled(slots));
+      call.op.callBoxed(&stack);
+      for (size_t i = 0; i < call.results.size(); ++i) store(stack[i], call.results[i], slots);
+      for (const Slot slot : call.finished) slots[slot] = Tensor();
+    }
+  }
 
   // Held here too: a call that was interrupted may drop its tape before it stops it.
   static thread_local c10::intrusive_ptr<Tape> recording;
@@ -140,7 +149,23 @@ class Tape : public torch::CustomClassHolder {
       if (alias && alias->isWrite() && !call.arguments[i].depends()) complete_ = false;  // it would be written again
     }
     for (const IValue& output : outputs) call.results.push_back(slots_of(output));
+    (schema.name().starts_with("isw::") ? own_work_ : other_work_) += work_of(call, outputs);
     calls_.push_back(std::move(call));
+  }
+
+  // About the multiply-adds of a call: for every number that it makes those of a matrix of constants, or a few for its
+  // way through memory.
+  static int64_t work_of(const Call& call, const std::vector<IValue>& outputs) {
+    int64_t made = 0, each = 8;
+    for (const IValue& output : outputs)
+      if (output.isTensor() && output.toTensor().defined()) made += output.toTensor().numel();
+    for (const Argument& argument : call.arguments) {
+      const Tensor weight = argument.value.isTensor() ? argument.value.toTensor() : Tensor();
+      if (!weight.defined() || weight.dim() < 2 || weight.numel() == 0) continue;
+      const int64_t block = weight.dim() == 5 ? weight.size(4) : 1;  // of packed weights
+      each = std::max(each, weight.numel() / weight.size(0) / block);
+    }
+    return made * each;
   }
 
   static void store(const IValue& value, const std::vector<Slot>& results, std::vector<Tensor>& slots) {
@@ -220,6 +245,7 @@ class Tape : public torch::CustomClassHolder {
   Slot count_ = 0;
   std::vector<Call> calls_;
   std::vector<Argument> outputs_;
+  int64_t own_work_ = 0, other_work_ = 0;
   // While it is recorded:
   std::unordered_map<c10::TensorImpl*, Slot> known_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> held_;
