@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from benchmarks.zoo.heads import random_heads
 from benchmarks.zoo.subject import Skipped, Subject, distance, flat, gated, outcome, output, require
 from isw_plugin.accelerate import Accelerated
+from isw_plugin.accelerate.agreement import tolerance_of
 from isw_plugin.accelerate.trace import trace_call
 from isw_plugin.copies import copy_of
 from isw_plugin.hooks import memory_of
@@ -127,7 +128,7 @@ def _skip_where_rounding_tells(model: nn.Module, images: Tensor, masked: Tensor,
     apart = distance(output(exact, images.double()), masked.double())
     if any(not torch.equal(memory.keep[name], kept) for name, kept in keep.items()):
         raise Skipped("the masked model in float64 decides otherwise too")
-    if apart >= _TOLERANCE:
+    if apart >= tolerance_of([images.dtype]):  # the copy's own
         raise Skipped(f"the masked model in float64 is {apart:.1e} of its largest output off, too")
 
 
