@@ -144,7 +144,8 @@ def _timed(plans: Sequence[Plan], inputs: Sequence[Any], limit: float, settled: 
         late = len(rounds) == _MOST or time.monotonic() > limit
         return len(rounds) >= _LEAST and (late or settled(rounds))
 
-    return take_turns([partial(plan.run, *inputs) for plan in plans], _TURN, enough, _REST)
+    rest = _REST if torch.get_num_threads() > 1 else 0.0
+    return take_turns([partial(plan.run, *inputs) for plan in plans], _TURN, enough, rest)
 
 
 def _medians(rounds: _Rounds) -> list[float]:

@@ -80,8 +80,9 @@ def compare(
         rounds: Timed rounds, after one that warms up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    rest = _REST if torch.get_num_threads() > 1 else 0.0
     for _ in range(rounds + 1):
         for name, run in runs.items():
-            time.sleep(_REST)
+            time.sleep(rest)
             seconds[name].append(timed(run, device)[1])
     return {name: summarize(taken, [images] * len(taken), device) for name, taken in seconds.items()}

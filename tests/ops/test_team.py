@@ -1,6 +1,5 @@
 """Teams of threads that run a stretch of layers, and how many there may be."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from isw_plugin.ops import build
+from tests.conftest import CORES
 
 CSRC = Path(build.__file__).parent / "csrc"
 SOURCE = Path(__file__).with_name("team.cpp")
@@ -78,8 +78,8 @@ def helpers():
     names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     return names.count("isw helper")
 
-cores, threads = int(sys.argv[1]), int(sys.argv[2])
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+cores, threads = map(int, sys.argv[1].split(",")), int(sys.argv[2])
+os.sched_setaffinity(0, cores)
 torch.set_num_threads(threads)
 assert cpu.load()
 torch.manual_seed(0)
@@ -104,8 +104,10 @@ assert child is None or os.waitpid(child, 0)[1] == 0
 """
 
 
-def helpers_of(*words: str) -> int:
-    command = [sys.executable, "-W", "ignore", "-c", RUNS, *words]
+def helpers_of(cores: int, threads: int, *more: str) -> int:
+    if len(CORES) < cores:
+        pytest.skip(f"this process may not use {cores} cores")
+    command = [sys.executable, "-W", "ignore", "-c", RUNS, ",".join(map(str, CORES[:cores])), str(threads), *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
@@ -115,12 +117,10 @@ def helpers_of(*words: str) -> int:
 @pytest.mark.parametrize(("cores", "threads"), [(1, 4), (2, 1), (2, 2), (2, 8)])
 def test_no_more_threads_than_cores_and_torch_allow(cores: int, threads: int) -> None:
     """Nor does a call change how many PyTorch has; a forked child may make it, too."""
-    if len(os.sched_getaffinity(0)) < cores:
-        pytest.skip(f"this process may not use {cores} cores")
-    assert helpers_of(str(cores), str(threads)) == min(cores, threads) - 1
+    assert helpers_of(cores, threads) == min(cores, threads) - 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads here")
 def test_large_layers_of_pytorch_keep_their_threads() -> None:
     """They would look for work for milliseconds on the cores of a team."""
-    assert helpers_of("2", "2", "with a large layer") == 0
+    assert helpers_of(2, 2, "with a large layer") == 0
