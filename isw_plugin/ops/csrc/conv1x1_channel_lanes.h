@@ -23,6 +23,25 @@ constexpr int group_channels = 2 * lanes;  // output channels in registers
 constexpr int64_t group_panel = 128;  // input channels
 static_assert(block % group_channels == 0, "a block is whole groups");
 
+// Weights of the group that comes next. Each tile of this one asks for some of them: they come from afar while it
+// multiplies.
+template <typename T>
+struct Ahead {
+  const int32_t* channels = nullptr;  // kept inputs
+  int64_t count = 0;  // of them
+  int64_t lines = 0;  // of an input's weights
+  const T* line[block];  // where they are for input 0
+
+  Ahead share(int64_t part, int64_t parts) const {
+    Ahead some{channels, count};
+    for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) some.line[some.lines++] = line[i];
+    return some;
+  }
+  void ask(int64_t k) const {
+    for (int64_t i = 0; k < count && i < lines; ++i) __builtin_prefetch(line[i] + channels[k] * block, 0, 2);
+  }
+};
+
 // A panel, a tile of pixels and a group of output channels.
 template <typename T>
 struct GroupTile {
@@ -34,11 +53,14 @@ struct GroupTile {
   const float* start;  // what the sums start from, start_stride floats from pixel to pixel
   int64_t start_stride;
   float* sums;  // [pixel][group_channels]
+  Ahead<T> ahead;
 };
 
 template <int pixels, typename T>
 ISW_INLINE void add_input(const GroupTile<T>& t, int64_t k, Vec (&sum)[pixels][2]) {
   const T *weights = t.weights + t.channels[k] * block, *others = t.weights + t.channels[k + together<T> - 1] * block;
+  ISW_UNROLL
+  for (int i = 0; i < together<T>; ++i) t.ahead.ask(k + i);
   asm volatile("" ::: "memory");  // as in accumulate_bordered
   add_tap<1, pixels, 2>(t.input + k / together<T> * t.plane, 0, weights, others, sum);
 }
@@ -112,7 +134,7 @@ class PointwiseBlocks {
       end = smaller(kept, begin + group_panel);
       pack(task, begin, end);
       for (int64_t group = task.first; group < task.last; ++group) {
-        add_panel(task, group, begin, end);
+        add_panel(task, group, begin, end, ahead_of(task, group, begin, end));
         if (end == kept) finish_group(task, group);
       }
       begin = end;
@@ -131,7 +153,19 @@ class PointwiseBlocks {
       copy_row(packed_from(x, pixels_, kept_.channels(task.n), k, end), pixels_, out);
   }
 
-  void add_panel(const Task& task, int64_t group, int64_t begin, int64_t end) const {
+  // What follows on this group and panel.
+  Ahead<T> ahead_of(const Task& task, int64_t group, int64_t begin, int64_t end) const {
+    if (++group == task.last) group = task.first, begin = end, end = smaller(kept_.count(task.n), end + group_panel);
+    Ahead<T> ahead{kept_.channels(task.n) + begin, end - begin};
+    const int32_t *outputs = outputs_of(task, group), *last = outputs + count_of(task, group);
+    for (; begin < end && outputs < last; ++outputs) {
+      const T* line = a_.weight + *outputs / block * block * a_.c_in + *outputs % block / line_size<T> * line_size<T>;
+      if (ahead.lines == 0 || line != ahead.line[ahead.lines - 1]) ahead.line[ahead.lines++] = line;
+    }
+    return ahead;
+  }
+
+  void add_panel(const Task& task, int64_t group, int64_t begin, int64_t end, const Ahead<T>& ahead) const {
     static constexpr auto kernels = group_kernels<T>(std::make_integer_sequence<int, max_pixels>());
     const int32_t* outputs = outputs_of(task, group);
     const int64_t count = count_of(task, group), channel = outputs[0];
@@ -153,6 +187,7 @@ class PointwiseBlocks {
       tile.sums = sums(task, group) + pixel * group_channels;
       tile.start = begin ? tile.sums : bias;
       tile.start_stride = begin ? group_channels : 0;
+      tile.ahead = ahead.share(i, tiles_);
       kernels[pixels_ * (i + 1) / tiles_ - pixel - 1](tile);
     }
   }

@@ -1,9 +1,9 @@
 // Depthwise convolution, plane by plane. A dropped plane is zero, borders included, so its output is act(bias), or zero
 // where the output is dropped.
 //
-// Where the output is as large as the input, a plane is read in place as one line of pixels, tap by tap through masks
-// that leave out what lies beyond a border; with stride 2 row by row, in the same way. Other planes are packed first,
-// bfloat16 ones at least widened.
+// A plane whose output is as large is read as one line of pixels, tap by tap through masks that leave out what lies beyond
+// a border. In others a vector of a row's outputs is computed for several rows at once, a column of taps at a time, through
+// masks again. All are read in place; bfloat16 ones are widened first.
 #pragma once
 #include "activate.h"
 #include "api.h"
@@ -11,7 +11,6 @@
 #include "element.h"
 #include "epilogue.h"
 #include "masks.h"
-#include "pack.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -19,47 +18,65 @@ namespace isw {
 namespace {
 
 constexpr int span_vectors = 4;
+constexpr int column_rows = lanes == 16 ? 8 : 4;  // of outputs in registers
+constexpr int column_taps = 7;  // of weights beside them
 constexpr int64_t most_prefetched = 1024;  // pixels
 constexpr int64_t plane_pixels = 16384;  // of a task, or its turn would cost more than its work
 
-template <Act act, int vectors, typename T>
-ISW_INLINE void run_span_part(Act actual, const float* in, const int64_t* taps, const float* weights, int64_t count,
-                              float bias, int64_t pixels, T* y, Total& total) {
-  Vec sum[vectors];
-  ISW_UNROLL
-  for (int v = 0; v < vectors; ++v) sum[v] = broadcast(bias);
-  for (int64_t tap = 0; tap < count; ++tap) {
-    const Vec weight = broadcast(weights[tap]);
-    ISW_UNROLL
-    for (int v = 0; v < vectors; ++v) sum[v] += weight * load(in + taps[tap] + v * lanes);
-  }
-  ISW_UNROLL
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t left = larger(0, smaller(lanes, pixels - v * lanes));
-    const Vec value = rounded<T>(activate<act>(actual, only_first(sum[v], left)));
-    store_first(y + v * lanes, value, left);
-    total.add(value);
-  }
-}
-
-// Rows that a vector holds, several at once.
-template <Act act, int rows, typename T>
-ISW_INLINE void run_narrow_rows(Act actual, const float* in, int64_t pitch, const int64_t* taps, const float* weights,
-                                int64_t count, float bias, int64_t width, T* y, Total& total) {
+// A vector of outputs of some rows, from taps below each other in each column of a filter: what is loaded serves all of
+// them. `in` is what the first tap reads for the first output; bit r of `inside` tells whether row r of those that are read
+// lies in the plane.
+template <int rows, int taps, int stride>
+static void add_taps(const Window& w, const float* in, uint32_t inside, const uint32_t* reached, const float* weights,
+                     Vec (&sums)[rows]) {
   Vec sum[rows];
   ISW_UNROLL
-  for (int r = 0; r < rows; ++r) sum[r] = broadcast(bias);
-  for (int64_t tap = 0; tap < count; ++tap) {
-    const Vec weight = broadcast(weights[tap]);
+  for (int r = 0; r < rows; ++r) sum[r] = sums[r];
+  const int64_t columns = w.kw, next_weight = w.sh * w.kw, next_row = w.sh * w.w, apart = w.sw;
+  for (int64_t kx = 0; kx < columns; ++kx, ++in, ++weights) {
+    Vec weight[taps];
     ISW_UNROLL
-    for (int r = 0; r < rows; ++r) sum[r] += weight * load(in + taps[tap] + r * pitch);
+    for (int tap = 0; tap < taps; ++tap) weight[tap] = broadcast(weights[tap * next_weight]);
+    const float* row = in;
+    const uint32_t found = reached[kx];
+    ISW_UNROLL
+    for (int r = 0; r < rows + taps - 1; ++r, row += next_row) {
+      const Vec pixels = load_reached<stride>(row, apart, found & -(inside >> r & 1));
+      ISW_UNROLL
+      for (int tap = 0; tap < taps; ++tap)
+        if (r >= tap && r - tap < rows) sum[r - tap] += weight[tap] * pixels;
+    }
   }
   ISW_UNROLL
-  for (int r = 0; r < rows; ++r) {
-    const Vec value = rounded<T>(activate<act>(actual, only_first(sum[r], width)));
-    store_first(y + r * width, value, width);
-    total.add(value);
-  }
+  for (int r = 0; r < rows; ++r) sums[r] = sum[r];
+}
+
+template <int rows, int stride, int taps>
+ISW_INLINE void add_taps(int64_t count, const Window& w, const float* in, uint32_t inside, const uint32_t* reached,
+                         const float* weights, Vec (&sum)[rows]) {
+  if (count == taps) return add_taps<rows, taps, stride>(w, in, inside, reached, weights, sum);
+  if constexpr (taps > 1) add_taps<rows, stride, taps - 1>(count, w, in, inside, reached, weights, sum);
+}
+
+// Which of the rows y, y + stride, ... lie in the plane, of 32.
+inline uint32_t inside(const Window& w, int64_t y) {
+  const uint64_t above = smaller(32, y < 0 ? ceil_div(-y, w.sh) : 0);
+  const uint64_t end = y < w.h ? smaller(32, ceil_div(w.h - y, w.sh)) : 0;
+  return static_cast<uint32_t>((uint64_t{1} << end) - 1) & ~static_cast<uint32_t>((uint64_t{1} << above) - 1);
+}
+
+// A vector of outputs of some rows.
+template <int rows, int stride>
+ISW_INLINE void filter_rows(const Window& w, const float* plane, int64_t row, int64_t column, const uint32_t* reached,
+                            const float* weights, Vec (&sum)[rows]) {
+  constexpr int most = stride ? column_taps : 1;
+  const float* in = plane + column * w.sw - w.pw;
+  for (int64_t phase = 0; phase < smaller(w.sh, w.kh); ++phase)
+    for (int64_t ky = phase; ky < w.kh; ky += most * w.sh) {
+      const int64_t y = row * w.sh + ky - w.ph;
+      add_taps<rows, stride, most>(smaller(most, ceil_div(w.kh - ky, w.sh)), w, in + y * w.w, inside(w, y), reached,
+                                   weights + ky * w.kw, sum);
+    }
 }
 
 // Planes whose sums are in registers at once: taps of small ones would wait for each other.
@@ -101,41 +118,6 @@ ISW_INLINE void run_masked_part(Act actual, Lines<T, planes>& lines, const TapMa
     }
 }
 
-// A vector of outputs of several rows; x and y are planes. `vectors`: those that the masks leave anything of.
-template <Act act, int rows, int vectors, typename T>
-ISW_INLINE void run_halved_rows(Act actual, const Window& w, const float* x, int64_t row, int64_t column,
-                                const Mask* masks, const float* weights, float bias, T* y, Total& total) {
-  Vec sum[rows];
-  ISW_UNROLL
-  for (int r = 0; r < rows; ++r) sum[r] = broadcast(bias);
-  for (int64_t ky = 0; ky < w.kh; ++ky) {
-    const float* in[rows];
-    Mask inside[rows];
-    ISW_UNROLL
-    for (int r = 0; r < rows; ++r) {
-      const int64_t from = (row + r) * w.sh + ky - w.ph;
-      inside[r] = from >= 0 && from < w.h ? Mask(-1) : 0;
-      in[r] = x + from * w.w + 2 * column - w.pw;
-    }
-    for (int64_t kx = 0; kx < w.kw; ++kx) {
-      const Vec weight = broadcast(*weights++);
-      ISW_UNROLL
-      for (int r = 0; r < rows; ++r) {
-        const Vec first = load_where(in[r] + kx, masks[2 * kx] & inside[r]);
-        const Vec second = vectors > 1 ? load_where(in[r] + kx + lanes, masks[2 * kx + 1] & inside[r]) : Vec{};
-        sum[r] += weight * even_lanes(first, second, std::make_integer_sequence<int, lanes>());
-      }
-    }
-  }
-  const int64_t pixels = smaller(lanes, w.ow - column);
-  ISW_UNROLL
-  for (int r = 0; r < rows; ++r) {
-    const Vec value = rounded<T>(activate<act>(actual, only_first(sum[r], pixels)));
-    store_first(y + (row + r) * w.ow + column, value, pixels);
-    total.add(value);
-  }
-}
-
 // Where they lie, or in a copy.
 template <typename T>
 class Floats {
@@ -162,18 +144,13 @@ class Depthwise {
   Depthwise(const ConvArgs<T>& args, const Runner& runner)
       : a_(args),
         runner_(runner),
-        packing_(args.window),
         taps_(args.window.kh * args.window.kw),
         weights_(args.weight, args.c_in * taps_),
         masks_(args.window),
-        halved_(args.window),
-        offsets_(taps_),
+        reached_(args.window),
         kept_(args.gate, args.n, args.c_in, runner, args.out_keep),
-        packed_(runner.workers * packed_size()),
+        widened_(runner.workers * widened_size()),
         dropped_(runner.workers * args.c_in) {
-    for (int64_t tap = 0; tap < taps_; ++tap)
-      offsets_.get()[tap] = packing_.tap(tap / args.window.kw, tap % args.window.kw);
-    std::fill(packed_.get(), packed_.get() + runner.workers * packed_size(), 0.0f);
   }
 
   void run() {
@@ -195,11 +172,8 @@ class Depthwise {
   };
   static constexpr int planes_at_once = span_vectors;
 
-  // A packed plane, of which whole vectors are read past the last pixel, or widened ones.
-  int64_t packed_size() const {
-    const int64_t size = a_.window.h * a_.window.w;
-    return larger(packing_.plane + span_vectors * lanes, size <= lanes ? planes_at_once * size : size);
-  }
+  // Widened planes.
+  int64_t widened_size() const { return std::is_same_v<T, float> ? 0 : planes_at_once * a_.window.h * a_.window.w; }
 
   // Kept channels, then dropped ones: turn by turn, every other branch would be guessed wrong.
   template <Act act>
@@ -229,17 +203,18 @@ class Depthwise {
   void compute_plane(Task task, const int32_t* channel) const {
     if (masks_.fits()) return compute_lines<act, 1>(task, channel);
     const int64_t plane = task.n * a_.c_in + *channel;
-    const T* x = a_.x + plane * a_.window.h * a_.window.w;
-    float* packed = packed_.get() + task.worker * packed_size();
-    if (halved_.fits()) return compute_halved<act>(plane, *channel, line_of(x, packed));
-    pack_plane(packing_, x, packed);
-    compute_rows<act>(plane, *channel, packed);
+    const float* x = widened(a_.x + plane * a_.window.h * a_.window.w, task, 0);
+    if (a_.window.sw == 1) return compute_rows<act, 1>(plane, *channel, x);
+    if (a_.window.sw == 2) return compute_rows<act, 2>(plane, *channel, x);
+    compute_rows<act, 0>(plane, *channel, x);
   }
 
-  const float* line_of(const float* x, float*) const { return x; }
-  const float* line_of(const BFloat16* x, float* line) const {
-    copy_row(x, a_.window.h * a_.window.w, line);
-    return line;
+  const float* widened(const float* x, Task, int64_t) const { return x; }
+  const float* widened(const BFloat16* x, Task task, int64_t place) const {
+    const int64_t size = a_.window.h * a_.window.w;
+    float* out = widened_.get() + task.worker * widened_size() + place * size;
+    copy_row(x, size, out);
+    return out;
   }
 
   template <Act act, int planes>
@@ -249,7 +224,7 @@ class Depthwise {
     ISW_UNROLL
     for (int i = 0; i < planes; ++i) {
       const int64_t plane = task.n * a_.c_in + channels[i];
-      lines.in[i] = line_of(a_.x + plane * size, packed_.get() + task.worker * packed_size() + i * size);
+      lines.in[i] = widened(a_.x + plane * size, task, i);
       lines.weights[i] = weights_.get() + channels[i] * taps_;
       lines.bias[i] = a_.bias[channels[i]];
       lines.y[i] = a_.y + plane * pixels;
@@ -263,24 +238,6 @@ class Depthwise {
     ISW_UNROLL
     for (int i = 0; i < planes; ++i)
       keep_total(task.n * a_.c_in + channels[i], lines.total[i]);
-  }
-
-  template <Act act>
-  void compute_halved(int64_t plane, int64_t c, const float* x) const {
-    const Window& w = a_.window;
-    const float* weights = weights_.get() + c * taps_;
-    T* y = a_.y + plane * w.oh * w.ow;
-    Total total = {};
-    for (int64_t column = 0; column < w.ow; column += lanes) {
-      const bool two = halved_.reads_second(column);
-      int64_t row = 0;
-      for (; row + span_vectors <= w.oh; row += span_vectors)
-        (two ? run_halved_rows<act, span_vectors, 2, T> : run_halved_rows<act, span_vectors, 1, T>)(
-            a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, total);
-      for (; row < w.oh; ++row)
-        run_halved_rows<act, 1, 2>(a_.act, w, x, row, column, halved_.at(column), weights, a_.bias[c], y, total);
-    }
-    keep_total(plane, total);
   }
 
   template <Act act>
@@ -298,41 +255,46 @@ class Depthwise {
     if (a_.sums) a_.sums[plane] = reduce_add(total.sums);
   }
 
-  template <Act act>
-  void compute_rows(int64_t plane, int64_t c, const float* packed) const {
+  template <Act act, int stride>
+  void compute_rows(int64_t plane, int64_t c, const float* x) const {
     const Window& w = a_.window;
-    const float* weights = weights_.get() + c * taps_;
-    T* y = a_.y + plane * w.oh * w.ow;
     Total total = {};
-    int64_t row = 0;
-    for (; w.ow <= lanes && row + span_vectors <= w.oh; row += span_vectors)
-      run_narrow_rows<act, span_vectors>(a_.act, packed + row * packing_.pitch, packing_.pitch, offsets_.get(), weights,
-                                         taps_, a_.bias[c], w.ow, y + row * w.ow, total);
-    for (; row < w.oh; ++row) run_span<act>(c, packed + row * packing_.pitch, w.ow, y + row * w.ow, total);
+    for (int64_t row = 0; row < w.oh;)
+      row += 2 * (w.oh - row) > column_rows ? compute_group<act, stride, column_rows>(plane, c, x, row, total)
+                                            : compute_group<act, stride, column_rows / 2>(plane, c, x, row, total);
     keep_total(plane, total);
   }
 
-  template <Act act>
-  void run_span(int64_t c, const float* in, int64_t pixels, T* y, Total& total) const {
-    const float* weights = weights_.get() + c * taps_;
-    int64_t p = 0;
-    for (; pixels - p > 2 * lanes; p += span_vectors * lanes)
-      run_span_part<act, span_vectors>(a_.act, in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p,
-                                       total);
-    for (; p < pixels; p += lanes)
-      run_span_part<act, 1>(a_.act, in + p, offsets_.get(), weights, taps_, a_.bias[c], pixels - p, y + p, total);
+  // Returns how many rows it has computed, or would have, were they not beyond the last.
+  template <Act act, int stride, int rows>
+  int64_t compute_group(int64_t plane, int64_t c, const float* x, int64_t row, Total& total) const {
+    const Window& w = a_.window;
+    T* y = a_.y + (plane * w.oh + row) * w.ow;
+    for (int64_t column = 0; column < w.ow; column += lanes) {
+      Vec sum[rows];
+      ISW_UNROLL
+      for (int r = 0; r < rows; ++r) sum[r] = broadcast(a_.bias[c]);
+      filter_rows<rows, stride>(w, x, row, column, reached_.at(column), weights_.get() + c * taps_, sum);
+      const int64_t pixels = smaller(lanes, w.ow - column);
+      ISW_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        if (row + r >= w.oh) break;
+        const Vec value = rounded<T>(activate<act>(a_.act, only_first(sum[r], pixels)));
+        store_first(y + r * w.ow + column, value, pixels);
+        total.add(value);
+      }
+    }
+    return rows;
   }
 
   const ConvArgs<T>& a_;
   const Runner& runner_;
-  const Packing packing_;
   const int64_t taps_;
   const Floats<T> weights_;
   const TapMasks masks_;
-  const HalvedMasks halved_;
-  Buffer<int64_t> offsets_;
+  const ReachedColumns reached_;
   const Kept kept_;
-  Buffer<float> packed_;
+  Buffer<float> widened_;
   Buffer<int32_t> dropped_;
 };
 

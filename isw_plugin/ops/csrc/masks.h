@@ -50,32 +50,42 @@ class TapMasks {
   Buffer<int64_t> offsets_;
 };
 
-// The same where outputs are two columns apart: a tap reads every second pixel of two vectors. Wide rows are faster
-// packed.
-class HalvedMasks {
+// Which columns of the plane a tap finds for a vector of outputs that lie `stride` apart, 1 or 2: a bit for each lane of the
+// one or two vectors in between; other strides: for each output.
+class ReachedColumns {
  public:
-  explicit HalvedMasks(const Window& w)
-      : fits_(w.sw == 2 && w.ow <= 2 * lanes), taps_(w.kw), masks_(fits_ ? ceil_div(w.ow, lanes) * w.kw * 2 : 0) {
-    for (int64_t i = 0; fits_ && i < ceil_div(w.ow, lanes) * taps_; ++i)
-      for (int64_t v = 0; v < 2; ++v) {
-        const int64_t first = (2 * (i / taps_) + v) * lanes, column = first + i % taps_ - w.pw;
-        const int64_t begin = larger(0, -column), end = smaller(w.w - column, 2 * w.ow - first);
-        Mask& mask = masks_.get()[2 * i + v] = 0;
-        for (int64_t lane = 0; lane < lanes; lane += 2) mask |= (lane >= begin && lane < end) << lane;
-        reads_second_[i / taps_] |= v == 1 && mask != 0;
-      }
+  explicit ReachedColumns(const Window& w) : taps_(w.kw), masks_(ceil_div(w.ow, lanes) * w.kw) {
+    const int64_t bits = w.sw == 2 ? 2 * lanes : lanes, apart = w.sw == 2 ? 1 : w.sw;
+    for (int64_t i = 0; i < ceil_div(w.ow, lanes) * taps_; ++i) {
+      const int64_t first = i / taps_ * lanes * w.sw + i % taps_ - w.pw;
+      uint32_t& mask = masks_.get()[i] = 0;
+      for (int64_t bit = 0; bit < bits; ++bit)
+        mask |= uint32_t{first + bit * apart >= 0 && first + bit * apart < w.w} << bit;
+    }
   }
-  bool fits() const { return fits_; }
-  const Mask* at(int64_t column) const { return masks_.get() + column / lanes * taps_ * 2; }
-  // Whether any tap of the outputs from this column on finds a pixel in the second vector.
-  bool reads_second(int64_t column) const { return reads_second_[column / lanes]; }
+  const uint32_t* at(int64_t column) const { return masks_.get() + column / lanes * taps_; }
 
  private:
-  bool fits_;
   int64_t taps_;
-  bool reads_second_[2] = {};
-  Buffer<Mask> masks_;
+  Buffer<uint32_t> masks_;
 };
+
+// A row's columns, `apart` from each other; `stride` is that where it is 1 or 2, else 0.
+template <int stride>
+ISW_INLINE Vec load_reached(const float* in, [[maybe_unused]] int64_t apart, uint32_t reached) {
+  if constexpr (stride == 1) {
+    return load_where(in, static_cast<Mask>(reached));
+  } else if constexpr (stride == 2) {
+    const Vec first = load_where(in, static_cast<Mask>(reached & ((1u << lanes) - 1)));
+    const Vec second = load_where(in + lanes, static_cast<Mask>(reached >> lanes));
+    return even_lanes(first, second, std::make_integer_sequence<int, lanes>());
+  } else {
+    Vec values = {};
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      if (reached >> lane & 1) values[lane] = in[lane * apart];
+    return values;
+  }
+}
 
 }  // namespace
 }  // namespace isw
