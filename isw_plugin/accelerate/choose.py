@@ -89,7 +89,8 @@ def choose(traced: Traced, inputs: Sequence[Any], backend: str, tell: Callable[[
         if isinstance(module, GatedConv)
     }
     tell("timing its layers")
-    forms = traced.gated(all_dense), traced.gated(all_dense | able), traced.all_kept(all_dense | able)
+    skips = all_dense | able
+    forms = traced.gated(all_dense), traced.gated(skips, fused=False), traced.all_kept(skips, fused=False)
     costs = fit(traced.graph, forms[0].graph, forms[1].graph, forms[2].graph, inputs)
     skipping = [node for node, cost in costs.items() if cost.gain >= 0]
     tell("timing the model")

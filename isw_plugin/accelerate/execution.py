@@ -12,7 +12,7 @@ from isw_plugin.accelerate.layers import Layer, Linear, mask
 from isw_plugin.accelerate.padding import even
 from isw_plugin.ops.reference import ACTS, DTYPES, pack_weight, pad
 
-__all__ = ["DenseConv", "DenseLinear", "GatedConv", "can_skip"]
+__all__ = ["DenseConv", "DenseLinear", "ExpandDepthwise", "GatedConv", "can_skip"]
 
 _ONEDNN_ACTS: dict[str, tuple[str, list[float], str]] = {  # name, bounds, algorithm
     "none": ("none", [], ""),
@@ -61,6 +61,12 @@ class GatedConv(nn.Module):
         """Whether the kernel can pool what it makes: 1x1, grouped and depthwise ones cannot."""
         return self.groups == 1 and tuple(self.weight.shape[2:4]) != (1, 1)
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether pixels do not see each other, nor are any left out; none is pooled."""
+        alone = tuple(self.weight.shape[2:4]) == (1, 1) and self.stride == [1, 1] and not any(self.padding)
+        return alone and self.groups == 1 and not self.depthwise
+
     def with_pool(self) -> "GatedConv":
         """The same layer, of the same weights, with 2x2 max-pooling behind it; takes no residual."""
         pooled = copy.copy(self)
@@ -98,6 +104,30 @@ class GatedConv(nn.Module):
             others = (residual, residual_gate, residual_alpha, residual_beta)
             outputs = torch.ops.isw.conv2d.default(x, *held, *settings, *others, *made)
         y, squares = outputs
+        return y, squares
+
+
+class ExpandDepthwise(nn.Module):
+    """A pointwise layer and the depthwise one that alone reads its map, which is never written. Gates as GatedConv's."""
+
+    def __init__(self, expand: GatedConv, depthwise: GatedConv) -> None:
+        super().__init__()
+        self.expand, self.depthwise = expand, depthwise
+
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor | None,
+        alpha: float,
+        beta: float,
+        out_keep: Tensor | None,
+        sums: bool,
+        zeros: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """What ``depthwise`` gives of what ``expand`` makes."""
+        one, two = self.expand, self.depthwise
+        held = (one.weight, one.bias, two.weight, two.bias, two.stride, two.padding, one.act, two.act)
+        y, squares = torch.ops.isw.expand_depthwise_conv2d.default(x, *held, gate, alpha, beta, out_keep, sums, zeros)
         return y, squares
 
 

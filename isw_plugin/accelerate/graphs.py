@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from isw_plugin.accelerate.execution import DenseConv, DenseLinear, GatedConv
+from isw_plugin.accelerate.execution import DenseConv, DenseLinear, ExpandDepthwise, GatedConv
 from isw_plugin.accelerate.layers import Layer, Linear, conv, linear
 from isw_plugin.accelerate.lower import Decision
 from isw_plugin.accelerate.plan import Outputs, Plan
@@ -175,6 +175,9 @@ def _is_operator(packet: Any) -> bool:
 
 
 def _encoded_layer(module: nn.Module, names: TensorNames) -> dict[str, Any]:
+    if type(module) is ExpandDepthwise:
+        pair = {name: _encoded_layer(each, names) for name, each in module.named_children()}
+        return {"runs": "expand depthwise", **pair}
     if type(module) is GatedConv:
         channels, groups = len(module.bias), module.groups
 
@@ -203,6 +206,11 @@ def _encoded_layer(module: nn.Module, names: TensorNames) -> dict[str, Any]:
 
 
 def _decoded_layer(encoded: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    if encoded["runs"] == "expand depthwise":
+        expand, depthwise = (_decoded_layer(encoded[name], tensors) for name in ("expand", "depthwise"))
+        if not isinstance(expand, GatedConv) or not isinstance(depthwise, GatedConv):
+            raise StateMismatchError("a damaged pair of layers does not skip")
+        return ExpandDepthwise(expand, depthwise)
     weight, act = tensors[encoded["weight"]], encoded["act"]
     if encoded["runs"] == "linear":
         bias = None if encoded["bias"] is None else tensors[encoded["bias"]]

@@ -282,10 +282,13 @@ class _Lowering:
         readers = [(node, node.args[4:6] + node.args[11:]) for node in self._calls(conv)]
         readers += [(node, node.args[1:2]) for node in self._calls(mask)]
         readers += [(node, node.args[1]) for node in self._calls(predict)]
+        ones: dict[Any, Any] = {}  # one for all that read a decision, as it was
         for node, keeps in readers:
             for keep in {keep for keep in keeps if keep is not None and keep.target is not _isw.decide.default}:
-                with self.graph.inserting_before(node):
-                    node.replace_input_with(keep, self.graph.call_function(_aten.ones_like.default, (keep,)))
+                if keep not in ones:
+                    with self.graph.inserting_after(keep):
+                        ones[keep] = self.graph.call_function(_aten.ones_like.default, (keep,))
+                node.replace_input_with(keep, ones[keep])
 
     def open_gates(self) -> None:
         for node in self._calls(conv):

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from isw_plugin.accelerate.calls import Call
 from isw_plugin.accelerate.execution import DenseConv, DenseLinear, GatedConv, can_skip
+from isw_plugin.accelerate.fuse import fuse
 from isw_plugin.accelerate.layers import Layer, Linear, conv, linear
 from isw_plugin.accelerate.lower import Decision, lower, lower_all_kept, lower_dense
 from isw_plugin.accelerate.replay import Replayed
@@ -103,13 +104,15 @@ class Traced:
             parent, _, leaf = name.rpartition(".")
             self.graph.get_submodule(parent)._buffers[leaf] = self.weights.shared(buffer)
 
-    def gated(self, executions: dict[str, nn.Module]) -> Plan:
+    def gated(self, executions: dict[str, nn.Module], fused: bool = True) -> Plan:
+        """``fused``: or every layer by itself, to be timed."""
         graph, decisions = lower(self.graph, executions, self.outputs.count, self.sites)
-        return Plan(graph, self.outputs, decisions, self.guards)
+        return Plan(fuse(graph) if fused else graph, self.outputs, decisions, self.guards)
 
-    def all_kept(self, executions: dict[str, nn.Module]) -> Plan:
+    def all_kept(self, executions: dict[str, nn.Module], fused: bool = True) -> Plan:
+        """As ``gated``, with gates that drop nothing."""
         graph = lower_all_kept(self.graph, executions, self.outputs.count, self.sites)
-        return Plan(graph, self.outputs, [], self.guards)
+        return Plan(fuse(graph) if fused else graph, self.outputs, [], self.guards)
 
     def dense(self, executions: dict[str, nn.Module], channels_last: bool = True) -> Plan:
         graph = lower_dense(self.graph, executions, self.outputs.count, channels_last)

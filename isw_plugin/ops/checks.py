@@ -14,6 +14,7 @@ from isw_plugin.ops.reference import ACTS, BLOCK, DTYPES, Gating, Statistics, bo
 __all__ = [
     "check_conv2d",
     "check_depthwise",
+    "check_expand_depthwise",
     "check_keep_mask",
     "check_linear",
     "check_map",
@@ -91,10 +92,36 @@ def check_depthwise(
     """A convolution of every channel by itself."""
     _check_flag(sums=sums, zeros=zeros)
     check_map(x)
-    _check_tensor(weight, "weight", (x.shape[1], 1, None, None), x.device, (x.dtype,))
-    _check_tensor(bias, "bias", (x.shape[1],), x.device, (torch.float32, x.dtype))
+    _check_filters(weight, bias, "weight", "bias", x.shape[1], x)
     _check_window(x, weight.shape[2:4], stride, padding)
     _check_decided(x, x.shape[1], x.shape[1], act, gating, out_keep)
+
+
+def check_expand_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    filters: Tensor,
+    filter_bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str,
+    filter_act: str,
+    gating: Gating,
+    out_keep: Tensor | None,
+    sums: bool,
+    zeros: bool,
+) -> None:
+    """A 1x1 convolution, and one of every channel of its map by itself."""
+    _check_flag(sums=sums, zeros=zeros)
+    check_map(x)
+    _check_packed(weight, bias, x.shape[1], x)
+    if tuple(weight.shape[2:4]) != (1, 1):
+        raise EngineInputError(f"weight: packed from a {tuple(weight.shape[2:4])} kernel, expected 1x1")
+    _check_filters(filters, filter_bias, "filters", "filter_bias", bias.shape[0], x)
+    _check_window(x, filters.shape[2:4], stride, padding)
+    _check_act(filter_act, "filter_act")
+    _check_decided(x, x.shape[1], bias.shape[0], act, gating, out_keep)
 
 
 def check_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
@@ -162,10 +189,20 @@ def check_map(x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
 
 
 def _check_decided(x: Tensor, channels: int, outputs: int, act: str, gating: Gating, out_keep: Tensor | None) -> None:
-    if not isinstance(act, str) or act not in ACTS:
-        raise EngineInputError(f"act={act!r}: expected one of {', '.join(ACTS)}")
+    _check_act(act, "act")
     _check_gating(gating, "gating", x.shape[0], channels, x.device)
     _check_keep(out_keep, "out_keep", x.shape[0], outputs, x.device)
+
+
+def _check_act(act: object, name: str) -> None:
+    if not isinstance(act, str) or act not in ACTS:
+        raise EngineInputError(f"{name}={act!r}: expected one of {', '.join(ACTS)}")
+
+
+def _check_filters(filters: Tensor, bias: Tensor, name: str, bias_name: str, channels: int, x: Tensor) -> None:
+    """Of every channel by itself."""
+    _check_tensor(filters, name, (channels, 1, None, None), x.device, (x.dtype,))
+    _check_tensor(bias, bias_name, (channels,), x.device, (torch.float32, x.dtype))
 
 
 def _check_tensor(

@@ -17,6 +17,7 @@ import isw_plugin.ops.reference as reference
 from isw_plugin.ops.checks import (
     check_conv2d,
     check_depthwise,
+    check_expand_depthwise,
     check_keep_mask,
     check_linear,
     check_max_pool,
@@ -35,6 +36,7 @@ __all__ = [
     "Statistics",
     "conv2d",
     "depthwise_conv2d",
+    "expand_depthwise_conv2d",
     "grouped_conv2d",
     "keep_mask",
     "linear",
@@ -90,6 +92,13 @@ def _fake_depthwise(
     return x.new_empty((*x.shape[:2], *size)), _fake_statistics(x, 1, x.shape[1], sums)
 
 
+def _fake_expand_depthwise(
+    x: Tensor, bias: Tensor, filters: Tensor, stride: Sequence[int], padding: Sequence[int], sums: bool | None, **others: object
+) -> tuple[Tensor, Tensor]:
+    size = output_size(x.shape[2:], filters.shape[2:], stride, padding)
+    return x.new_empty((x.shape[0], bias.shape[0], *size)), _fake_statistics(x, 1, bias.shape[0], sums)
+
+
 def _fake_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     return x.new_empty((*x.shape[:2], *output_size(x.shape[2:], kernel, stride, padding)))
 
@@ -111,6 +120,7 @@ define("conv2d", _fake_conv2d)
 define("grouped_conv2d", _fake_conv2d)
 define("pooled_conv2d", _fake_pooled)
 define("depthwise_conv2d", _fake_depthwise)
+define("expand_depthwise_conv2d", _fake_expand_depthwise)
 define("max_pool2d", _fake_max_pool)
 define("sum_squares", _fake_sum_squares)
 define("keep_mask", _fake_keep_mask)
@@ -122,6 +132,21 @@ def _conv_flops(x: Sequence[int], weight: Sequence[int], *args: object, out_shap
     """Two per multiply-add of the dense layer: which channels are kept is not known from shapes."""
     positions: int = math.prod(out_shape[0])
     return 2 * positions * math.prod(weight[1:4])
+
+
+@register_flop_formula(torch.ops.isw.expand_depthwise_conv2d)
+def _expand_depthwise_flops(
+    x: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int],
+    filters: Sequence[int],
+    *args: object,
+    out_shape: Any,
+    **rest: object,
+) -> int:
+    between = math.prod(x) * bias[0]
+    filtered: int = math.prod(out_shape[0]) * math.prod(filters[1:])
+    return 2 * (between + filtered)
 
 
 @register_flop_formula(torch.ops.isw.pooled_conv2d)
@@ -173,6 +198,7 @@ grouped_conv2d = _public(reference.grouped_conv2d, partial(check_conv2d, dtypes=
 pooled_conv2d = _public(reference.pooled_conv2d, check_pooled)
 linear = _public(reference.linear, check_linear, _linear)
 depthwise_conv2d = _public(reference.depthwise_conv2d, check_depthwise)
+expand_depthwise_conv2d = _public(reference.expand_depthwise_conv2d, check_expand_depthwise)
 max_pool2d = _public(reference.max_pool2d, check_max_pool)
 sum_squares = _public(reference.sum_squares, check_sum_squares)
 keep_mask = _public(reference.keep_mask, check_keep_mask)

@@ -33,6 +33,7 @@ __all__ = [
     "borders",
     "conv2d",
     "depthwise_conv2d",
+    "expand_depthwise_conv2d",
     "grouped_conv2d",
     "keep_mask",
     "linear",
@@ -311,6 +312,45 @@ def depthwise_conv2d(
     y = ACTS[act](F.conv2d(kept, weight.float(), bias.float(), stride, groups=x.shape[1])).to(x.dtype)
     y = _drop(y, out_keep)
     return y, sum_squares(y, sums)
+
+
+def expand_depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    filters: Tensor,
+    filter_bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, ...] = 0,
+    act: str = "none",
+    filter_act: str = "none",
+    gating: Gating = None,
+    out_keep: Tensor | None = None,
+    sums: bool = False,
+    zeros: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """A 1x1 conv2d, then the depthwise_conv2d that alone reads it: the map between the two is never written.
+
+    Args:
+        x: Input, (N, C_in, H, W).
+        weight: From pack_weight, (ceil(C / 32), C_in, 1, 1, 32).
+        bias: (C,).
+        filters: As in torch, (C, 1, kh, kw).
+        filter_bias: (C,).
+        stride, padding: Of the filters, as in conv2d.
+        act: Of the map between; one of ACTS.
+        filter_act: Of the filtered one.
+        gating: Which input channels are kept.
+        out_keep: Which channels of the map between and of the filtered one are kept, bool (N, C); None: all.
+        sums, zeros: As in depthwise_conv2d.
+
+    Returns:
+        y (N, C, OH, OW) and its sums of squares (N, 1, C), or (2, N, 1, C).
+    """
+    y, _ = conv2d(x, weight, bias, act=act, gating=gating, out_keep=out_keep)
+    window = {"stride": stride, "padding": padding}
+    return depthwise_conv2d(y, filters, filter_bias, **window, act=filter_act, out_keep=out_keep, sums=sums)  # type: ignore[arg-type]
 
 
 def max_pool2d(

@@ -16,6 +16,7 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "grouped_conv2d": reference.grouped_conv2d,
     "pooled_conv2d": reference.pooled_conv2d,
     "depthwise_conv2d": reference.depthwise_conv2d,
+    "expand_depthwise_conv2d": reference.expand_depthwise_conv2d,
     "max_pool2d": reference.max_pool2d,
     "sum_squares": reference.sum_squares,
     "keep_mask": reference.keep_mask,
@@ -25,7 +26,7 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "mask": functional.mask,
 }
 TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
-TYPES |= {"groups": "int", "axis": "int", "act": "str", "residual": "Tensor?", "out_keep": "Tensor?", "size": "int"}
+TYPES |= {"groups": "int", "axis": "int", "act": "str", "filter_act": "str", "residual": "Tensor?", "out_keep": "Tensor?", "size": "int"}
 TYPES |= {"statistics": "Tensor[]", "keeps": "Tensor?[]", "positions": "int[]", "sums": "bool", "zeros": "bool"}
 _DEFAULTS = {"out_keep": "=None", "sums": "=False", "zeros": "=True"}  # they came last
 

@@ -57,11 +57,8 @@ template <Act act>
 ISW_INLINE Vec activate(Act actual, Vec v) {
   if (act == Act::none) return v;
   if (act == AnyAct::value) return activate_other(actual, v);
-  const Vec zero = {};
-  v = v < zero ? zero : v;
-  if (act == Act::relu) return v;
-  const Vec six = broadcast(6);
-  return v > six ? six : v;
+  v = at_least(Vec{}, v);
+  return act == Act::relu ? v : at_most(broadcast(6), v);
 }
 
 // body(integral constant of the activation, or AnyAct)

@@ -52,6 +52,17 @@ struct ConvArgs : ConvShape {
   float* sums;  // the same, not squared; null: nobody asks
 };
 
+// A 1x1 layer whose map a depthwise layer alone reads; both make the same channels.
+template <typename T>
+struct Expansion {
+  const T* x;
+  int64_t channels;
+  Gate gate;  // of x
+  const T* weight;
+  const float* bias;
+  Act act;
+};
+
 template <typename T>
 struct PoolArgs {
   const T* x;
@@ -90,6 +101,7 @@ template <typename T>
 struct KernelsFor {
   void (*conv)(const ConvArgs<T>&, const Runner&);
   void (*depthwise)(const ConvArgs<T>&, const Runner&);
+  void (*expand_depthwise)(const Expansion<T>&, const ConvArgs<T>&, const Runner&);
   void (*max_pool)(const PoolArgs<T>&, const Runner&);
   // sums: null, or also those of the map itself
   void (*sum_squares)(const T* x, float* squares, float* sums, int64_t planes, int64_t size, const Runner&);

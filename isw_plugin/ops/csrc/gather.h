@@ -29,6 +29,7 @@ class Gather {
   }
   // A row; up to a vector of zeros is written behind it.
   void copy(const T* in, int64_t ahead, T* out) const {
+    asm volatile("" ::: "memory");  // else GCC 12 takes what is written for a part of this object, and leaves callers out
     for (int64_t i = 0; i < pieces_; ++i) {
       __builtin_prefetch(in + ahead + from_[i], 0, 2);
       store(out + to_[i], (Vec)_mm512_maskz_compress_ps(lanes_[i], (__m512)load(in + from_[i])));

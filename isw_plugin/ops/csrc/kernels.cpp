@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "decide.h"
 #include "depthwise.h"
+#include "expand_depthwise.h"
 #include "conv1x1_pixel_lanes.h"
 #include "conv1x1_channel_lanes.h"
 #include "pool.h"
@@ -36,7 +37,12 @@ void depthwise(const isw::ConvArgs<T>& args, const isw::Runner& runner) {
 }
 
 template <typename T>
-constexpr isw::KernelsFor<T> kernels_for = {conv<T>, depthwise<T>, isw::max_pool<T>, isw::sum_squares<T>,
+void expand_depthwise(const isw::Expansion<T>& expansion, const isw::ConvArgs<T>& args, const isw::Runner& runner) {
+  isw::ExpandDepthwise<T>(expansion, args, runner).run();
+}
+
+template <typename T>
+constexpr isw::KernelsFor<T> kernels_for = {conv<T>, depthwise<T>, expand_depthwise<T>, isw::max_pool<T>, isw::sum_squares<T>,
                                             isw::predict<T>};
 
 constexpr isw::Kernels kernels = {kernels_for<float>, kernels_for<isw::BFloat16>, isw::keep_mask};

@@ -168,6 +168,11 @@ void check_packed(const Tensor& weight, int64_t c_in, int64_t c_out, int64_t gro
                     " output channels in ", groups, " groups; pack it with pack_weight");
 }
 
+void check_filters(const Tensor& weight, const Tensor& bias, int64_t channels) {
+  TORCH_CHECK_VALUE(weight.size(0) == channels && weight.size(1) == 1 && bias.size(0) == channels, "weight ",
+                    weight.sizes(), " and bias ", bias.sizes(), " do not fit ", channels, " channels");
+}
+
 Tensor new_map(IntArrayRef sizes, const Tensor& like) { return isw::MapMemory::instance().empty(sizes, like); }
 
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, IntArrayRef stride,
@@ -240,8 +245,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
   args.n = x.size(0);
   args.c_in = args.c_out = args.groups = x.size(1);
   args.slots = 1;
-  TORCH_CHECK_VALUE(weight.size(0) == args.c_in && weight.size(1) == 1 && bias.size(0) == args.c_in, "weight ",
-                    weight.sizes(), " and bias ", bias.sizes(), " do not fit ", args.c_in, " channels");
+  check_filters(weight, bias, args.c_in);
   args.gate = gate_of(gate, alpha, beta, args.n, args.c_in);
   const Tensor out_keep = checked_keep(out_keep_, args.n, args.c_out);
   args.out_keep = data<uint8_t>(out_keep);
@@ -253,6 +257,41 @@ std::tuple<Tensor, Tensor> depthwise_conv2d(const Tensor& x_, const Tensor& weig
   with_type_of(x, [&](auto zero) {
     using T = decltype(zero);
     kernels_for<T>().depthwise(args_of<T>(args, x, weight, bias, Tensor(), y, statistics), isw::runner());
+  });
+  return {y, statistics.tensor};
+}
+
+std::tuple<Tensor, Tensor> expand_depthwise_conv2d(const Tensor& x_, const Tensor& weight_, const Tensor& bias_,
+                                                   const Tensor& filters_, const Tensor& filter_bias_,
+                                                   IntArrayRef stride, IntArrayRef padding, std::string_view act,
+                                                   std::string_view filter_act, const MaybeTensor& gate_, double alpha,
+                                                   double beta, const MaybeTensor& out_keep_, bool sums, bool zeros) {
+  const Tensor x = checked_map(x_), weight = checked(weight_, 5, "weight", x.scalar_type());
+  const Tensor filters = checked(filters_, 4, "filters", x.scalar_type());
+  const Tensor bias = checked_bias(bias_, x), filter_bias = checked_bias(filter_bias_, x), gate = checked_gate(gate_);
+  const int64_t channels = bias.size(0);
+  check_packed(weight, x.size(1), channels, 1);
+  TORCH_CHECK_VALUE(weight.size(2) == 1 && weight.size(3) == 1, "weight: packed from a ", weight.size(2), "x",
+                    weight.size(3), " kernel, expected 1x1");
+  isw::ConvShape args{};
+  args.window = window_of(x, filters.sizes().slice(2, 2), stride, padding);
+  args.n = x.size(0);
+  args.c_in = args.c_out = args.groups = channels;
+  args.slots = 1;
+  check_filters(filters, filter_bias, channels);
+  const Tensor out_keep = checked_keep(out_keep_, args.n, channels);
+  args.out_keep = data<uint8_t>(out_keep);
+  args.zeros = zeros;
+  args.act = act_of(filter_act);
+  const isw::Gate of_x = gate_of(gate, alpha, beta, args.n, x.size(1));
+  Tensor y = new_map({args.n, channels, args.window.oh, args.window.ow}, x);
+  const Statistics statistics(args.n, 1, channels, sums, x);
+  if (y.numel() == 0) return {y, statistics.tensor};
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    const isw::Expansion<T> expansion{data<T>(x), x.size(1), of_x, data<T>(weight), data<float>(bias), act_of(act)};
+    kernels_for<T>().expand_depthwise(
+        expansion, args_of<T>(args, Tensor(), filters, filter_bias, Tensor(), y, statistics), isw::runner());
   });
   return {y, statistics.tensor};
 }
@@ -365,6 +404,7 @@ TORCH_LIBRARY_FRAGMENT(isw, library) {
   on_cpu("grouped_conv2d", grouped_conv2d);
   on_cpu("pooled_conv2d", pooled_conv2d);
   on_cpu("depthwise_conv2d", depthwise_conv2d);
+  on_cpu("expand_depthwise_conv2d", expand_depthwise_conv2d);
   on_cpu("max_pool2d", max_pool2d);
   on_cpu("sum_squares", sum_squares);
   on_cpu("keep_mask", keep_mask);

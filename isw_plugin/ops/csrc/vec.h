@@ -34,6 +34,26 @@ ISW_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v
 // x - 0 is exact for every x, so compilers fold it into a plain broadcast; x + 0 they may not fold.
 ISW_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
+// v, and bound where v is beyond it; NaN stays NaN.
+#if defined(__AVX512F__)
+ISW_INLINE Vec at_least(Vec bound, Vec v) { return (Vec)_mm512_max_ps((__m512)bound, (__m512)v); }
+ISW_INLINE Vec at_most(Vec bound, Vec v) { return (Vec)_mm512_min_ps((__m512)bound, (__m512)v); }
+#elif defined(__AVX2__)
+ISW_INLINE Vec at_least(Vec bound, Vec v) { return (Vec)_mm256_max_ps((__m256)bound, (__m256)v); }
+ISW_INLINE Vec at_most(Vec bound, Vec v) { return (Vec)_mm256_min_ps((__m256)bound, (__m256)v); }
+#else
+ISW_INLINE Vec at_least(Vec bound, Vec v) { return v < bound ? bound : v; }
+ISW_INLINE Vec at_most(Vec bound, Vec v) { return v > bound ? bound : v; }
+#endif
+
+// Loaded once: compilers would rather load again for every multiply-add.
+ISW_INLINE Vec in_register(Vec v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Partial access, 0 <= count <= lanes; lanes beyond count read as zero and are not written.
 #if defined(__AVX512F__)
 ISW_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
