@@ -151,6 +151,22 @@ void run_predict(std::mt19937& random, const isw::Runner& runner) {
                    2.0f, 0.1f, 0.9f, norms.get(), keep.get()}, runner);
 }
 
+// A layer's input as the map that a 1x1 layer makes of another one.
+template <typename T>
+void run_expanded(const isw::ConvArgs<T>& a, std::mt19937& random, const isw::Runner& runner) {
+  const isw::Window& w = a.window;
+  const int64_t channels = choose(random, {1, 5, 37}), blocks = (a.c_in + isw::block - 1) / isw::block;
+  const Array<T> x = numbers<T>(a.n * channels * w.h * w.w, random), weight = numbers<T>(blocks * channels * isw::block, random);
+  const Array<float> bias = numbers(a.c_in, random);
+  const Array<uint8_t> keep(new uint8_t[a.n * channels]);
+  for (int64_t i = 0; i < a.n * channels; ++i) keep[i] = random() % 2;
+  isw::Gate gate;
+  if (random() % 2) gate.keep = keep.get();
+  const isw::Expansion<T> expansion{x.get(), channels, gate, weight.get(), bias.get(), static_cast<isw::Act>(random() % 6)};
+  const isw::KernelsFor<T>& kernels = *isw_kernels();
+  kernels.expand_depthwise(expansion, a, runner);
+}
+
 template <typename T>
 void run_case(unsigned seed, bool with_sums) {
   std::mt19937 random(seed);
@@ -160,6 +176,7 @@ void run_case(unsigned seed, bool with_sums) {
   Case<T> c = random_case<T>(random, depthwise);
   const isw::ConvArgs<T>& a = c.args;
   (depthwise ? kernels.depthwise : kernels.conv)(a, runner);
+  if (depthwise && random() % 2) run_expanded(a, random, runner);
   if (with_sums) print_sums(seed, c);
   const int64_t planes = a.n * a.c_in;  // the gate's squares have three slots of as many
   kernels.sum_squares(a.x, c.gate_squares.get(), seed % 2 ? c.gate_squares.get() + planes : nullptr, planes,

@@ -186,6 +186,25 @@ def depthwise(draw: Draw) -> None:
     check(found, wanted, bound_of(x, weight, bias), unread(options["zeros"], out_keep))
 
 
+def expanded(draw: Draw) -> None:
+    size, kernel, stride, padding = draw.window()
+    n, inputs, channels = draw.choice([0, 1, 2, 3]), draw.choice([1, 3, 8, 40]), draw.choice([1, 5, 8, 13, 40])
+    x = draw.feature(n, inputs, *size)
+    weight, bias = draw.tensor(channels, inputs, 1, 1) / inputs**0.5, draw.tensor(channels, dtype=FLOAT32)
+    filters, filter_bias = draw.tensor(channels, 1, *kernel), draw.tensor(channels, dtype=FLOAT32)
+    gating, keep = draw.gating(x)
+    acts = {name: draw.choice(list(reference.ACTS)) for name in ("act", "filter_act")}
+    options: dict[str, Any] = {"stride": stride, "padding": padding} | acts
+    args = hide(draw, x, keep), pack_weight(weight), bias, filters, filter_bias
+    options["out_keep"], out_keep = draw.out_keep(n, channels)
+    options["sums"], options["zeros"] = draw.random() < 0.5, draw.random() < 0.5
+    wanted = reference.expand_depthwise_conv2d(*args, **options | {"out_keep": out_keep}, gating=keep)
+    found = ops.expand_depthwise_conv2d(*args, **options, gating=gating)
+    between = torch.tensor(bound_of(x, weight, bias))
+    share = 2**9 if draw.dtype == BFLOAT16 else 1  # the map between may be rounded to a neighbour
+    check(found, wanted, share * bound_of(between, filters, filter_bias), unread(options["zeros"], out_keep))
+
+
 def linear(draw: Draw) -> None:
     between = [draw.randint(0, 20) for _ in range(draw.choice([0, 0, 1, 2]))]
     x = draw.tensor(draw.choice([0, 1, 2, 3, 9]), *between, draw.choice([1, 3, 16, 37, 200, 500]))
@@ -280,6 +299,10 @@ def hostile(draw: Draw) -> None:
         "grouped_conv2d": [x, pack_weight(draw.tensor(6, 1, 3, 3), 3), torch.zeros(6), 3, *window, *gate],
         "pooled_conv2d": [x, packed, bias, *window, *gate, None],
         "depthwise_conv2d": [x, draw.tensor(3, 1, 3, 3), torch.zeros(3), *window, *gate, None],
+        "expand_depthwise_conv2d": [
+            *(x, pack_weight(draw.tensor(5, 3, 1, 1)), bias, draw.tensor(5, 1, 3, 3), torch.zeros(5)),
+            *(*window, "relu6", *gate, None),
+        ],
         "max_pool2d": [x, [2, 2], [2, 2], [0, 0]],
         "sum_squares": [x],
         "keep_mask": [torch.ones(2, 1, 3), 0.0, 1.0],
@@ -303,6 +326,7 @@ KINDS: list[Callable[[Draw], None]] = [
     lambda draw: convolution(draw, "grouped_conv2d"),
     lambda draw: convolution(draw, "pooled_conv2d"),
     *[depthwise] * 3,
+    *[expanded] * 2,
     linear,
     pooling,
     decisions,

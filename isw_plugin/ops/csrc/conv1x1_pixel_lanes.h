@@ -6,7 +6,6 @@
 #include "decide.h"
 #include "element.h"
 #include "epilogue.h"
-#include "gather.h"
 #include "vec.h"
 #include "workspace.h"
 
@@ -21,14 +20,23 @@ constexpr int64_t panel_channels = 128;  // times strip_pixels: 24 KB with AVX-5
 constexpr int64_t panel_strips = 8;
 static_assert(block % strip_channels == 0, "a block is whole strips");
 
+// Where a strip's weights are: those of one input for one output, or of a pair of inputs, as a broadcast takes them.
+template <typename T>
+struct StripWeights {
+  // A broadcast cannot widen or pair on the way: such weights are made, [inputs / together][strip_channels].
+  static constexpr bool made = !std::is_same_v<T, float>;
+  const float* of[strip_channels];  // every output, for input 0
+  const int32_t* channels;  // kept input channels
+
+  int64_t row(int64_t k) const { return made ? k * strip_channels : channels[k] * block; }
+};
+
 template <typename T>
 struct Strip {
   const float* input;  // [count][vectors * lanes]
-  const float* weights;  // first output channel in its block
-  bool made;  // for this panel: they lie as [count][strip_channels]
+  StripWeights<T> weights;
   float bias[strip_channels];
-  const int32_t* channels;  // kept input channels
-  int64_t count;  // of them, or of pairs
+  int64_t count;  // of kept input channels, or of pairs
   int64_t outputs, pixels;
   bool first, last;  // part of the input channels: start from the bias, finish the outputs
   float* sums;  // between parts, [strip_channels][vectors * lanes]
@@ -36,21 +44,14 @@ struct Strip {
 };
 
 template <typename T, int vectors>
-ISW_INLINE void add_channel(const float* in, const float* weights, Vec (&sum)[strip_channels][vectors]) {
-  Vec pixels[vectors];
-  ISW_UNROLL
-  for (int v = 0; v < vectors; ++v) pixels[v] = load(in + v * lanes);
+ISW_INLINE void add_channel(const Vec (&pixels)[vectors], const float* const (&weights)[strip_channels], int64_t row,
+                            Vec (&sum)[strip_channels][vectors]) {
   ISW_UNROLL
   for (int c = 0; c < strip_channels; ++c) {
-    const Vec weight = broadcast<T>(weights[c]);
+    const Vec weight = broadcast<T>(weights[c][row]);
     ISW_UNROLL
     for (int v = 0; v < vectors; ++v) sum[c][v] = multiply_add<T>(weight, pixels[v], sum[c][v]);
   }
-}
-
-template <bool made, typename T>
-ISW_INLINE const float* weights_of(const Strip<T>& s, int64_t k) {
-  return s.weights + (made ? k * strip_channels : s.channels[k] * block);
 }
 
 // Some outputs of a layer, at most strip_channels, in order.
@@ -60,15 +61,7 @@ struct StripOutputs {
   bool lie_together() const { return list[count - 1] - list[0] == count - 1 && list[0] % strip_channels == 0; }
 };
 
-// Weights of a strip for these inputs, side by side, once for all strips of a panel; `weights` are the layer's, of so
-// many inputs. Up to a vector is written behind them.
-static void make_weights(const float* weights, int64_t inputs, StripOutputs outputs, const int32_t* channels,
-                         int64_t count, float* out) {
-  const Gather<float> gather(outputs.list, outputs.count, 0, inputs, 1);
-  for (int64_t k = 0; k < count; ++k, out += strip_channels)
-    gather.copy(weights + channels[k] * block, (channels[k + 8] - channels[k]) * block, out);
-}
-// A broadcast cannot widen or pair on the way.
+// Weights of a strip for these inputs, of a layer of so many inputs, side by side, once for all strips of a panel.
 static void make_weights(const BFloat16* weights, int64_t inputs, StripOutputs outputs, const int32_t* channels,
                          int64_t count, float* out) {
   const auto place_of = [&](int64_t i) { return outputs.list[i] / block * block * inputs + outputs.list[i] % block; };
@@ -84,6 +77,23 @@ static void make_weights(const BFloat16* weights, int64_t inputs, StripOutputs o
   }
 }
 
+// The weights of a strip, made in `made` where they must be. There are strip_channels of them: the last of fewer again.
+template <typename T>
+static StripWeights<T> weights_of(const T* weights, int64_t inputs, StripOutputs outputs, const int32_t* channels,
+                                  [[maybe_unused]] int64_t count, [[maybe_unused]] float* made) {
+  StripWeights<T> result;
+  result.channels = channels;
+  if constexpr (StripWeights<T>::made) make_weights(weights, inputs, outputs, channels, count, made);
+  for (int64_t c = 0; c < strip_channels; ++c) {
+    const int64_t output = outputs.list[smaller(c, outputs.count - 1)];
+    if constexpr (StripWeights<T>::made)
+      result.of[c] = made + c;
+    else
+      result.of[c] = weights + output / block * block * inputs + output % block;
+  }
+  return result;
+}
+
 template <int vectors, typename T>
 ISW_INLINE void start(const Strip<T>& s, Vec (&sum)[strip_channels][vectors]) {
   ISW_UNROLL
@@ -93,19 +103,25 @@ ISW_INLINE void start(const Strip<T>& s, Vec (&sum)[strip_channels][vectors]) {
       sum[c][v] = s.first ? broadcast(s.bias[c]) : load(s.sums + (c * vectors + v) * lanes);
 }
 
-template <bool made, int vectors, typename T>
+template <int vectors, typename T>
 ISW_INLINE void multiply(const Strip<T>& s, Vec (&sum)[strip_channels][vectors]) {
   const float* in = s.input;
-  int64_t k = 0;
-  for (; k + 4 <= s.count; k += 4) {
-    ISW_UNROLL
-    for (int i = 0; i < 4; ++i, in += vectors * lanes) {
-      asm volatile("" ::: "memory");
-      if constexpr (!made) __builtin_prefetch(s.weights + s.channels[k + i + 8] * block);
-      add_channel<T>(in, weights_of<made>(s, k + i), sum);
+  const float* weights[strip_channels];
+  ISW_UNROLL
+  for (int c = 0; c < strip_channels; ++c) weights[c] = s.weights.of[c];
+  for (int64_t k = 0; k < s.count; ++k, in += vectors * lanes) {
+    const int64_t row = s.weights.row(k);
+    asm volatile("" ::: "memory");
+    if constexpr (!StripWeights<T>::made) {
+      const int64_t ahead = s.weights.row(k + 8);
+      __builtin_prefetch(weights[0] + ahead);
+      __builtin_prefetch(weights[strip_channels - 1] + ahead);
     }
+    Vec pixels[vectors];
+    ISW_UNROLL
+    for (int v = 0; v < vectors; ++v) pixels[v] = load(in + v * lanes);
+    add_channel<T>(pixels, weights, row, sum);
   }
-  for (; k < s.count; ++k, in += vectors * lanes) add_channel<T>(in, weights_of<made>(s, k), sum);
 }
 
 template <Act act, int vectors, typename T>
@@ -135,10 +151,7 @@ static void run_strip(const Strip<T>& s) {
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(s.out.y + s.out.at[c] * s.out.plane + v * lanes, 1);
   Vec sum[strip_channels][vectors];
   start(s, sum);
-  if (s.made)
-    multiply<true>(s, sum);
-  else
-    multiply<false>(s, sum);
+  multiply(s, sum);
   ISW_UNROLL
   for (int c = 0; c < strip_channels; ++c) {
     if (!s.last)
@@ -209,10 +222,10 @@ class Pointwise {
         residual_kept_(args.residual_gate, args.residual ? args.n : 0, args.c_out, runner),
         out_(args.out_keep, args.n, args.c_out, args.c_out, runner),
         packed_(runner.workers * packed_size),
-        weights_(std::is_same_v<T, float> && !args.out_keep ? 0 : runner.workers * weights_size),
+        made_(StripWeights<T>::made ? runner.workers * made_size : 0),
         sums_(runner.workers * sums_size()),
         squares_(runner.workers * (args.sums ? 2 : 1) * squares_size()) {
-    if (args.out_keep) std::fill(weights_.get(), weights_.get() + runner.workers * weights_size, 0.0f);
+    std::fill(made_.get(), made_.get() + (StripWeights<T>::made ? runner.workers * made_size : 0), 0.0f);
   }
 
   void run() {
@@ -240,7 +253,7 @@ class Pointwise {
     int64_t pixel[panel_strips + 1];  // where strips begin, and the last ends
   };
   static constexpr int64_t packed_size = panel_channels * strip_pixels;
-  static constexpr int64_t weights_size = panel_channels * strip_channels + lanes;
+  static constexpr int64_t made_size = panel_channels * strip_channels;
   static constexpr int64_t least_strips = 4;  // of a worker that shares channels: it packs every panel, for half of one
 
   int64_t strips_per_part() const {
@@ -316,30 +329,18 @@ class Pointwise {
     for (int64_t i = 0; i < panel.strips; ++i) pack_strip(task, panel, i, packed + i * count * strip_pixels);
     for (int64_t c = 0; c < task.channels; c += strip_channels) {
       Strip<T> strip = strip_of(task, c);
-      point_to_weights(task, panel, {task.outputs + c, strip.outputs}, strip);
+      strip.weights = weights_of(a_.weight, a_.c_in, {task.outputs + c, strip.outputs},
+                                 kept_.channels(task.n) + panel.begin, count, made_.get() + task.worker * made_size);
       for (int64_t i = 0; i < panel.strips; ++i) {
         strip.out.y = a_.y + task.n * a_.c_out * pixels() + panel.pixel[i];
         strip.out.residual = a_.residual ? a_.residual + task.n * a_.c_out * pixels() + panel.pixel[i] : nullptr;
         strip.input = packed + i * count * strip_pixels;
-        strip.channels = kept_.channels(task.n) + panel.begin;
         strip.count = ceil_div(count, together<T>);
         strip.first = panel.begin == 0;
         strip.last = panel.end == kept_.count(task.n);
         strip.pixels = panel.pixel[i + 1] - panel.pixel[i];
         with_act(a_.act, [&](auto act) { run_strip<act.value>(strip, ceil_div(strip.pixels, lanes)); });
       }
-    }
-  }
-
-  void point_to_weights(const Task& task, const Panel& panel, StripOutputs outputs, Strip<T>& strip) const {
-    const int64_t channel = outputs.list[0];
-    strip.made = !std::is_same_v<T, float> || !outputs.lie_together();
-    if (strip.made) {
-      float* made = weights_.get() + task.worker * weights_size;
-      make_weights(a_.weight, a_.c_in, outputs, kept_.channels(task.n) + panel.begin, panel.end - panel.begin, made);
-      strip.weights = made;
-    } else if constexpr (std::is_same_v<T, float>) {
-      strip.weights = a_.weight + channel / block * block * a_.c_in + channel % block;
     }
   }
 
@@ -377,7 +378,7 @@ class Pointwise {
   const int64_t parts_;
   const Kept kept_, residual_kept_;
   const Outputs out_;
-  Buffer<float> packed_, weights_, sums_, squares_;
+  Buffer<float> packed_, made_, sums_, squares_;
 };
 
 }  // namespace

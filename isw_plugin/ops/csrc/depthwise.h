@@ -4,6 +4,8 @@
 // A plane is copied into one with zeros around, which vectors of outputs read without looking for a border: some rows at
 // once, a column of taps at a time.
 #pragma once
+#include <new>
+
 #include "activate.h"
 #include "api.h"
 #include "decide.h"
@@ -28,6 +30,7 @@ struct Bordered {
     first = left - w.pw;
     pitch = whole(larger(left + whole(w.w, lanes), first + whole(w.ow, lanes) * w.sw + w.kw), lanes);
     size = larger(w.ph + w.h, (rows - 1) * w.sh + w.kh) * pitch;
+    if (size > most) throw std::bad_alloc();
   }
 
   // x: of a plane, into one whose border is zero.
@@ -44,6 +47,9 @@ struct Bordered {
   Window w;
   int64_t first;  // column that the first tap reads; copied rows begin where vectors are aligned
   int64_t pitch, size;
+
+ private:
+  static constexpr int64_t most = int64_t(1) << 28;  // floats: every worker has one
 };
 
 // A row's pixels, `apart` from each other; `stride` is that where it is 1 or 2, else 0.

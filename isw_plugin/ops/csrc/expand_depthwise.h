@@ -17,10 +17,9 @@ template <typename T>
 struct ExpandedStrip {
   const T* input;  // first pixel of channel 0
   int64_t plane;
-  const int32_t* channels;  // kept
-  int64_t count;
-  const float* weights[strip_channels];  // of every output; where `made`, [count / together][strip_channels] of them
-  const T *next, *last_of_next;  // what is multiplied after these: outputs of input 0
+  StripWeights<T> weights;
+  int64_t count;  // of kept input channels
+  const T *next, *last_of_next;  // weights that are multiplied after these: of outputs, for input 0
   float bias[strip_channels];
   int64_t pixels;
   float* y;  // [strip_channels][y_plane]
@@ -29,34 +28,28 @@ struct ExpandedStrip {
 
 template <Act act, int vectors, typename T>
 static void expand_strip(Act actual, const ExpandedStrip<T>& s) {
-  constexpr bool made = !std::is_same_v<T, float>;
   const float* weights[strip_channels];
   Vec sum[strip_channels][vectors];
   ISW_UNROLL
   for (int c = 0; c < strip_channels; ++c) {
-    weights[c] = s.weights[c];
+    weights[c] = s.weights.of[c];
     ISW_UNROLL
     for (int v = 0; v < vectors; ++v) sum[c][v] = broadcast(s.bias[c]);
   }
+  const int32_t* channels = s.weights.channels;
   const int64_t rest = s.pixels - (vectors - 1) * lanes;
   for (int64_t k = 0; k < s.count; k += together<T>) {
-    const int64_t row = made ? k / together<T> * strip_channels : s.channels[k] * block;
-    const auto in = packed_from(s.input, s.plane, s.channels, k, s.count);
+    const auto in = packed_from(s.input, s.plane, channels, k, s.count);
     Vec pixels[vectors];
     ISW_UNROLL
     for (int v = 0; v < vectors; ++v)
       pixels[v] = v < vectors - 1 ? load(in + v * lanes) : load_first(in + v * lanes, rest);
     for (int i = 0; i < together<T>; ++i) {
-      __builtin_prefetch(s.next + s.channels[k + i] * block, 0, 2);
-      __builtin_prefetch(s.last_of_next + s.channels[k + i] * block, 0, 2);
+      __builtin_prefetch(s.next + channels[k + i] * block, 0, 2);
+      __builtin_prefetch(s.last_of_next + channels[k + i] * block, 0, 2);
     }
     asm volatile("" ::: "memory");  // as in accumulate_bordered
-    ISW_UNROLL
-    for (int c = 0; c < strip_channels; ++c) {
-      const Vec weight = broadcast<T>(weights[c][row]);
-      ISW_UNROLL
-      for (int v = 0; v < vectors; ++v) sum[c][v] = multiply_add<T>(weight, pixels[v], sum[c][v]);
-    }
+    add_channel<T>(pixels, weights, s.weights.row(k / together<T>), sum);
   }
   ISW_UNROLL
   for (int c = 0; c < strip_channels; ++c)
@@ -99,8 +92,8 @@ class ExpandDepthwise {
   struct Task {
     int64_t n, worker;
   };
-  int64_t made_size() const { return std::is_same_v<T, float> ? 0 : (e_.channels + list_tail) * strip_channels; }
-  const T* weights_of(int64_t output) const {
+  int64_t made_size() const { return StripWeights<T>::made ? (e_.channels + 1) * strip_channels : 0; }
+  const T* weights_for(int64_t output) const {
     return e_.weight + output / block * block * e_.channels + output % block;
   }
   float* plane(Task task, int64_t c) const { return planes_.get() + (task.worker * strip_channels + c) * plane_; }
@@ -126,20 +119,12 @@ class ExpandDepthwise {
   void expand(Task task, StripOutputs outputs) const {
     const int64_t size = a_.window.h * a_.window.w, count = kept_.count(task.n);
     ExpandedStrip<T> strip;
-    for (int64_t c = 0; c < strip_channels; ++c) {
-      const int64_t output = outputs.list[smaller(c, outputs.count - 1)];
-      strip.bias[c] = e_.bias[output];
-      if constexpr (std::is_same_v<T, float>)
-        strip.weights[c] = weights_of(output);
-      else
-        strip.weights[c] = made_.get() + task.worker * made_size() + c;
-    }
-    if constexpr (!std::is_same_v<T, float>)
-      make_weights(e_.weight, e_.channels, outputs, kept_.channels(task.n), count, made_.get() + task.worker * made_size());
-    strip.next = weights_of(outputs.list[strip_channels]);
-    strip.last_of_next = weights_of(outputs.list[2 * strip_channels - 1]);
+    for (int64_t c = 0; c < strip_channels; ++c) strip.bias[c] = e_.bias[outputs.list[smaller(c, outputs.count - 1)]];
+    strip.weights = weights_of(e_.weight, e_.channels, outputs, kept_.channels(task.n), count,
+                               made_.get() + task.worker * made_size());
+    strip.next = weights_for(outputs.list[strip_channels]);
+    strip.last_of_next = weights_for(outputs.list[2 * strip_channels - 1]);
     strip.plane = size;
-    strip.channels = kept_.channels(task.n);
     strip.count = count;
     strip.y_plane = plane_;
     for (int64_t p = 0; p < size; p += strip.pixels) {

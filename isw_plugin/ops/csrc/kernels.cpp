@@ -17,11 +17,12 @@ bool is_pointwise(const isw::Window& w) {
   return w.kh == 1 && w.kw == 1 && w.ph == 0 && w.pw == 0 && inside && w.oh * w.ow >= 16;
 }
 
-// Outputs that must be transposed pay where vectors of pixels would not be full, and behind many input channels.
+// Outputs that must be transposed pay where vectors of pixels would not be full, and on small maps of many channels.
 template <typename T>
 bool is_for_blocks(const isw::ConvArgs<T>& args) {
   const isw::Window& w = args.window;
-  return w.sh == 1 && w.sw == 1 && args.slots == 1 && (w.oh * w.ow < 4 * isw::lanes || args.c_in >= 384);
+  const int64_t vectors = w.oh * w.ow / isw::lanes;
+  return w.sh == 1 && w.sw == 1 && args.slots == 1 && (vectors < 4 || (vectors < 9 && args.c_in >= 384));
 }
 
 template <typename T>

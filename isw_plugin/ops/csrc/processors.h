@@ -112,19 +112,21 @@ inline int64_t usable_processors() {
   return std::min(Affinity::own().count(), quota.load());
 }
 
-// How long a thread that waits for another keeps its processor. One that was taken away lately is wanted by others, maybe
-// by whom it waits for; where nobody wants it, sleep costs more than it gives.
+// How long a thread that waits for another keeps its processor. One that was taken away again and again lately is wanted by
+// others, maybe by whom it waits for; where nobody wants it, sleep costs more than it gives.
 inline std::chrono::microseconds patience() {
   constexpr std::chrono::microseconds alone{300}, crowded{20};
 #if defined(__linux__)
-  thread_local long taken = 0;
-  thread_local int64_t until = 0;
+  constexpr int64_t window = 100;  // milliseconds; a busy neighbour takes it some 25 times in these, the system's own work 3
+  constexpr long often = 8;
+  thread_local long before = 0, lately = 0;  // times that it was taken, until this window began and in the last one
+  thread_local int64_t begun = 0;
   rusage usage{};
   getrusage(RUSAGE_THREAD, &usage);
   const int64_t now = milliseconds();
-  if (usage.ru_nivcsw != taken) until = now + 100;
-  taken = usage.ru_nivcsw;
-  return now < until ? crowded : alone;
+  const long taken = usage.ru_nivcsw - before;
+  if (now - begun >= window) lately = now - begun < 2 * window ? taken : 0, before = usage.ru_nivcsw, begun = now;
+  return std::max(taken, lately) > often ? crowded : alone;
 #else
   return alone;
 #endif
