@@ -52,6 +52,26 @@ struct Bordered {
   static constexpr int64_t most = int64_t(1) << 28;  // floats: every worker has one
 };
 
+// One for every worker, made clean by its own.
+class BorderedPlanes {
+ public:
+  BorderedPlanes(const Bordered& plane, int64_t workers)
+      : size_(plane.size), planes_(workers * plane.size), clean_(workers) {
+    std::fill(clean_.get(), clean_.get() + workers, false);
+  }
+  float* of(int64_t worker) const {
+    float* plane = planes_.get() + worker * size_;
+    if (!clean_.get()[worker]) std::fill(plane, plane + size_, 0.0f);
+    clean_.get()[worker] = true;
+    return plane;
+  }
+
+ private:
+  int64_t size_;
+  Buffer<float> planes_;
+  Buffer<bool> clean_;
+};
+
 // A row's pixels, `apart` from each other; `stride` is that where it is 1 or 2, else 0.
 template <int stride>
 ISW_INLINE Vec load_apart(const float* in, [[maybe_unused]] int64_t apart) {
@@ -223,10 +243,8 @@ class Depthwise {
         filters_(args.window, args.act, args.weight, args.bias, args.c_in),
         y_(args),
         kept_(args.gate, args.n, args.c_in, runner, args.out_keep),
-        planes_(runner.workers * filters_.bordered.size),
-        dropped_(runner.workers * args.c_in) {
-    std::fill(planes_.get(), planes_.get() + runner.workers * filters_.bordered.size, 0.0f);
-  }
+        planes_(filters_.bordered, runner.workers),
+        dropped_(runner.workers * args.c_in) {}
 
   void run() {
     const int64_t pixels = larger(1, a_.window.oh * a_.window.ow), all = a_.n * a_.c_in;
@@ -252,7 +270,7 @@ class Depthwise {
     const int32_t *kept = kept_.channels(task.n), *last = kept + kept_.count(task.n);
     kept = std::lower_bound(kept, last, begin);
     last = std::lower_bound(kept, last, end);
-    float* bordered = planes_.get() + task.worker * filters_.bordered.size;
+    float* bordered = planes_.of(task.worker);
     for (; kept < last; ++kept) {
       prefetch_plane(task, kept[1]);
       const int64_t plane = task.n * a_.c_in + *kept;
@@ -280,7 +298,7 @@ class Depthwise {
   const Filters<T> filters_;
   const FilteredPlanes<T> y_;
   const Kept kept_;
-  Buffer<float> planes_;
+  const BorderedPlanes planes_;
   Buffer<int32_t> dropped_;
 };
 

@@ -72,9 +72,8 @@ class ExpandDepthwise {
         plane_(ceil_div(args.window.h * args.window.w, lanes) * lanes + lanes),
         made_(runner.workers * made_size()),
         planes_(runner.workers * strip_channels * plane_),
-        bordered_(runner.workers * filters_.bordered.size) {
+        bordered_(filters_.bordered, runner.workers) {
     std::fill(made_.get(), made_.get() + runner.workers * made_size(), 0.0f);
-    std::fill(bordered_.get(), bordered_.get() + runner.workers * filters_.bordered.size, 0.0f);
   }
 
   void run() {
@@ -107,7 +106,7 @@ class ExpandDepthwise {
   template <Act act>
   void filter(Task task, StripOutputs outputs) const {
     const int64_t first = task.n * a_.c_in;
-    float* bordered = bordered_.get() + task.worker * filters_.bordered.size;
+    float* bordered = bordered_.of(task.worker);
     for (int64_t c = 0; c < outputs.count; ++c) {
       const int64_t channel = outputs.list[c];
       filters_.bordered.copy(plane(task, c), bordered);
@@ -149,7 +148,8 @@ class ExpandDepthwise {
   const Kept kept_;
   const Outputs out_;
   const int64_t plane_;  // floats of one of the map between
-  Buffer<float> made_, planes_, bordered_;
+  Buffer<float> made_, planes_;
+  const BorderedPlanes bordered_;
 };
 
 }  // namespace
