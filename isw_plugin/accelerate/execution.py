@@ -108,7 +108,7 @@ class GatedConv(nn.Module):
 
 
 class ExpandDepthwise(nn.Module):
-    """A pointwise layer and the depthwise one that alone reads its map, which is never written. Gates as GatedConv's."""
+    """A pointwise layer and the depthwise one that alone reads its map, never written. Gates as GatedConv's."""
 
     def __init__(self, expand: GatedConv, depthwise: GatedConv) -> None:
         super().__init__()

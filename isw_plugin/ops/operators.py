@@ -93,7 +93,13 @@ def _fake_depthwise(
 
 
 def _fake_expand_depthwise(
-    x: Tensor, bias: Tensor, filters: Tensor, stride: Sequence[int], padding: Sequence[int], sums: bool | None, **others: object
+    x: Tensor,
+    bias: Tensor,
+    filters: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    sums: bool | None,
+    **others: object,
 ) -> tuple[Tensor, Tensor]:
     size = output_size(x.shape[2:], filters.shape[2:], stride, padding)
     return x.new_empty((x.shape[0], bias.shape[0], *size)), _fake_statistics(x, 1, bias.shape[0], sums)

@@ -26,7 +26,15 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "mask": functional.mask,
 }
 TYPES = dict.fromkeys(("stride", "padding", "kernel"), "int[2]") | dict.fromkeys(("alpha", "beta"), "float")
-TYPES |= {"groups": "int", "axis": "int", "act": "str", "filter_act": "str", "residual": "Tensor?", "out_keep": "Tensor?", "size": "int"}
+TYPES |= {
+    "groups": "int",
+    "axis": "int",
+    "act": "str",
+    "filter_act": "str",
+    "residual": "Tensor?",
+    "out_keep": "Tensor?",
+    "size": "int",
+}
 TYPES |= {"statistics": "Tensor[]", "keeps": "Tensor?[]", "positions": "int[]", "sums": "bool", "zeros": "bool"}
 _DEFAULTS = {"out_keep": "=None", "sums": "=False", "zeros": "=True"}  # they came last
 

@@ -59,7 +59,9 @@ def test_is_what_the_two_layers_make(window: str, dtype: torch.dtype, isa: str) 
         for out_keep in (None, kept(2, channels, 0.5, 7), kept(2, channels, 0.0, 8)):
             everything = options | chosen | {"gating": gating, "out_keep": out_keep, "sums": True}
             y, sums = ops.expand_depthwise_conv2d(x, *layers(inputs, channels, kernel, dtype), **everything)
-            wanted, of_wanted = reference.expand_depthwise_conv2d(x, *layers(inputs, channels, kernel, dtype), **everything)
+            wanted, of_wanted = reference.expand_depthwise_conv2d(
+                x, *layers(inputs, channels, kernel, dtype), **everything
+            )
             largest = float(wanted.float().abs().max())
             torch.testing.assert_close(y, wanted, rtol=share, atol=share * largest)
             torch.testing.assert_close(sums, of_wanted, rtol=4 * share, atol=4 * share * float(of_wanted.abs().max()))
@@ -126,7 +128,10 @@ def test_flops_are_those_of_both() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "kernel": ({"weight": pack_weight(torch.zeros(8, 3, 3, 3))}, r"weight: packed from a \(3, 3\) kernel, expected 1x1"),
+    "kernel": (
+        {"weight": pack_weight(torch.zeros(8, 3, 3, 3))},
+        r"weight: packed from a \(3, 3\) kernel, expected 1x1",
+    ),
     "filters": ({"filters": torch.zeros(7, 1, 3, 3)}, r"filters: expected shape \(8, 1, any, any\)"),
     "bias of filters": ({"filter_bias": torch.zeros(7)}, r"filter_bias: expected shape \(8\)"),
     "activation": ({"filter_act": "tanh"}, "filter_act='tanh': expected one of none, relu"),
