@@ -1,4 +1,4 @@
-"""Pairs of layers that run as one in a lowered graph: what expands a map, and the depthwise layer that alone reads it."""
+"""Pairs of layers that run as one in a lowered graph: what expands a map and the depthwise layer that reads it."""
 
 import operator
 from typing import Any
