@@ -67,7 +67,7 @@ def test_is_what_the_two_layers_make(window: str, dtype: torch.dtype, isa: str) 
             torch.testing.assert_close(sums, of_wanted, rtol=4 * share, atol=4 * share * float(of_wanted.abs().max()))
 
 
-def test_the_two_operators_give_the_same_bits() -> None:
+def test_the_two_operators_agree_to_rounding() -> None:
     weight, bias, filters, filter_bias = layers(40, 100, (3, 3), torch.float32)
     x, keep, out_keep = normal(2, 40, 14, 14), kept(2, 40, 0.5, 1), kept(2, 100, 0.5, 2)
     one = ops.expand_depthwise_conv2d(

@@ -24,7 +24,7 @@ class Gather {
         to_[pieces_] = i;
         lanes_[pieces_++] = 0;
       }
-      lanes_[pieces_ - 1] |= static_cast<Mask>(1u << output % lanes);
+      lanes_[pieces_ - 1] |= static_cast<uint16_t>(1u << output % lanes);
     }
   }
   // A row; up to a vector of zeros is written behind it.
@@ -39,7 +39,7 @@ class Gather {
  private:
   int64_t pieces_ = 0;
   int64_t from_[block], to_[block];
-  Mask lanes_[block];
+  uint16_t lanes_[block];
 };
 #else
 template <typename T>

@@ -117,7 +117,7 @@ inline int64_t usable_processors() {
 inline std::chrono::microseconds patience() {
   constexpr std::chrono::microseconds alone{300}, crowded{20};
 #if defined(__linux__)
-  constexpr int64_t window = 100;  // milliseconds; a busy neighbour takes it some 25 times in these, the system's own work 3
+  constexpr int64_t window = 100;  // milliseconds; the system's own work takes it some 3 times in these
   constexpr long often = 8;
   thread_local long before = 0, lately = 0;  // times that it was taken, until this window began and in the last one
   thread_local int64_t begun = 0;

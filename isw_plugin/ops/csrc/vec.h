@@ -85,25 +85,6 @@ ISW_INLINE Vec only_first(Vec v, int64_t count) {
 }
 #endif
 
-// A load of some lanes only; the others read as zero and touch no memory. Bit i of the mask is lane i.
-typedef uint16_t Mask;
-#if defined(__AVX512F__)
-ISW_INLINE Vec load_where(const float* p, Mask mask) { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
-#elif defined(__AVX2__)
-ISW_INLINE Vec load_where(const float* p, Mask mask) {
-  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i chosen = _mm256_and_si256(_mm256_set1_epi32(mask), bits);
-  return (Vec)_mm256_maskload_ps(p, _mm256_cmpeq_epi32(chosen, bits));
-}
-#else
-ISW_INLINE Vec load_where(const float* p, Mask mask) {
-  Vec v = {};
-  for (int i = 0; i < lanes; ++i)
-    if (mask >> i & 1) v[i] = p[i];
-  return v;
-}
-#endif
-
 // NaN wins, as in torch.
 ISW_INLINE Vec larger_or_nan(Vec a, Vec b) { return (b > a) | (b != b) ? b : a; }
 
