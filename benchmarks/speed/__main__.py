@@ -4,15 +4,16 @@
     python -m benchmarks.speed --out benchmarks/speed/results    # everything; what is in the table already is left out
     python -m benchmarks.speed --takes 3 --out DIR          # the same in three processes a row, one after another
 
-Columns: milliseconds of a batch (median of rounds), and ratios (median of per-round ratios). The first call of each
-turn is not counted: it finds memory and caches as another network left them. Rounds count in which the machine was
-not seen to be disturbed (speed/steady.py): "steady" says how many there were, "x, all rounds" what all give.
+Columns: milliseconds of a batch (median of rounds, each the middle one of a turn's calls), and ratios (median of
+per-round ratios). The first call of each turn is not counted: it finds memory and caches as another network left them.
+Rounds count in which the machine was not seen to be disturbed (speed/steady.py): "steady" says how many there were,
+"x, all rounds" what all give.
 best eager: the faster of NCHW and channels_last; prepacked: batch norms folded, weights reordered once by oneDNN,
-channels_last; compiled: torch.compile with freezing; OpenVINO, onnxruntime (extra ``benchmarks``): in processes of
-their own, in float32, with as many threads, of one ONNX file of torch.export; floor: the convolutions alone, each dense
-and prepacked on a ready map of as many channels as gates kept on average; all kept: the accelerated model with gates
-that drop nothing; gated: with the gates. "x" is the fastest dense time over gated, "bound" dense over gated MACs,
-"share" x / bound.
+channels_last; compiled: torch.compile with freezing; OpenVINO, onnxruntime (extra ``benchmarks``): in float32, with as
+many threads, of one ONNX file of torch.export; floor: the convolutions alone, each dense and prepacked on a ready map
+of as many channels as gates kept on average; all kept: the accelerated model with gates that drop nothing; gated: with
+the gates. Both runtimes and both of ours run in processes of their own, where nobody else's threads disturb them. "x"
+is the fastest dense time over gated, "bound" dense over gated MACs, "share" x / bound.
 takes: a process can be slow as a whole, so a row of several is that of the middle speed-up; "takes" has all of them.
 hand-over: what a cache line takes from core to core (speed/handover.py); above 100 ns they had no cache in common.
 masks: the keep ratio that thresholds were set for, or "trained", the stored decisions of that network on test images,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.speed.apart import Apart
+from benchmarks.speed.apart import Apart, seconds_of_each
 from isw_plugin.accelerate.execution import DenseConv, GatedConv
 from isw_plugin.accelerate.fit import Turns
 from isw_plugin.accelerate.layers import Layer
@@ -19,7 +19,7 @@ __all__ = ["Probe", "taken_rounds"]
 
 _SLOWER = 1.1  # times the best time of a probe
 _CALLS = 9
-_REST = 0.03  # seconds before a turn: several have threads of their own, and idle ones go on looking for work
+_REST = 0.05  # seconds before a turn: threads of the one before look for work, onnxruntime's for 40 ms
 
 
 class Probe:
@@ -54,21 +54,19 @@ class Probe:
 class _Turns(Turns):
     """Some take theirs in processes of their own, whose clocks count."""
 
+    def __init__(self, runs: Sequence[Callable[[], object]], least: float, rest: float) -> None:
+        for run in runs:
+            run()  # the first call of a process prepares for the second
+        super().__init__(runs, least, rest)
+
     def turn(self, run: Callable[[], object], repeats: int) -> float:
-        if not isinstance(run, Apart):
-            return super().turn(run, repeats)
+        """Seconds of the middle one of so many calls: the system's own work stretches single ones."""
         time.sleep(self.rest)
-        return statistics.fmean(run.seconds(repeats))
+        return statistics.median(run.seconds(repeats) if isinstance(run, Apart) else seconds_of_each(run, repeats))
 
 
 def _median(run: Callable[[], object]) -> float:
-    run()
-    taken = []
-    for _ in range(_CALLS):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return statistics.median(seconds_of_each(run, _CALLS))
 
 
 def taken_rounds(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -89,7 +90,8 @@ class Row:
 class _Gating:
     """The network gated in one way: how it runs, and what is known of it besides time."""
 
-    runs: dict[str, Run]
+    fast: dict[str, Accelerated]  # timed in processes of their own
+    floor: Run
     keep: float
     bound: float
     error: float
@@ -123,8 +125,13 @@ def measure(
     with torch.inference_mode(), ExitStack() as stack:
         probe.wait(_PATIENCE)
         gatings = {str(ratio): _gating(model, images, ratio, name) for ratio in masks}
-        dense = _dense(model, images, compiles) | _apart(name, images, others, stack)
-        runs = dense | {f"{way} {key}": run for key, gating in gatings.items() for way, run in gating.runs.items()}
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        place = Task("", name, side, batch, torch.get_num_threads(), models=folder)
+        dense = _dense(model, images, compiles) | _runtimes(place, others, stack)
+        runs = dict(dense)
+        for key, gating in gatings.items():
+            runs |= {f"floor {key}": gating.floor}
+            runs |= {f"{way} {key}": _ours(place, folder, fast, stack) for way, fast in gating.fast.items()}
         probe.wait(_PATIENCE)
         handovers: list[float] = []
 
@@ -154,20 +161,25 @@ def _dense(model: nn.Module, images: Tensor, compiles: bool) -> dict[str, Run]:
     return runs
 
 
-def _apart(name: str, images: Tensor, others: Sequence[str], stack: ExitStack) -> dict[str, Run]:
-    """Runtimes, whose threads would disturb PyTorch's in one process.
+def _runtimes(place: Task, others: Sequence[str], stack: ExitStack) -> dict[str, Run]:
+    """Each in a process of its own, where no threads of PyTorch disturb its own.
 
     Raises:
         ValueError: One gives something else than the model.
     """
     runs: dict[str, Run] = {}
-    folder = Path(stack.enter_context(TemporaryDirectory()))
     for way in others:
-        task = Task(way, name, images.shape[-1], len(images), torch.get_num_threads(), models=folder)
-        runs[way] = process = stack.enter_context(Apart(task))
+        runs[way] = process = stack.enter_context(Apart(dataclasses.replace(place, way=way)))
         if process.error > _TOLERANCE:
-            raise ValueError(f"{way} is {process.error:.0e} off on {name}")
+            raise ValueError(f"{way} is {process.error:.0e} off on {place.name}")
     return runs
+
+
+def _ours(place: Task, folder: Path, fast: Accelerated, stack: ExitStack) -> Run:
+    """The same for one of ours."""
+    file = folder / "fast.pickle"
+    file.write_bytes(pickle.dumps(fast))
+    return stack.enter_context(Apart(dataclasses.replace(place, way="gated", fast=file)))
 
 
 def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> _Gating:
@@ -185,14 +197,16 @@ def _gating(model: nn.Module, images: Tensor, masks: float | str, name: str) -> 
         output = fast(images)
     error = ((output - model(images)).abs().max() / output.abs().max()).item()
     macs = count_macs(fast, images)
-    all_kept = _all_kept(fast)
-    runs: dict[str, Run] = {
-        "floor": _floor(pruner, images),
-        "all kept": lambda: all_kept(images),
-        "gated": lambda: fast(images),
-    }
+    floor = _floor(pruner, images)
     pruner.remove()
-    return _Gating(runs, record.keep_ratio, macs.dense / macs.gated.mean().item(), error, _automatic(fast))
+    return _Gating(
+        {"all kept": _all_kept(fast), "gated": fast},
+        floor,
+        record.keep_ratio,
+        macs.dense / macs.gated.mean().item(),
+        error,
+        _automatic(fast),
+    )
 
 
 def _automatic(fast: Accelerated) -> str:

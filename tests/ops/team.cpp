@@ -96,15 +96,24 @@ bool starves() {
   return done == 100 && !sigismember(&held, SIGTERM) && each_once(20, 100);
 }
 
-// Whether all tasks run on processors that this thread may use.
+// Whether all tasks run on processors that this thread may use, and helpers on others than it, if there are others.
 bool within_own() {
-  const isw::Affinity own = isw::Affinity::own();
+  cpu_set_t own;
+  sched_getaffinity(0, sizeof own, &own);
+  const std::thread::id leader = std::this_thread::get_id();
   std::atomic<bool> right{true};
-  run(30, 60, [&](int64_t) {
-    cpu_set_t mask;
-    sched_getaffinity(0, sizeof mask, &mask);
-    if (CPU_COUNT(&mask) != own.count()) right = false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  const int before = sched_getcpu();
+  Helpers::instance().with_team(30, [&](isw::Team& team) {
+    const bool stayed = sched_getcpu() == before;
+    layer(team, 60, [&](int64_t) {
+      cpu_set_t mask, both;
+      sched_getaffinity(0, sizeof mask, &mask);
+      CPU_AND(&both, &mask, &own);
+      if (!CPU_EQUAL(&both, &mask)) right = false;
+      const bool helps = std::this_thread::get_id() != leader;
+      if (helps && stayed && CPU_COUNT(&own) > 1 && CPU_ISSET(before, &mask)) right = false;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    });
   });
   return right;
 }

@@ -44,6 +44,15 @@ class Helpers {
     Team team;
     int64_t vacancies;  // under the lock
   };
+  struct Helper {
+    pid_t thread;
+    Affinity affinity;  // under the lock
+
+    void go_to(const Affinity& wanted) {
+      if (!(affinity == wanted)) wanted.apply_to(thread);
+      affinity = wanted;
+    }
+  };
   using Guard = std::unique_lock<std::mutex>;
 
   static Helpers*& current() {
@@ -56,6 +65,7 @@ class Helpers {
     calls_.push_back(call);
     vacancies_ += call->vacancies;
     while (count_ < call->vacancies && start()) {}
+    for (Helper* helper : idle_) helper->go_to(call->team.affinity);  // before they wake
     for (int64_t i = 0; i < call->vacancies; ++i) called_.notify_one();
   }
 
@@ -73,6 +83,7 @@ class Helpers {
     pthread_sigmask(SIG_SETMASK, &all, &held);
     bool started = true;
     try {
+      idle_.reserve(count_ + 1);
       std::thread helper([this] { help(); });
 #if defined(__linux__)
       pthread_setname_np(helper.native_handle(), "isw helper");
@@ -88,14 +99,18 @@ class Helpers {
 
   [[noreturn]] void help() {
     const auto is_called = [this] { return vacancies_ > 0; };
+    Helper self{own_thread(), Affinity::own()};
     for (;;) {
       spin(patience(), is_called);
       Guard guard(lock_);
+      idle_.push_back(&self);
       called_.wait(guard, is_called);
+      idle_.erase(std::find(idle_.begin(), idle_.end(), &self));
       const auto place = std::find_if(calls_.begin(), calls_.end(), [](const auto& each) { return each->vacancies > 0; });
       const std::shared_ptr<Call> call = *place;
       const int64_t worker = call->team.workers - call->vacancies--;
       --vacancies_;
+      self.go_to(call->team.affinity);
       guard.unlock();
       call->team.help(worker);
     }
@@ -104,6 +119,7 @@ class Helpers {
   std::mutex lock_;
   std::condition_variable called_;
   std::vector<std::shared_ptr<Call>> calls_;  // open ones, the oldest first
+  std::vector<Helper*> idle_;
   std::atomic<int64_t> vacancies_{0};  // of all; changed under the lock
   int64_t count_ = 0;
 };

@@ -1,9 +1,12 @@
 // What a thread may use: how many processors, by its affinity mask and the quotas of its control groups, and for how long
 // it may keep one that it does not need. Needs no torch header.
 #pragma once
+#include <sys/types.h>
 #if defined(__linux__)
 #include <sched.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -80,12 +83,18 @@ class Affinity {
 
 #if defined(__linux__)
   int64_t count() const { return known_ ? CPU_COUNT(&mask_) : unlimited; }
-  // To the calling thread.
-  void apply() const {
-    thread_local Affinity applied;
-    if (!known_ || (applied.known_ && CPU_EQUAL(&mask_, &applied.mask_))) return;
-    sched_setaffinity(0, sizeof mask_, &mask_);
-    applied = *this;
+  bool operator==(const Affinity& other) const {
+    return known_ == other.known_ && (!known_ || CPU_EQUAL(&mask_, &other.mask_));
+  }
+  // Without the processor that this thread is on, if others are left.
+  Affinity elsewhere() const {
+    Affinity others = *this;
+    const int here = sched_getcpu();
+    if (known_ && here >= 0 && here < CPU_SETSIZE) CPU_CLR(here, &others.mask_);
+    return others.count() > 0 ? others : *this;
+  }
+  void apply_to(pid_t thread) const {
+    if (known_) sched_setaffinity(thread, sizeof mask_, &mask_);
   }
 
  private:
@@ -95,12 +104,22 @@ class Affinity {
   bool known_ = false;
 #else
   int64_t count() const { return unlimited; }
-  void apply() const {}
+  bool operator==(const Affinity&) const { return true; }
+  Affinity elsewhere() const { return *this; }
+  void apply_to(pid_t) const {}
 
  private:
   void read() {}
 #endif
 };
+
+inline pid_t own_thread() {
+#if defined(__linux__)
+  return static_cast<pid_t>(syscall(SYS_gettid));
+#else
+  return 0;
+#endif
+}
 
 inline int64_t usable_processors() {
   static std::atomic<int64_t> quota{0}, until{0};

@@ -88,7 +88,6 @@ class Team {
   }
 
   void help(int64_t worker) {
-    affinity_.apply();
     std::fesetenv(&arithmetic_);  // so that results do not depend on who computed what
     for (int64_t seen = 0;;) {
       wait_until([&] { return layer_ != seen; }, patience_);
@@ -104,6 +103,9 @@ class Team {
   void dismiss() { layer_ = dismissed; }
 
   const int64_t workers;
+  // Of helpers: where the leader may go, but where it is. Linux wakes a thread on the processor of who wakes it when both
+  // were busy lately, though another idles.
+  const Affinity affinity = Affinity::own().elsewhere();
 
  private:
   static constexpr int64_t dismissed = -1;
@@ -116,7 +118,6 @@ class Team {
     }
   }
 
-  const Affinity affinity_ = Affinity::own();  // helpers go where the leader may
   const std::chrono::microseconds patience_ = patience();
   std::fenv_t arithmetic_;
   Shares shares_;
