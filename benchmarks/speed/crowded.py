@@ -36,7 +36,7 @@ BUSY = {"quiet": 0, "one busy process": 1, "two busy processes": 2}
 ONE_CORE, QUOTA = "two threads on one core", "a quota of 1.5 cores"
 SITUATIONS = (*BUSY, ONE_CORE, QUOTA)
 NETWORKS = ("vgg16:32:1", "resnet18:224:1", "tf_efficientnet_lite0:224:1")
-_REST = 0.03  # seconds between turns: threads that are idle go on looking for work for a while
+_REST = 0.05  # seconds between turns: threads of the one before look for work, onnxruntime's for 40 ms
 
 
 @dataclasses.dataclass(frozen=True)
