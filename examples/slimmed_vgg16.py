@@ -4,15 +4,15 @@
     python examples/slimmed_vgg16.py --data cifar10 --lambda 0 1e-7 1e-6
     python examples/slimmed_vgg16.py --data DIR               # DIR/train/CLASS/*.jpg and DIR/test or DIR/val
 
-Five stages, each saved when done and training after every epoch: interrupt it at any time and run the
-same command again. Ends with Table 6 of the paper for this run; everything is written into --out.
+Six stages, each saved when done and training after every epoch: interrupt it at any time and run the
+same command again. Ends with Table 6 of the paper for this run, and below it the network that was trained with
+gates on, within a budget of MACs (--macs-left); everything is written into --out.
 """
 
 from isw_cli.script import in_one_line
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -25,39 +25,27 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from gated_training import GatedTraining, load_gates, save_gates, settle
 from images import Batches, ImageSplits, load
 from run_folder import RunFolder, damaged, require_free_or_same
-from timm.models.vgg import VGG
+from slimmed_vgg16_options import check, options
+from table6 import table6
 from torch import Tensor, nn
 from training import Schedule, finish, train
+from vgg import MIN_CHANNELS, WIDTHS, vgg16
 
 from isw_plugin import Calibration, InstanceWisePruner, calibrate, evaluate
 from isw_plugin.accelerate import Accelerated
 from isw_plugin.errors import AttachError, BudgetError, SettingError
 from isw_plugin.measure import GateReport, Latency, compare, hardware
 from isw_plugin.report import channel_heatmap, frontier, write
-from isw_plugin.settings import check_lambda
 from isw_plugin.toolkits.torch_pruning import SlimmingImportance
 
-WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-POOLED = (1, 3, 6, 9, 12)
-MIN_CHANNELS = 8  # of every slimmed layer; with fewer, a layer is a bottleneck that fine-tuning cannot heal
 PAPER_PAIRS = ((0.5, 1.0), (0.7, 0.7))
-NOT_TRAINED_WITH = ("out", "device", "lambdas", "max_drop")  # a run may go on with others of these
+NOT_TRAINED_WITH = ("out", "device", "lambdas", "max_drop", "macs_left")  # a run may go on with others of these
 TIMED_BATCH = 64
 TIMED_ROUNDS = 9
-
-
-def vgg16(widths: tuple[int, ...], classes: int) -> nn.Module:
-    """VGG16-BN with global average pooling and one linear layer, as in the paper's section 4.1."""
-    layout: list[int | str] = []
-    for index, width in enumerate(widths):
-        layout += [width, "M"] if index in POOLED else [width]
-    # timm's two hidden layers of 4096 go: mlp_ratio keeps them from being made at full size first.
-    model = VGG(cfg=layout, num_classes=classes, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d)
-    model.pre_logits = nn.Identity()
-    model.head.fc = nn.Linear(widths[-1], classes)
-    return model.to(memory_format=torch.channels_last)
+ROUNDS_OF_ONE = 50  # at batch 1
 
 
 @dataclass
@@ -183,7 +171,33 @@ def _calibration(file: Path) -> Calibration:
         raise damaged(file, error) from error
 
 
-def measure_stage(job: Job, widths: tuple[int, ...], calibrations: dict[float, Calibration | None]) -> dict[str, Any]:
+def budget_stage(job: Job, widths: tuple[int, ...], lambda_: float) -> str:
+    """Go on from the fine-tuned network with gates on, thresholds following the budget; returns the stored name."""
+    name = f"budget-{lambda_!r}-{job.args.macs_left!r}"
+    if job.run.has(name):
+        return name
+    model, args = job.stored(f"finetuned-{lambda_!r}", widths), job.args
+    pruner = InstanceWisePruner(model, job.example, lambda_=lambda_, alpha=0.0, beta=0.0)
+    teacher = job.stored(f"finetuned-{lambda_!r}", widths).requires_grad_(False)
+    steps = args.epochs_budget * (len(job.splits.train) // args.batch)
+    gates = GatedTraining(pruner, job.splits, args.macs_left, steps, teacher=teacher)
+    job.train(model, name, args.epochs_budget, 0.02, **gates.hooks)
+    settle(pruner, job.batches("held_out"), args.macs_left)
+    save_gates(job.run, name, pruner)
+    finish(model, job.run, name)
+    return name
+
+
+def budgeted(job: Job, widths: tuple[int, ...], name: str) -> nn.Module:
+    """The network that ``budget_stage`` stored, with its gates on."""
+    model = job.stored(name, widths)
+    load_gates(job.run, name, InstanceWisePruner(model, job.example))
+    return model
+
+
+def measure_stage(
+    job: Job, widths: tuple[int, ...], calibrations: dict[float, Calibration | None], name: str
+) -> dict[str, Any]:
     """Every stage's model on the test images, all timed in turn in one process."""
     variants = [("dense", None, None, None), ("slimmed", None, None, None)]
     for lambda_, calibration in calibrations.items():
@@ -210,9 +224,16 @@ def measure_stage(job: Job, widths: tuple[int, ...], calibrations: dict[float, C
                 caption=caption,
             )
         rows.append(_row(*variant, report))
-    for row, (execution, latency) in zip(rows, _times(job, models), strict=True):
+    models.append(budgeted(job, widths, name))
+    report = evaluate(models[-1], job.batches("test"))
+    rows.append(_row("budget", max(calibrations), 0.0, None, report) | {"macs_left": job.args.macs_left})
+    for row, (execution, latency) in zip(rows, _times(job, models, TIMED_BATCH), strict=True):
         row |= {"execution": execution, "ms_per_image": latency.ms_per_image}
         row |= {"ms_quartiles": [latency.low, latency.high]}
+    alone = _times(job, [models[1], models[-1]], 1)
+    for row, (execution, latency) in zip((rows[1], rows[-1]), alone, strict=True):
+        quartiles = [latency.low, latency.high]
+        row["batch_1"] = {"execution": execution, "ms": latency.ms_per_image, "ms_quartiles": quartiles}
     return _provenance(job, widths) | {"rows": rows}
 
 
@@ -243,13 +264,14 @@ def _row(
     }
 
 
-def _times(job: Job, models: list[nn.Module]) -> list[tuple[str, Latency]]:
+def _times(job: Job, models: list[nn.Module], batch: int) -> list[tuple[str, Latency]]:
     """How each model runs fastest, and its time: gated ones accelerated, the others in their best dense form."""
-    images, _ = next(iter(Batches(job.splits.test, job.splits, TIMED_BATCH, job.device)))
+    images, _ = next(iter(Batches(job.splits.test, job.splits, batch, job.device)))
     fast = [_accelerated(job, model, images) for model in models]
     runs = {str(index): partial(model, images) for index, model in enumerate(fast)}
     with torch.inference_mode():
-        times = compare(runs, len(images), TIMED_ROUNDS, job.device).values()
+        rounds = TIMED_ROUNDS if batch > 1 else ROUNDS_OF_ONE
+        times = compare(runs, len(images), rounds, job.device).values()
     return [(model.execution, latency) for model, latency in zip(fast, times, strict=True)]
 
 
@@ -257,7 +279,10 @@ def _accelerated(job: Job, model: nn.Module, images: Tensor) -> Accelerated:
     try:
         pruner = InstanceWisePruner.of(model)
     except AttachError:
-        return InstanceWisePruner(model, job.example).accelerate(images, backend="dense")
+        pruner = InstanceWisePruner(model, job.example)
+        fast = pruner.accelerate(images, backend="dense")
+        pruner.remove()
+        return fast
     return pruner.accelerate(images)
 
 
@@ -280,85 +305,8 @@ def _provenance(job: Job, widths: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def table6(results: dict[str, Any]) -> str:
-    """The run in the form of the paper's Table 6, a line a row, with the MACs and times it lacks."""
-    data = results["data"]
-    lines = [
-        f"{data['name']}: {data['train']} training, {data['held_out']} held-out, {data['test']} test images; "
-        f"seed {results['seed']}; {results['hardware']}; {results['date']}",
-        ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
-        results["command"],
-        f"widths after slimming: {results['widths']}",
-        "saved: share of the MACs of the same network ungated. ms: of an image, median and quartiles of "
-        f"{results['timed']['rounds']} batches of {results['timed']['batch']}, all rows in turn; dense: the best dense "
-        "form, accelerated: dropped channels are skipped.",
-        "",
-        "stage       lambda  alpha   beta     acc     pr    MMACs  saved      ms  (quartiles)",
-    ]
-    for row in results["rows"]:
-        low, high = row["ms_quartiles"]
-        numbers = [_number(row[name], "g") for name in ("lambda", "alpha", "beta")]
-        lines.append(
-            f"{row['stage']:<10} {numbers[0]:>7} {numbers[1]:>6} {numbers[2]:>6} {row['accuracy']:>7.4f} "
-            f"{row['prune_ratio']:>6.3f} {row['macs'] / 1e6:>8.2f} {row['macs_saved']:>6.1%} "
-            f"{row['ms_per_image']:>7.3f}  ({low:.3f} to {high:.3f}) {row['execution']}"
-        )
-    return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="digits, cifar10, or a folder of images")
-    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
-    parser.add_argument("--width", type=float, help="share of VGG16's channels (0.5 on digits, else 1.0)")
-    parser.add_argument("--epochs-dense", type=int, help="12")
-    parser.add_argument("--epochs-finetune", type=int, help="10 on digits, else 8")
-    parser.add_argument("--batch", type=int, help="training batch (32 on digits, else 128); lambda is tied to it")
-    parser.add_argument("--lambda", dest="lambdas", type=float, nargs="+", default=[1e-6], help="feature decay, Eq. 5")
-    parser.add_argument("--bn-l1", type=float, default=5e-4, help="L1 penalty on batch norm gamma while dense")
-    parser.add_argument("--prune-ratio", type=float, default=0.67, help="share of channels to prune statically")
-    parser.add_argument("--max-drop", type=float, default=0.01, help="accuracy that calibration may lose")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="run folder (runs/slimmed_vgg16-DATA)")
-    args = parser.parse_args(argv)
-    small = args.data == "digits"
-    defaults = {
-        "width": 0.5 if small else 1.0,
-        "epochs_dense": 12,
-        "epochs_finetune": 10 if small else 8,
-        "batch": 32 if small else 128,
-        "out": Path("runs") / f"slimmed_vgg16-{Path(args.data).name}",
-    }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise SettingError for options that a later stage would refuse."""
-    for lambda_ in args.lambdas:
-        check_lambda(lambda_)
-    ranges = {
-        "--batch": (args.batch, 1, math.inf),
-        "--size": (args.size, 32, math.inf),  # five times halved, a pixel is left
-        "--epochs-dense": (args.epochs_dense, 1, math.inf),
-        "--epochs-finetune": (args.epochs_finetune, 1, math.inf),
-        "--width": (args.width, 0.05, 4),
-        "--bn-l1": (args.bn_l1, 0, 1),
-        "--prune-ratio": (args.prune_ratio, 0.01, 0.99),
-        "--max-drop": (args.max_drop, 0, 1),
-        "--seed": (args.seed, 0, 2**32 - 1),  # what scikit-learn takes
-    }
-    for name, (value, low, high) in ranges.items():
-        if not low <= value <= high:
-            raise SettingError(f"{name} {value:.10g}: from {low:g} to {high:.10g}")
+    return options(__doc__, argv)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -370,20 +318,22 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if len(splits.train) < args.batch:
         raise SettingError(f"--batch {args.batch}: there are only {len(splits.train)} training images")
     job = Job(args, splits, RunFolder(args.out, settings), torch.device(args.device))
-    print(f"[1/5] train with BN-L1 {args.bn_l1:g}")
+    print(f"[1/6] train with BN-L1 {args.bn_l1:g}")
     dense_stage(job)
-    print(f"[2/5] prune {args.prune_ratio:.0%} of the channels")
+    print(f"[2/6] prune {args.prune_ratio:.0%} of the channels")
     widths = slim_stage(job)
-    print("[3/5] fine-tune with feature decay")
+    print("[3/6] fine-tune with feature decay")
     for lambda_ in args.lambdas:
         finetune_stage(job, widths, lambda_)
-    print("[4/5] calibrate alpha and beta on held-out images")
+    print("[4/6] calibrate alpha and beta on held-out images")
     calibrations = {lambda_: calibrate_stage(job, widths, lambda_) for lambda_ in args.lambdas}
     met = {f"lambda {lambda_:g}": found for lambda_, found in calibrations.items() if found}
     if met:
         frontier(met, job.run.path / "frontier.png", f"slimmed VGG16, {splits.name}, {len(splits.held_out)} images")
-    print("[5/5] gate and measure")
-    results = measure_stage(job, widths, calibrations)
+    print(f"[5/6] train with gates on, {args.macs_left:g} of the MACs left")
+    name = budget_stage(job, widths, max(args.lambdas))
+    print("[6/6] gate and measure")
+    results = measure_stage(job, widths, calibrations, name)
     job.run.write("results.json", json.dumps(results, indent=2))
     job.run.write("results.txt", table6(results) + "\n")
     print(f"\n{table6(results)}\n\nwritten to {job.run.path}")

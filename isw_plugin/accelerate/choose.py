@@ -21,7 +21,7 @@ __all__ = ["Chosen", "Fitted", "choose"]
 _LEAST, _CONFIRMED, _MOST = 7, 14, 41  # rounds: at least, before gates are said to lose, at most
 _LIMIT = 20.0  # seconds, after which no more than the least are timed
 _TURN = 25e-3  # seconds of one form, at least
-_REST = 0.02  # seconds before each turn: forms have threads of their own, and idle ones still look for work
+_REST = 0.05  # seconds before each turn: idle threads of the one before look for work, onnxruntime's for 40 ms
 _CHANCE = 0.02  # of such a split of rounds where neither form is the faster
 _WORST = 1.15  # times the best dense form, with every channel kept
 

@@ -14,7 +14,7 @@ __all__ = ["Latency", "compare", "hardware", "summarize", "timed"]
 
 T = TypeVar("T")
 
-_REST = 0.02  # seconds before each run: several have threads of their own, and idle ones go on looking for work
+_REST = 0.05  # seconds before each run: idle threads of the one before look for work, onnxruntime's for 40 ms
 
 
 @dataclass(frozen=True)

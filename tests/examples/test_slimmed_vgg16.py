@@ -20,7 +20,8 @@ from isw_plugin.errors import SettingError
 from isw_plugin.measure import Latency
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slimmed_vgg16.py"
-SMALL = "--width 0.125 --epochs-dense 2 --epochs-finetune 1 --prune-ratio 0.2 --max-drop 0.49 --device cpu".split()  # noqa: SIM905
+SMALL = ["--width", "0.125", "--epochs-dense", "2", "--epochs-finetune", "1", "--epochs-budget", "1"]
+SMALL += ["--macs-left", "0.8", "--prune-ratio", "0.2", "--max-drop", "0.49", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerating and timing every row takes most of a run, and going on with one is not about that."""
     time_of_each = Latency(1.0, 1.0, 1.0, batch=1, batches=1, hardware="none", threads=1)
-    monkeypatch.setattr("slimmed_vgg16._times", lambda job, models: [("dense", time_of_each)] * len(models))
+    monkeypatch.setattr("slimmed_vgg16._times", lambda job, models, batch: [("dense", time_of_each)] * len(models))
 
 
 def test_results_hold_every_row_with_its_provenance(finished: Path) -> None:
@@ -52,6 +53,9 @@ def test_results_hold_every_row_with_its_provenance(finished: Path) -> None:
     assert [row["execution"] for row in rows[:3]] == ["dense"] * 3
     assert {row["execution"] for row in rows[3:]} <= {"dense", "accelerated"}  # the clock chooses
     assert rows[1]["macs"] < rows[0]["macs"]
+    assert (rows[-1]["stage"], rows[-1]["macs_left"], rows[-1]["lambda"]) == ("budget", 0.8, 1e-6)
+    assert rows[-1]["macs_saved"] == pytest.approx(0.2, abs=0.02)  # of test images, by thresholds for held-out ones
+    assert all(rows[at]["batch_1"]["ms"] > 0 for at in (1, -1))
     for row in rows:
         assert row.keys() >= {"accuracy", "prune_ratio", "macs", "macs_saved", "ms_per_image"}
         assert row["ms_per_image"] > 0
@@ -78,7 +82,7 @@ def test_a_finished_run_trains_nothing_again(finished: Path, capsys: pytest.Capt
     before = {file.name: file.stat().st_mtime_ns for file in finished.glob("*.safetensors")}
     main(arguments([*SMALL, "--lambda", "1e-6", "--out", str(finished)]))
     assert {file.name: file.stat().st_mtime_ns for file in finished.glob("*.safetensors")} == before
-    assert "[5/5] gate and measure" in capsys.readouterr().out
+    assert "[6/6] gate and measure" in capsys.readouterr().out
 
 
 def test_a_run_of_other_settings_is_refused(finished: Path) -> None:
