@@ -27,7 +27,7 @@ def test_rounds_go_on_until_enough_are_steady(given: tuple[bool, ...], wanted: l
     taken, found = taken_rounds([lambda: calls.append("a"), lambda: calls.append("b")], 2, 0.0, answers(*given))
     assert found == wanted
     assert [len(seconds) for seconds in taken] == [2] * len(wanted)
-    assert "".join(calls) == "ab" + (1 + len(wanted)) * "aabb"  # how long, a round to warm up, the rounds
+    assert "".join(calls) == "abab" + (1 + len(wanted)) * "aabb"  # ready, how long, a round to warm up, the rounds
 
 
 def test_a_probe_is_steady_near_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
