@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "processors.h"
@@ -84,7 +85,7 @@ class Team {
     work(0);
     ++layer_;
     wait_until([this] { return inside_ == 0; }, patience_);
-    if (failed_.exchange(false)) std::rethrow_exception(failure_);
+    if (failed_.exchange(false)) std::rethrow_exception(std::exchange(failure_, nullptr));  // it ends in this thread
   }
 
   void help(int64_t worker) {
