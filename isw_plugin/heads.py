@@ -90,12 +90,15 @@ def features(read: Mapping[str, Statistics], sources: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """Predicts the norms of one site, or of the last that follows it: ``norms = sqrt(P) relu(A phi + b)``, P positions.
+    """Predicts the norms of one site, or of the last that follows it: ``norms = sqrt(P) relu(A B phi + b)``.
+
+    P: the positions of the map.
 
     Attributes:
         sources: The sites that it reads.
-        weight: A, (C, F).
+        weight: A, (C, R).
         bias: b, (C,).
+        basis: B, (R, F); None: there is none, and R = F.
         moments: Where it follows a network, what was seen so far, as ``predict.ridge.moments`` has it.
         followed: Calls of ``follow_predictors`` since it was fitted.
     """
@@ -103,6 +106,7 @@ class Head:
     sources: tuple[str, ...]
     weight: Tensor
     bias: Tensor
+    basis: Tensor | None = None
     moments: Tensor | None = None
     followed: int = 0
 
@@ -110,17 +114,29 @@ class Head:
         """Predicted channel norms (N, C) of a map of ``size`` positions, from statistics by site."""
         phi = features(read, self.sources)
         with torch.autocast(phi.device.type, enabled=False):
-            rms: Tensor = torch.addmm(self.bias.to(phi), phi, self.weight.to(phi).T).relu()
+            known = phi if self.basis is None else phi @ self.basis.to(phi).T
+            rms: Tensor = torch.addmm(self.bias.to(phi), known, self.weight.to(phi).T).relu()
         return rms * math.sqrt(size)
+
+    @property
+    def inputs(self) -> int:
+        """F."""
+        return (self.weight if self.basis is None else self.basis).shape[1]
 
     @property
     def macs(self) -> int:
         """Multiply-adds for one image."""
-        return self.weight.numel()
+        return self.weight.numel() + (0 if self.basis is None else self.basis.numel())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What predicts, by name."""
+        factors = {"weight": self.weight, "bias": self.bias}
+        return factors if self.basis is None else factors | {"basis": self.basis}
 
     def to(self, device: torch.device) -> Self:
         """The same head with what predicts on a device."""
-        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device), moments=None)
+        return replace(self, **{key: tensor.to(device) for key, tensor in self.tensors.items()}, moments=None)
 
 
 def require_norms_only(gate: Gate, site: Site) -> None:
@@ -143,7 +159,7 @@ def stored(heads: Mapping[str, Head]) -> dict[str, Any]:
 
 
 def _stored(head: Head) -> dict[str, Any]:
-    held = {"sources": list(head.sources), "weight": head.weight.cpu(), "bias": head.bias.cpu()}
+    held = {"sources": list(head.sources), **{key: tensor.cpu() for key, tensor in head.tensors.items()}}
     return held if head.moments is None else held | {"moments": head.moments.cpu(), "followed": head.followed}
 
 
@@ -174,6 +190,9 @@ def _restored(head: Any, site: Site, sites: Mapping[str, Site]) -> Head:
         raise StateMismatchError(f"the head of {site.name} reads {', '.join(map(str, sources))}, and here {here}")
     inputs = 2 * sum(sites[source].channels for source in sources)
     shapes = {"weight": (site.channels, inputs), "bias": (site.channels,)}
+    if "basis" in head:
+        rank = len(head["basis"]) if isinstance(head["basis"], Tensor) and head["basis"].dim() else 1
+        shapes |= {"weight": (site.channels, rank), "basis": (rank, inputs)}
     followed = head.get("followed", 0)
     if type(followed) is not int or followed < 0:
         raise StateMismatchError(f"the head of {site.name} followed {followed!r} steps: a whole number, 0 or more")
@@ -190,12 +209,15 @@ def _restored(head: Any, site: Site, sites: Mapping[str, Site]) -> Head:
     return Head(sources, **{key: tensor.detach().clone() for key, tensor in tensors.items()}, followed=followed)
 
 
+_TENSORS = ("weight", "bias", "basis")  # the last one where there is one
+
+
 def heads_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A pruner's state as plain values, its heads as their sources, and the heads' tensors by name."""
     held = state.get("heads", {})
     if not held:
         return dict(state), {}
-    tensors = {f"{name}.{key}": head[key] for name, head in held.items() for key in ("weight", "bias")}
+    tensors = {f"{name}.{key}": head[key] for name, head in held.items() for key in _TENSORS if key in head}
     return {**state, "heads": {name: {"sources": head["sources"]} for name, head in held.items()}}, tensors
 
 
@@ -206,15 +228,16 @@ def heads_of(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         StateMismatchError: Tensors are missing, or there are others.
     """
     held = state.get("heads", {})
-    names = {f"{name}.{key}" for name in held for key in ("weight", "bias")}
-    if other := sorted(names ^ tensors.keys()):
+    names = {f"{name}.{key}" for name in held for key in _TENSORS}
+    needed = {f"{name}.{key}" for name in held for key in _TENSORS[:2]}
+    if other := sorted((tensors.keys() - names) | (needed - tensors.keys())):
         raise StateMismatchError(f"the stored heads and their tensors differ: {', '.join(other[:5])}")
     if not held:
         return dict(state)
     return {
         **state,
         "heads": {
-            name: {**head, "weight": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]}
+            name: {**head, **{key: tensors[f"{name}.{key}"] for key in _TENSORS if f"{name}.{key}" in tensors}}
             for name, head in held.items()
         },
     }

@@ -151,7 +151,21 @@ def force(pruner: InstanceWisePruner, keep_ratio: float, instances: int, outputs
 
 
 def _head(site: Site, pruner: InstanceWisePruner) -> Head:
+    """Of random numbers of bfloat16, and of the rank that ``fit_predictors`` took on trained networks."""
     channels = {other.name: other.channels for other in pruner.sites}
-    inputs = 2 * sum(channels[source] for source in site.making.sources)
-    weight = (torch.randn(site.channels, inputs) / inputs).bfloat16().float()  # as those that are fitted
-    return Head(site.making.sources, weight, torch.ones(site.channels))
+    inputs, outputs = 2 * sum(channels[source] for source in site.making.sources), site.channels
+
+    def factor(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns) / columns).bfloat16().float()
+
+    rank = _rank(inputs, outputs)
+    if 2 * rank * (inputs + outputs) > inputs * outputs:
+        return Head(site.making.sources, factor(outputs, inputs), torch.ones(outputs))
+    return Head(site.making.sources, factor(outputs, rank), torch.ones(outputs), factor(rank, inputs))
+
+
+def _rank(inputs: int, outputs: int) -> int:
+    """As heads of M-CifarNet and EfficientNet-Lite0 have it; projections, of more inputs, need all of theirs."""
+    if inputs > 2 * outputs:
+        return min(inputs, outputs)
+    return max(16, 3 * inputs // 8 if inputs < outputs else outputs // 4)

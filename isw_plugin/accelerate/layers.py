@@ -57,10 +57,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     return activated
 
 
-def predict(maps: Sequence[Tensor], keeps: Sequence[Tensor | None], weight: Tensor, bias: Tensor, size: int) -> Tensor:
+def predict(
+    maps: Sequence[Tensor],
+    keeps: Sequence[Tensor | None],
+    weight: Tensor,
+    bias: Tensor,
+    size: int,
+    basis: Tensor | None = None,
+) -> Tensor:
     """Norms (N, C) of a map of so many pixels from what is kept of those that its layer reads, as ``Head`` has them."""
     known = [reference.sum_squares(x, sums=True) for x in maps]
-    return reference.predict(weight, bias, known, keeps, [x[0, 0].numel() for x in maps], size, 0.0, 0.0)[0]
+    return reference.predict(weight, bias, known, keeps, [x[0, 0].numel() for x in maps], size, 0.0, 0.0, basis)[0]
 
 
 @dataclass(frozen=True)

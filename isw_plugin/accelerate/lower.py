@@ -188,13 +188,13 @@ class _Lowering:
     def replace_heads(self) -> None:
         """What predicts norms, and the CV gate that alone reads them, by one operator."""
         for node in self._calls(predict):
-            maps, keeps, weight, bias, size = node.args
+            maps, keeps, weight, bias, size, basis = node.args
             decides = [user for user in node.users if user.target is _isw.decide.default]
             thresholds = decides[0].args[1:] if len(decides) == 1 else (0.0, 0.0)
             statistics = [self._statistics_of(x) for x in maps]
             positions = [math.prod(map(int, x.meta["val"].shape[2:])) for x in maps]
             with self.graph.inserting_before(node):
-                args = (weight, bias, statistics, keeps, positions, size, *thresholds)
+                args = (weight, bias, statistics, keeps, positions, size, *thresholds, basis)
                 call = self.graph.call_function(_isw.predict.default, args)
                 norms, keep = (self.graph.call_function(operator.getitem, (call, place)) for place in (0, 1))
             norms.meta = dict(node.meta)

@@ -18,13 +18,14 @@ _aten, _isw = torch.ops.aten, torch.ops.isw
 
 
 class _Head(NamedTuple):
-    """``sqrt(size) * relu(bias + phi @ weight)``; phi of maps (N, C, H, W) and of what is kept of each."""
+    """``sqrt(size) * relu(bias + phi @ basis @ weight)``; phi of maps (N, C, H, W) and of what is kept of each."""
 
     maps: list[Any]
     keeps: list[Any]
     weight: Any
     bias: Any
     size: int
+    basis: Any  # None: there is none
 
 
 def name_heads(graph_module: fx.GraphModule, constants: dict[fx.Node, Tensor]) -> None:
@@ -34,10 +35,14 @@ def name_heads(graph_module: fx.GraphModule, constants: dict[fx.Node, Tensor]) -
         head = _head(node, constants)
         if head is None:
             continue
-        name = f"head_{sum(key.startswith('head_') for key, _ in graph_module.named_buffers(recurse=False))}"
-        graph_module.register_buffer(name, _narrow(constants[head.weight]).contiguous())
+        factors = [constants[factor] for factor in (head.weight, head.basis) if factor is not None]
+        names = []
+        for factor in _narrow(factors):
+            names.append(f"head_{sum(key.startswith('head_') for key, _ in graph_module.named_buffers(recurse=False))}")
+            graph_module.register_buffer(names[-1], factor.contiguous())
         with graph.inserting_before(node):
-            named = graph.call_function(predict, tuple(head._replace(weight=graph.get_attr(name))))
+            weight, basis = (*map(graph.get_attr, names), None)[:2]
+            named = graph.call_function(predict, tuple(head._replace(weight=weight, basis=basis)))
         named.meta = dict(node.meta)
         node.replace_all_uses_with(named)
     graph.eliminate_dead_code()
@@ -55,10 +60,10 @@ def take_masks_in(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _narrow(weight: Tensor) -> Tensor:
-    """In half of the memory where that is no other number."""
-    narrow = weight.bfloat16()
-    return narrow if torch.equal(narrow.float(), weight) else weight
+def _narrow(factors: list[Tensor]) -> list[Tensor]:
+    """In half of the memory where these are the same numbers."""
+    narrow = [factor.bfloat16() for factor in factors]
+    return narrow if all(map(torch.equal, [factor.float() for factor in narrow], factors)) else factors
 
 
 def _head(node: Any, constants: dict[fx.Node, Tensor]) -> _Head | None:
@@ -67,14 +72,18 @@ def _head(node: Any, constants: dict[fx.Node, Tensor]) -> _Head | None:
     if getattr(linear, "target", None) is not _aten.addmm.default or linear.kwargs or not isinstance(scale, float):
         return None
     bias, phi, weight = linear.args
-    if bias not in constants or weight not in constants or linear.meta["val"].dtype != torch.float32:
+    basis = None
+    if phi.target is _aten.matmul.default:
+        phi, basis = phi.args
+    is_known = all(each in constants for each in (bias, weight, basis) if each is not None)
+    if not is_known or linear.meta["val"].dtype != torch.float32:
         return None
     parts = _argument(phi, _aten.cat.default) or []
     read = [_map_of(rms, mean) for rms, mean in zip(parts[::2], parts[1::2], strict=False)]
     if not read or len(parts) % 2 or not all(read):
         return None
     maps, keeps = zip(*[each for each in read if each], strict=True)
-    return _Head(list(maps), list(keeps), weight, bias, round(scale**2))
+    return _Head(list(maps), list(keeps), weight, bias, round(scale**2), basis)
 
 
 def _map_of(rms: Any, mean: Any) -> tuple[Any, Any] | None:

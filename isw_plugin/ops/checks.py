@@ -157,6 +157,7 @@ def check_predict(
     size: int,
     alpha: float,
     beta: float,
+    basis: Tensor | None = None,
 ) -> None:
     """A head, and what it reads."""
     _check_tensor(bias, "bias", (None,))
@@ -176,7 +177,13 @@ def check_predict(
             raise EngineInputError(f"{name}: no slot, shape {tuple(of_map.shape)}")
         _check_keep(keep, f"keeps[{place}]", of_map.shape[1], of_map.shape[3], bias.device)
         features += 2 * of_map.shape[3]
-    _check_tensor(weight, "weight", (features, bias.shape[0]), bias.device, DTYPES)
+    rank = features
+    if basis is not None:
+        _check_tensor(basis, "basis", (features, None), bias.device, DTYPES)
+        rank = basis.shape[1]
+        if rank == 0 or basis.dtype != weight.dtype:
+            raise EngineInputError(f"basis: {tuple(basis.shape)} of {basis.dtype}, and weight is of {weight.dtype}")
+    _check_tensor(weight, "weight", (rank, bias.shape[0]), bias.device, DTYPES)
     for name, number in [("size", size), *((f"positions[{i}]", number) for i, number in enumerate(positions))]:
         if not _is_whole(number) or not 1 <= number <= _MOST**2:
             raise EngineInputError(f"{name}={number!r}: expected the pixels of a map, a whole number, 1 or more")

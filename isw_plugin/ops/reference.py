@@ -384,19 +384,21 @@ def predict(
     size: int,
     alpha: float,
     beta: float,
+    basis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Norms of a map before its layer runs, sqrt(P) relu(A phi + b), and the CV gate's decision on them.
+    """Norms of a map before its layer runs, sqrt(P) relu(A B phi + b), and the CV gate's decision on them.
 
     phi has root mean squares and means of the channels of one map after the other, zero where a channel is dropped.
 
     Args:
-        weight: A transposed, (F, C), float32 or bfloat16.
+        weight: A transposed, (R, C), float32 or bfloat16.
         bias: b, (C,), float32.
         statistics: Of the maps that are read, squares and sums, float32 (2, N, S, C_k).
         keeps: Which of their channels are kept, bool (N, C_k); None: all.
         positions: Their pixels.
         size: P, the pixels of the map.
         alpha, beta: As in Statistics.
+        basis: B transposed, (F, R), of the type of ``weight``; None: there is none, and R = F.
 
     Returns:
         Norms, float32 (N, C), and which channels are kept, bool (N, C).
@@ -409,5 +411,6 @@ def predict(
         ],
         1,
     )
-    norms = torch.addmm(bias, phi, weight.float()).relu() * math.sqrt(size)
+    known = phi if basis is None else phi @ basis.float()
+    norms = torch.addmm(bias, known, weight.float()).relu() * math.sqrt(size)
     return norms, functional.keep_mask(norms, alpha, beta)

@@ -33,10 +33,11 @@ TYPES |= {
     "filter_act": "str",
     "residual": "Tensor?",
     "out_keep": "Tensor?",
+    "basis": "Tensor?",
     "size": "int",
 }
 TYPES |= {"statistics": "Tensor[]", "keeps": "Tensor?[]", "positions": "int[]", "sums": "bool", "zeros": "bool"}
-_DEFAULTS = {"out_keep": "=None", "sums": "=False", "zeros": "=True"}  # they came last
+_DEFAULTS = {"out_keep": "=None", "basis": "=None", "sums": "=False", "zeros": "=True"}  # they came last
 
 
 def gates(parameter: str) -> bool:

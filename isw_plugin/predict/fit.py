@@ -237,10 +237,10 @@ class _Fits:
         read = {name: Statistics(self.table[name].rms, self.table[name].mean, 1) for name in site.making.sources}
         rows, held_out = self.table[self._judged(site)], self.held_out
         phi, rms = features(read, site.making.sources), rows.norms / rows.scale
-        found = ridge(phi[~held_out], rms[~held_out], (phi[held_out], rms[held_out]))
-        head = Head(site.making.sources, found.weight, found.bias)
+        found, explained = ridge(phi[~held_out], rms[~held_out], (phi[held_out], rms[held_out]))
+        head = Head(site.making.sources, *found)
         keep = self.gates[site.name](UNSEEN, (head.norms(read, 1) * rows.scale)[held_out])
-        report = self._report(site, keep, r_squared=found.r_squared, macs=head.macs)
+        report = self._report(site, keep, r_squared=explained, macs=head.macs)
         reason = self._refusal(site, head, report)
         self.reports[site.name] = replace(report, reason=reason)
         if not reason:

@@ -52,13 +52,13 @@ def _lessons(heads: Mapping[str, Head], memory: Memory, decay: float) -> dict[st
     for name, head in heads.items():
         if not head.followed:
             images = sum(len(rms) for _, rms in lessons.get(name, ())) * ranks()
-            _require_memory(name, images / (1 - decay), decay, _IMAGES * head.weight.shape[1])
+            _require_memory(name, images / (1 - decay), decay, _IMAGES * head.inputs)
     return lessons
 
 
 def _taught(head: Head, device: torch.device, seen: Sequence[Lesson], decay: float) -> Tensor:
     """The moments of all that it has seen."""
-    outputs, inputs = head.weight.shape
+    outputs, inputs = len(head.weight), head.inputs
     if head.moments is None:
         held = torch.zeros(1 + inputs, 1 + inputs + outputs, dtype=torch.float64, device=device)
     else:
@@ -72,10 +72,10 @@ def _taught(head: Head, device: torch.device, seen: Sequence[Lesson], decay: flo
 
 def _solved(head: Head, held: Tensor) -> Head:
     """Fitted anew to these moments of all ranks, if they hold enough."""
-    if held[0, 0].item() * ranks() < _IMAGES * head.weight.shape[1]:
+    if held[0, 0].item() * ranks() < _IMAGES * head.inputs:
         return replace(head, moments=held)
-    weight, bias = solved(held, _PENALTY)
-    return replace(head, moments=held, weight=weight, bias=bias)
+    rank = None if head.basis is None else len(head.basis)
+    return replace(head, moments=held, **solved(held, _PENALTY, rank)._asdict())
 
 
 def _require_memory(name: str, remembered: float, decay: float, needed: int) -> None:

@@ -1,24 +1,29 @@
-"""Ridge regression in closed form, from sums of products; the penalty is chosen on rows that were not fitted."""
+"""Ridge regression in closed form, from sums of products; penalty and rank are chosen on rows that were not fitted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Fit", "moments", "r_squared", "ridge", "solved"]
+__all__ = ["Solution", "moments", "r_squared", "ridge", "solved"]
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a row, for inputs of unit deviation
+_RANKS = 16  # a multiple of these, a vector of the engine
+_EXPLAINED = 0.975  # of what all of the weight explains: a smaller rank that loses no more is taken
 _VARIES = 1e-6  # deviations below this share of the largest, or of their own mean, are rounding
 
 
-@dataclass(frozen=True)
-class Fit:
-    """``y = weight x + bias``, and the share of variance that it explains on the held-out rows."""
+class Solution(NamedTuple):
+    """``y = weight basis x + bias``; without a basis it is the identity. Factors hold numbers of bfloat16."""
 
-    weight: Tensor  # (targets, inputs)
+    weight: Tensor  # (targets, rank)
     bias: Tensor  # (targets,)
-    r_squared: float
+    basis: Tensor | None  # (rank, inputs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        known = x if self.basis is None else x @ self.basis.T
+        return torch.addmm(self.bias, known, self.weight.T)
 
 
 def moments(x: Tensor, y: Tensor) -> Tensor:
@@ -31,10 +36,14 @@ def moments(x: Tensor, y: Tensor) -> Tensor:
     return known.T @ torch.cat([known, y.double()], 1)
 
 
-def solved(of_rows: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight (C, F) and bias (C,), float32, from moments; inputs that never vary get weight 0.
+def solved(of_rows: Tensor, penalty: float, rank: int | None = None) -> Solution:
+    """Weight and bias, float32, from moments; inputs that never vary get weight 0.
 
-    A weight is a number of bfloat16, so that the engine reads half of the memory and computes the same.
+    Factors are numbers of bfloat16, so that the engine reads half of the memory and computes the same.
+
+    Args:
+        rank: Of the product of two factors that explains most of what the weight does (reduced-rank regression,
+            Izenman 1975); None: one weight.
     """
     size = len(of_rows)
     means = of_rows[0] / of_rows[0, 0]
@@ -46,31 +55,44 @@ def solved(of_rows: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     gram = products[:, : size - 1] * torch.outer(scale, scale)
     gram.diagonal().add_(penalty)
     solution = torch.cholesky_solve(products[:, size - 1 :] * scale[:, None], torch.linalg.cholesky(gram))
-    weight = (solution * scale[:, None]).T.bfloat16().to(solution)
-    return weight.float(), (centre - weight @ mean).float()
+    weight = (solution * scale[:, None]).T
+    if rank is None:
+        weight = weight.bfloat16().to(weight)
+        return Solution(weight.float(), (centre - weight @ mean).float(), None)
+    explained = weight @ products[:, : size - 1] @ weight.T
+    directions = torch.linalg.eigh(explained).eigenvectors[:, -rank:]
+    basis, weight = ((directions.T @ weight).bfloat16().to(weight), directions.bfloat16().to(weight))
+    return Solution(weight.float(), (centre - weight @ (basis @ mean)).float(), basis.float())
 
 
-def ridge(x: Tensor, y: Tensor, held_out: tuple[Tensor, Tensor], penalties: Sequence[float] = _PENALTIES) -> Fit:
+def ridge(
+    x: Tensor, y: Tensor, held_out: tuple[Tensor, Tensor], penalties: Sequence[float] = _PENALTIES
+) -> tuple[Solution, float]:
     """Least squares with a penalty on weights; targets are not negative, and neither are predictions.
+
+    Of the smallest rank at which two factors explain about as much as the weight, if they are half as large, or less.
 
     Args:
         x: Inputs (rows, F).
         y: Targets (rows, C).
-        held_out: Inputs and targets that choose the penalty.
+        held_out: Inputs and targets that choose the penalty, and then the rank.
         penalties: To choose from.
 
     Returns:
-        Float32. Deterministic: sums and the solution are float64.
+        The solution, and the share of variance that it explains on the held-out rows. Deterministic: sums are float64.
     """
     of_rows = moments(x, y)
-    best: Fit | None = None
-    for penalty in penalties:
-        weight, bias = solved(of_rows, penalty)
-        score = r_squared((held_out[0].float() @ weight.T + bias).relu(), held_out[1])
-        if best is None or score > best.r_squared:
-            best = Fit(weight, bias, score)
-    assert best is not None
-    return best
+
+    def judged(penalty: float, rank: int | None = None) -> tuple[float, float, Solution]:
+        found = solved(of_rows, penalty, rank)
+        return r_squared(found(held_out[0].float()).relu(), held_out[1]), penalty, found
+
+    score, penalty, whole = max(map(judged, penalties), key=lambda found: found[0])
+    for rank in range(_RANKS, whole.weight.numel() // (2 * sum(whole.weight.shape)) + 1, _RANKS):
+        reduced, _, found = judged(penalty, rank)
+        if reduced >= _EXPLAINED * score:
+            return found, reduced
+    return whole, score
 
 
 def r_squared(predicted: Tensor, true: Tensor) -> float:

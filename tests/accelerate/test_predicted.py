@@ -100,13 +100,15 @@ class Pooled(nn.Module):
         return self.act3(self.c3(F.max_pool2d(x, 2))).mean((2, 3))
 
 
-def pooled(weight: Tensor, gate: Any = None) -> tuple[nn.Module, InstanceWisePruner, Tensor, fx.GraphModule]:
+def pooled(
+    weight: Tensor, gate: Any = None, basis: Tensor | None = None
+) -> tuple[nn.Module, InstanceWisePruner, Tensor, fx.GraphModule]:
     torch.manual_seed(0)
     net, images = Pooled().eval(), torch.randn(4, 3, 16, 16)
     pruner = InstanceWisePruner(net, images[:1], gate=gate or CVGate(0.0, 0.9), exclude="c3")
     site = pruner.sites[1]
     assert site.making.sources == (pruner.sites[0].name,)
-    pruner._settings.take_heads({site.name: Head(site.making.sources, weight, torch.rand(12))})
+    pruner._settings.take_heads({site.name: Head(site.making.sources, weight, torch.rand(12), basis)})
     pruner._configure()
     pruner.enable()
     return net, pruner, images, simplify(trace(net, pruner.sites, images))
@@ -131,6 +133,21 @@ def test_weights_are_narrow_where_that_changes_none(narrow: bool) -> None:
     assert held.dtype == (torch.bfloat16 if narrow else torch.float32)
     assert held.is_contiguous()
     assert torch.equal(held.float(), weight.T)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_two_factors_are_one_operator(narrow: bool) -> None:
+    weight, basis = torch.randn(12, 5) / 4, torch.randn(5, 16) / 4
+    if narrow:
+        weight, basis = weight.bfloat16().float(), basis.bfloat16().float()
+    net, pruner, images, graph = pooled(weight, basis=basis)
+    (node,) = [node for node in graph.graph.nodes if node.target is predict]
+    held = [getattr(graph, node.args[place].target) for place in (2, 5)]
+    assert {factor.dtype for factor in held} == {torch.bfloat16 if narrow else torch.float32}
+    module, _ = lower(graph, executions(graph, images, ()), 1, [site.name for site in pruner.sites])
+    assert isw.predict.default in targets(module)
+    with torch.no_grad():
+        torch.testing.assert_close(module(images)[0], net(images), rtol=1e-4, atol=1e-5)
 
 
 def test_another_gate_decides_on_the_norms() -> None:

@@ -143,12 +143,14 @@ void run_predict(std::mt19937& random, const isw::Runner& runner) {
     source = {squares, squares + size, slots, channels, 9.0f, random() % 3 ? keeps.back().get() : nullptr};
     features += 2 * channels;
   }
-  const Array<T> weight = numbers<T>(features * outputs, random);
+  const bool reduced = random() % 2;
+  const int64_t rank = reduced ? choose(random, {1, 16, 50}) : features;
+  const Array<T> basis = numbers<T>(features * rank, random), weight = numbers<T>(rank * outputs, random);
   const Array<float> bias = numbers(outputs, random), norms(new float[n * outputs]);
   const Array<bool> keep(new bool[n * outputs]);
   const isw::KernelsFor<T>& kernels = *isw_kernels();
-  kernels.predict({sources.data(), static_cast<int64_t>(sources.size()), n, features, outputs, weight.get(), bias.get(),
-                   2.0f, 0.1f, 0.9f, norms.get(), keep.get()}, runner);
+  kernels.predict({sources.data(), static_cast<int64_t>(sources.size()), n, features, outputs, rank,
+                   reduced ? basis.get() : nullptr, weight.get(), bias.get(), 2.0f, 0.1f, 0.9f, norms.get(), keep.get()}, runner);
 }
 
 // A layer's input as the map that a 1x1 layer makes of another one.

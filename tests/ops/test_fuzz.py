@@ -260,9 +260,13 @@ def heads(draw: Draw) -> None:
         known.append(numbers)
         keeps, plain = [*keeps, given], [*plain, keep]
     positions = [draw.randint(1, 3000) for _ in known]
-    weight = draw.tensor(2 * sum(each.shape[3] for each in known), outputs, dtype=weight_of)
+    features = 2 * sum(each.shape[3] for each in known)
+    rank = draw.choice([None, None, 1, 16, 40])
+    basis = None if rank is None else draw.tensor(features, rank, dtype=weight_of) / max(1, features) ** 0.5
+    weight = draw.tensor(features if rank is None else rank, outputs, dtype=weight_of)
+    basis = None if basis is None else basis.to(weight_of)
     head = weight, draw.tensor(outputs, dtype=FLOAT32)
-    others = positions, draw.randint(1, 3000), draw.choice([0.0, 0.3]), draw.choice([0.0, 1.0, 1.5])
+    others = positions, draw.randint(1, 3000), draw.choice([0.0, 0.3]), draw.choice([0.0, 1.0, 1.5]), basis
     norms, keep = ops.predict(*head, known, keeps, *others)
     wanted, decided = reference.predict(*head, known, plain, *others)
     scale = float(wanted.abs().max()) if wanted.numel() else 1.0
@@ -306,7 +310,7 @@ def hostile(draw: Draw) -> None:
         "max_pool2d": [x, [2, 2], [2, 2], [0, 0]],
         "sum_squares": [x],
         "keep_mask": [torch.ones(2, 1, 3), 0.0, 1.0],
-        "predict": [torch.ones(6, 5), torch.zeros(5), [torch.ones(2, 2, 1, 3)], [None], [4], 4, 0.0, 1.0],
+        "predict": [torch.ones(6, 5), torch.zeros(5), [torch.ones(2, 2, 1, 3)], [None], [4], 4, 0.0, 1.0, None],
     }
     name = draw.choice(list(calls))
     args = calls[name]

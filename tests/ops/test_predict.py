@@ -48,6 +48,31 @@ def test_norms_and_decisions(n: int, outputs: int, dtype: torch.dtype) -> None:
         assert torch.equal(keep | ties, decided | ties)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 16, 50, 200])
+@pytest.mark.parametrize("n", [0, 1, 2, 33])
+def test_two_factors(n: int, rank: int, dtype: torch.dtype) -> None:
+    known = [read(n, 70, 4, 1), read(n, 5, 1, 2)]
+    keeps = [keep_of("random", n, 70), None]
+    basis, (weight, bias) = (normal(150, rank, seed=7) / 12).to(dtype), head(rank, 129, dtype)
+    given = (weight, bias, known, keeps, [9, 16], 4, 0.0, 0.8, basis)
+    norms, keep = ops.predict(*given)
+    wanted, decided = reference.predict(*given)
+    torch.testing.assert_close(norms, wanted, rtol=1e-5, atol=1e-5)
+    ties = (wanted - 0.8 * wanted.mean(1, keepdim=True)).abs() < 1e-5 * wanted.abs().mean(1, keepdim=True)
+    assert torch.equal(keep | ties, decided | ties)
+    whole = (basis.float() @ weight.float(), *given[1:-1])
+    torch.testing.assert_close(norms, reference.predict(*whole)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "basis", [torch.ones(40, 0), torch.ones(39, 8), torch.ones(40, 7), torch.ones(40, 8).bfloat16(), torch.ones(40)]
+)
+def test_factors_that_do_not_fit(basis: Tensor) -> None:
+    with pytest.raises(EngineInputError, match=r"basis|weight"):
+        ops.predict(*head(8, 48), [read(1, 20, 1, 3)], [None], [4], 4, 0.0, 1.0, basis)
+
+
 def test_it_is_the_head() -> None:
     """docs/predicting.md: of a map's statistics after its own mask."""
     x, keep, size = normal(3, 20, 6, 6), keep_of("random", 3, 20), 25

@@ -24,7 +24,7 @@ from isw_plugin.errors import (
 )
 from isw_plugin.functional import channel_norm
 from isw_plugin.heads import UNSEEN
-from isw_plugin.predict.ridge import ridge
+from isw_plugin.predict.ridge import moments, ridge, solved
 from tests.conftest import Net, Plain, Residual, made
 from tests.predict.nets import Down, Inverted, Stack, predicting
 from tests.processes import run_ranks
@@ -57,8 +57,9 @@ def test_ridge_finds_a_linear_map() -> None:
     x = torch.rand(300, 5, generator=generator) * torch.tensor([1, 10, 0.1, 1, 0])  # one never varies
     weight = torch.rand(3, 5, generator=generator)
     y = x @ weight.T + 0.5
-    found = ridge(x[:200], y[:200], (x[200:], y[200:]))
-    assert found.r_squared > 0.9999
+    found, explained = ridge(x[:200], y[:200], (x[200:], y[200:]))
+    assert explained > 0.9999
+    assert found.basis is None
     torch.testing.assert_close(found.weight[:, :4], weight[:, :4], atol=1e-2, rtol=1e-2)
     assert not found.weight[:, 4].any()
 
@@ -66,11 +67,49 @@ def test_ridge_finds_a_linear_map() -> None:
 def test_ridge_is_least_squares_where_the_penalty_is_nothing() -> None:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.rand(100, 4, generator=generator).double(), torch.rand(100, 2, generator=generator).double()
-    found = ridge(x, y, (x, y), penalties=(1e-12,))
-    solved = torch.linalg.lstsq(torch.cat([x, torch.ones(100, 1)], 1), y).solution
-    assert torch.equal(found.weight, solved[:4].T.bfloat16().float())  # rounded, as the engine reads it
+    found, _ = ridge(x, y, (x, y), penalties=(1e-12,))
+    least = torch.linalg.lstsq(torch.cat([x, torch.ones(100, 1)], 1), y).solution
+    assert torch.equal(found.weight, least[:4].T.bfloat16().float())  # rounded, as the engine reads it
     torch.testing.assert_close(found.bias, (y.mean(0) - found.weight.double() @ x.mean(0)).float())
-    torch.testing.assert_close(found.bias, solved[4].float(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.bias, least[4].float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_map_of_small_rank_is_found_as_two_factors() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(600, 100, generator=generator)
+    weight = torch.rand(80, 12, generator=generator) @ torch.rand(12, 100, generator=generator)
+    y = x @ weight.T + 0.5
+    (found, bias, basis), explained = ridge(x[:500], y[:500], (x[500:], y[500:]))
+    assert basis is not None
+    assert (found.shape, basis.shape) == ((80, 16), (16, 100))
+    assert explained > 0.99
+    torch.testing.assert_close(x @ basis.T @ found.T + bias, y, rtol=2e-2, atol=0)
+    assert all(torch.equal(factor, factor.bfloat16().float()) for factor in (found, basis))
+    torch.testing.assert_close((x[:500] @ basis.T @ found.T + bias).mean(0), y[:500].mean(0))
+
+
+def test_a_rank_is_taken_that_explains_as_much() -> None:
+    """Every direction counts alike: none can be left out."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2000, 64, generator=generator)
+    y = x @ torch.eye(64) + 5
+    (weight, _, basis), _ = ridge(x[:1500], y[:1500], (x[1500:], y[1500:]))
+    assert basis is None
+    assert weight.shape == (64, 64)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 20])
+def test_a_solution_of_a_rank_is_the_closest_there_is(rank: int) -> None:
+    """Izenman 1975: the singular value decomposition of what the whole weight predicts."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(500, 30, generator=generator) @ torch.randn(30, 30, generator=generator)
+    y = torch.randn(500, 20, generator=generator) + x[:, :20]
+    of_rows = moments(x, y)
+    whole, found = solved(of_rows, 1e-9), solved(of_rows, 1e-9, rank)
+    fitted = (whole(x) - y.mean(0)).double()
+    u, s, v = torch.linalg.svd(fitted, full_matrices=False)
+    closest = u[:, :rank] * s[:rank] @ v[:rank]
+    torch.testing.assert_close(found(x) - y.mean(0), closest.float(), rtol=0, atol=0.05 * float(fitted.abs().max()))
 
 
 def test_a_site_that_is_linear_in_what_it_reads_is_predicted_exactly() -> None:

@@ -84,7 +84,9 @@ template <typename T>
 struct PredictArgs {
   const Source* sources;  // phi: root mean squares and means of one source after the other
   int64_t count, n, features, outputs;
-  const T* weight;  // [features][outputs]
+  int64_t rank;
+  const T* basis;  // [features][rank], or null: there is none, and rank is that of the features
+  const T* weight;  // [rank][outputs]
   const float* bias;
   float scale, alpha, beta;
   float* norms;  // [N][outputs]

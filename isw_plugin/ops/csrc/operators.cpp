@@ -347,8 +347,9 @@ isw::Source source_of(const Tensor& statistics_, const MaybeTensor& keep_, int64
 
 std::tuple<Tensor, Tensor> predict(const Tensor& weight_, const Tensor& bias_, at::TensorList statistics,
                                    const c10::List<MaybeTensor>& keeps, IntArrayRef positions, int64_t size,
-                                   double alpha, double beta) {
+                                   double alpha, double beta, const MaybeTensor& basis_) {
   const Tensor weight = checked(weight_, 2, "weight", kept_as(weight_));
+  const Tensor basis = basis_ ? checked(*basis_, 2, "basis", weight.scalar_type()) : Tensor();
   const Tensor bias = checked(bias_, 1, "bias");
   TORCH_CHECK_VALUE(!statistics.empty() && keeps.size() == statistics.size() && positions.size() == statistics.size(),
                     "expected as many keeps and positions as statistics, and one at least, got ", keeps.size(), ", ",
@@ -363,15 +364,18 @@ std::tuple<Tensor, Tensor> predict(const Tensor& weight_, const Tensor& bias_, a
     sources.push_back(source_of(statistics[i], keeps[i], positions[i], n, held));
     features += 2 * sources.back().channels;
   }
-  TORCH_CHECK_VALUE(weight.size(0) == features && weight.size(1) == bias.size(0), "weight: expected shape (", features,
-                    ", ", bias.size(0), "), got ", weight.sizes());
+  TORCH_CHECK_VALUE(!basis.defined() || (basis.size(0) == features && basis.size(1) > 0), "basis: expected ", features,
+                    " rows and some columns, got ", basis.defined() ? basis.sizes() : IntArrayRef());
+  const int64_t rank = basis.defined() ? basis.size(1) : features;
+  TORCH_CHECK_VALUE(weight.size(0) == rank && weight.size(1) == bias.size(0), "weight: expected shape (", rank, ", ",
+                    bias.size(0), "), got ", weight.sizes());
   Tensor norms = at::empty({n, bias.size(0)}, bias.options());
   Tensor keep = at::empty(norms.sizes(), bias.options().dtype(at::kBool));
   if (norms.numel() == 0) return {norms, keep};
   with_type_of(weight, [&](auto zero) {
     using T = decltype(zero);
-    kernels_for<T>().predict({sources.data(), static_cast<int64_t>(sources.size()), n, features, bias.size(0),
-                              data<T>(weight), data<float>(bias), std::sqrt(static_cast<float>(size)),
+    kernels_for<T>().predict({sources.data(), static_cast<int64_t>(sources.size()), n, features, bias.size(0), rank,
+                              basis.defined() ? data<T>(basis) : nullptr, data<T>(weight), data<float>(bias), std::sqrt(static_cast<float>(size)),
                               static_cast<float>(alpha), static_cast<float>(beta), data_of_new<float>(norms),
                               keep.mutable_data_ptr<bool>()},
                              isw::runner());
