@@ -2,7 +2,7 @@
 
     python -m benchmarks.rivals --scale smoke --out runs/rivals                  # digits, seconds, no times
     python -m benchmarks.rivals --scale minutes --data DIR --out runs/rivals     # a narrow M-CifarNet
-    python -m benchmarks.rivals --scale hours --data DIR --out runs/rivals       # two networks, four hours and two
+    python -m benchmarks.rivals --scale hours --data DIR --out runs/rivals       # two networks, full width, all images
     python -m benchmarks.rivals --scale cpu --data DIR --out runs/rivals         # four networks, days
     python -m benchmarks.rivals --scale minutes --data DIR --out runs/rivals --measured    # write what is done
 
@@ -33,7 +33,7 @@ PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 SCALES = {
     "smoke": Scale(("m-cifarnet",), 0.125, 1, 1, 256, 64, rounds=0, batch=32),
     "minutes": Scale(("m-cifarnet",), 0.25, 6, 3, 4000, 2000, rounds=101),
-    "hours": Scale(("m-cifarnet", "resnet20"), 1.0, 4, 2, None, None, rounds=101, batch=128),
+    "hours": Scale(("m-cifarnet", "resnet20"), 1.0, 4, 2, None, None, rounds=101, batch=128, bfloat16=True),
     "cpu": Scale(NETWORKS, 1.0, 12, 12, None, None, rounds=101, batch=128),
 }
 

@@ -6,6 +6,8 @@ from isw_plugin import FBS, LCCL, ChannelGating, CVGate, Gate, InstanceWisePrune
 
 __all__ = ["RIVALS", "Rival"]
 
+# Maps that are added to on and on. LCCL multiplies by another map: all the way through they overflow in five steps.
+_ADDED_TO = {"resnet20": ("0", "*.second.0"), "resnet18": ("conv1", "*.conv2")}
 _DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of FBS, on the way to its own
 
 
@@ -24,6 +26,10 @@ class Rival:
     lambda_: float = 0.0
     trained_as: str = ""
     predicted: bool = False
+
+    def leaves_out(self, network: str) -> tuple[str, ...]:
+        """Patterns of sites that it has no gate at."""
+        return _ADDED_TO.get(network, ()) if isinstance(self.gate, LCCL) else ()
 
     def before_step(self, pruner: InstanceWisePruner, progress: float) -> None:
         """Settings that follow the training, at a share of it in [0, 1): FBS's density falls in its first half."""

@@ -30,6 +30,7 @@ class Scale:
         images: Training images, None: all.
         test_images: The same of the test set.
         rounds: In which times are taken; 0: none are.
+        bfloat16: Train under autocast; float32 is measured all the same.
     """
 
     networks: tuple[str, ...]
@@ -41,6 +42,7 @@ class Scale:
     rounds: int
     batch: int = 64
     peak: float = 0.05
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Bench:
             "seed": self.seed,
             "data": self.splits.name,
             "images": len(self.splits.train),
-            **{key: getattr(scale, key) for key in ("width", "epochs_dense", "epochs", "batch", "peak")},
+            **{key: getattr(scale, key) for key in ("width", "epochs_dense", "epochs", "batch", "peak", "bfloat16")},
         }
         return RunFolder(self.out / "runs" / f"{name}-{row.replace(', ', '-').replace(' ', '-')}-{self.seed}", settings)
 
@@ -92,7 +94,8 @@ class Bench:
     def _trained(self, name: str, row: str, rival: Rival, start: dict[str, Tensor]) -> InstanceWisePruner:
         model = self._network(name)
         model.load_state_dict(start)
-        pruner = InstanceWisePruner(model, self._image, rival.lambda_, gate=rival.gate or "cv")
+        gate, exclude = rival.gate or "cv", rival.leaves_out(name)
+        pruner = InstanceWisePruner(model, self._image, rival.lambda_, gate=gate, exclude=exclude)
         if rival.gate is not None:
             pruner.step()
         self._train(self.run(name, row), pruner, rival, self.scale.epochs, self.scale.peak / 2)
@@ -122,7 +125,9 @@ class Bench:
                 rival.before_step(pruner, progress)
                 for group in optimizer.param_groups:
                     group["lr"] = schedule.learning_rate(progress)
-                loss = F.cross_entropy(model(images), labels)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.scale.bfloat16):
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), labels)
                 pruner.regularize(model, loss).backward()
                 optimizer.step()
                 optimizer.zero_grad()

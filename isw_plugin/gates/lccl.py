@@ -12,6 +12,7 @@ norm starts with scale 1 and shift 0, so about half of a trained network's map i
 calibrated; what is left is not shrunk by it.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class LCCL(LearnedGate):
                 f"a branch makes {tuple(notes[0].shape)} and the map is {tuple(feature.shape)}: LCCL needs a map of "
                 "the size that its layer makes; exclude the site"
             )
-        branch = torch.stack(list(notes)).sum(0).relu()
+        branch = functools.reduce(torch.add, notes).relu()
         passes = branch > self.margin
         scores = passes.float().mean((2, 3)).expand(feature.shape[:2])
         return Decision(scores > 0, scores, feature * (branch * passes).to(feature.dtype))
