@@ -36,33 +36,59 @@ def moments(x: Tensor, y: Tensor) -> Tensor:
     return known.T @ torch.cat([known, y.double()], 1)
 
 
-def solved(of_rows: Tensor, penalty: float, rank: int | None = None) -> Solution:
-    """Weight and bias, float32, from moments; inputs that never vary get weight 0.
+class _Centred(NamedTuple):
+    """Means of inputs and targets, and mean products of what deviates from them."""
 
-    Factors are numbers of bfloat16, so that the engine reads half of the memory and computes the same.
+    mean: Tensor  # (inputs,)
+    centre: Tensor  # (targets,)
+    gram: Tensor  # (inputs, inputs)
+    cross: Tensor  # (inputs, targets)
 
-    Args:
-        rank: Of the product of two factors that explains most of what the weight does (reduced-rank regression,
-            Izenman 1975); None: one weight.
-    """
+
+def _centred(of_rows: Tensor) -> _Centred:
     size = len(of_rows)
     means = of_rows[0] / of_rows[0, 0]
-    mean, centre = means[1:size], means[size:]
-    products = of_rows[1:, 1:] / of_rows[0, 0] - torch.outer(mean, means[1:])
-    deviation = products.diagonal().clamp_min(0).sqrt()
-    varies = (deviation > _VARIES * deviation.max()) & (deviation > _VARIES * mean.abs())
+    products = of_rows[1:, 1:] / of_rows[0, 0] - torch.outer(means[1:size], means[1:])
+    return _Centred(means[1:size], means[size:], products[:, : size - 1], products[:, size - 1 :])
+
+
+def _weight(known: _Centred, penalty: float) -> Tensor:
+    """(targets, inputs), float64; inputs that never vary get 0."""
+    deviation = known.gram.diagonal().clamp_min(0).sqrt()
+    varies = (deviation > _VARIES * deviation.max()) & (deviation > _VARIES * known.mean.abs())
     scale = torch.where(varies, 1 / deviation, 0.0)
-    gram = products[:, : size - 1] * torch.outer(scale, scale)
+    gram = known.gram * torch.outer(scale, scale)
     gram.diagonal().add_(penalty)
-    solution = torch.cholesky_solve(products[:, size - 1 :] * scale[:, None], torch.linalg.cholesky(gram))
-    weight = (solution * scale[:, None]).T
-    if rank is None:
+    solution = torch.cholesky_solve(known.cross * scale[:, None], torch.linalg.cholesky(gram))
+    return (solution * scale[:, None]).T
+
+
+def _directions(known: _Centred, weight: Tensor) -> Tensor:
+    """Orthonormal columns of targets, the last of which explain most of what the weight does."""
+    directions: Tensor = torch.linalg.eigh(weight @ known.gram @ weight.T).eigenvectors
+    return directions
+
+
+def _rounded(known: _Centred, weight: Tensor, directions: Tensor | None = None) -> Solution:
+    """Of numbers of bfloat16, so that the engine reads half of the memory and computes the same."""
+    if directions is None:
         weight = weight.bfloat16().to(weight)
-        return Solution(weight.float(), (centre - weight @ mean).float(), None)
-    explained = weight @ products[:, : size - 1] @ weight.T
-    directions = torch.linalg.eigh(explained).eigenvectors[:, -rank:]
-    basis, weight = ((directions.T @ weight).bfloat16().to(weight), directions.bfloat16().to(weight))
-    return Solution(weight.float(), (centre - weight @ (basis @ mean)).float(), basis.float())
+        return Solution(weight.float(), (known.centre - weight @ known.mean).float(), None)
+    basis = (directions.T @ weight).bfloat16().to(weight)
+    weight = directions.bfloat16().to(weight)
+    return Solution(weight.float(), (known.centre - weight @ (basis @ known.mean)).float(), basis.float())
+
+
+def solved(of_rows: Tensor, penalty: float, rank: int | None = None) -> Solution:
+    """Weight and bias, float32, from moments.
+
+    Args:
+        rank: Of two factors that explain most of what the weight does (reduced-rank regression, Izenman 1975); None:
+            one weight.
+    """
+    known = _centred(of_rows)
+    weight = _weight(known, penalty)
+    return _rounded(known, weight, None if rank is None else _directions(known, weight)[:, -rank:])
 
 
 def ridge(
@@ -81,18 +107,22 @@ def ridge(
     Returns:
         The solution, and the share of variance that it explains on the held-out rows. Deterministic: sums are float64.
     """
-    of_rows = moments(x, y)
+    known = _centred(moments(x, y))
 
-    def judged(penalty: float, rank: int | None = None) -> tuple[float, float, Solution]:
-        found = solved(of_rows, penalty, rank)
-        return r_squared(found(held_out[0].float()).relu(), held_out[1]), penalty, found
+    def judged(found: Solution) -> float:
+        return r_squared(found(held_out[0].float()).relu(), held_out[1])
 
-    score, penalty, whole = max(map(judged, penalties), key=lambda found: found[0])
-    for rank in range(_RANKS, whole.weight.numel() // (2 * sum(whole.weight.shape)) + 1, _RANKS):
-        reduced, _, found = judged(penalty, rank)
-        if reduced >= _EXPLAINED * score:
+    weights = [_weight(known, penalty) for penalty in penalties]
+    solutions = [_rounded(known, weight) for weight in weights]
+    explained = [judged(found) for found in solutions]
+    best = max(range(len(penalties)), key=explained.__getitem__)
+    most = weights[best].numel() // (2 * sum(weights[best].shape))
+    directions = _directions(known, weights[best]) if most >= _RANKS else None
+    for rank in range(_RANKS, most + 1, _RANKS):
+        found = _rounded(known, weights[best], directions[:, -rank:])
+        if (reduced := judged(found)) >= _EXPLAINED * explained[best]:
             return found, reduced
-    return whole, score
+    return solutions[best], explained[best]
 
 
 def r_squared(predicted: Tensor, true: Tensor) -> float:
