@@ -9,8 +9,8 @@ loss alone.
 The paper's full text was not at hand: this follows its abstract, its Figure 1 and later descriptions. The branch's
 norm starts with scale 1 and shift 0, so about half of a trained network's map is zero at first: train it with gates on,
 best from random weights, as its authors do. Leave out (``exclude``) maps that are added to on and on, as a ResNet's
-shortcuts: multiplied at every block, they overflow within a few steps. ``margin`` is not the paper's: it is subtracted from the branch where that decides, so that a trained network can be
-calibrated; what is left is not shrunk by it.
+shortcuts: multiplied at every block, they overflow within a few steps. ``margin`` is not the paper's: it is subtracted
+from the branch where that decides, so that a trained network can be calibrated; what is left is not shrunk by it.
 """
 
 import functools
