@@ -136,7 +136,8 @@ class Head:
 
     def to(self, device: torch.device) -> Self:
         """The same head with what predicts on a device."""
-        return replace(self, **{key: tensor.to(device) for key, tensor in self.tensors.items()}, moments=None)
+        there: dict[str, Any] = {key: tensor.to(device) for key, tensor in self.tensors.items()}
+        return replace(self, **there, moments=None)
 
 
 def require_norms_only(gate: Gate, site: Site) -> None:

@@ -117,7 +117,9 @@ def ridge(
     explained = [judged(found) for found in solutions]
     best = max(range(len(penalties)), key=explained.__getitem__)
     most = weights[best].numel() // (2 * sum(weights[best].shape))
-    directions = _directions(known, weights[best]) if most >= _RANKS else None
+    if most < _RANKS:
+        return solutions[best], explained[best]
+    directions = _directions(known, weights[best])
     for rank in range(_RANKS, most + 1, _RANKS):
         found = _rounded(known, weights[best], directions[:, -rank:])
         if (reduced := judged(found)) >= _EXPLAINED * explained[best]:
