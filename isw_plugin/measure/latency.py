@@ -78,11 +78,14 @@ def compare(
     Args:
         runs: Name -> what to time; each handles the same ``images`` images.
         rounds: Timed rounds, after one that warms up.
+
+    The first call of each turn is not counted: threads that slept can take ten times a small network's time to wake.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     rest = _REST if torch.get_num_threads() > 1 else 0.0
     for _ in range(rounds + 1):
         for name, run in runs.items():
             time.sleep(rest)
+            run()
             seconds[name].append(timed(run, device)[1])
     return {name: summarize(taken, [images] * len(taken), device) for name, taken in seconds.items()}
