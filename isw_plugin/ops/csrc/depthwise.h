@@ -86,10 +86,7 @@ ISW_INLINE Vec load_apart(const float* in, [[maybe_unused]] int64_t apart) {
 // A vector of outputs of some rows, from taps below each other in each column of a filter: what is loaded serves all of
 // them. `in` is what the first tap reads for the first output.
 template <int rows, int taps, int stride>
-static void add_taps(const Bordered& plane, const float* in, const float* weights, Vec (&sums)[rows]) {
-  Vec sum[rows];
-  ISW_UNROLL
-  for (int r = 0; r < rows; ++r) sum[r] = sums[r];
+ISW_INLINE void add_taps(const Bordered& plane, const float* in, const float* weights, Vec (&sum)[rows]) {
   const Window& w = plane.w;
   const int64_t columns = w.kw, next_weight = w.sh * w.kw, next_row = w.sh * plane.pitch, apart = w.sw;
   for (int64_t kx = 0; kx < columns; ++kx, ++in, ++weights) {
@@ -105,14 +102,36 @@ static void add_taps(const Bordered& plane, const float* in, const float* weight
         if (r >= tap && r - tap < rows) sum[r - tap] += weight[tap] * pixels;
     }
   }
+}
+
+// The same, so many taps, by way of memory.
+template <int rows, int taps, int stride>
+static void add_some(int64_t count, const Bordered& plane, const float* in, const float* weights, Vec (&sums)[rows]) {
+  if constexpr (taps > 1)
+    if (count < taps) return add_some<rows, taps - 1, stride>(count, plane, in, weights, sums);
+  Vec sum[rows];
+  ISW_UNROLL
+  for (int r = 0; r < rows; ++r) sum[r] = sums[r];
+  add_taps<rows, taps, stride>(plane, in, weights, sum);
   ISW_UNROLL
   for (int r = 0; r < rows; ++r) sums[r] = sum[r];
 }
 
-template <int rows, int stride, int taps>
-ISW_INLINE void add_taps(int64_t count, const Bordered& plane, const float* in, const float* weights, Vec (&sum)[rows]) {
-  if (count == taps) return add_taps<rows, taps, stride>(plane, in, weights, sum);
-  if constexpr (taps > 1) add_taps<rows, stride, taps - 1>(count, plane, in, weights, sum);
+// A whole filter. `side` is its width and height where they are one of those that networks have, and its strides alike;
+// else 0.
+template <int rows, int side, int stride>
+ISW_INLINE void add_filter(const Bordered& plane, const float* in, const float* weights, Vec (&sum)[rows]) {
+  const Window& w = plane.w;
+  if constexpr (side > 0) {
+    add_taps<rows, (side + stride - 1) / stride, stride>(plane, in, weights, sum);
+    if constexpr (stride > 1) add_taps<rows, side / stride, stride>(plane, in + plane.pitch, weights + w.kw, sum);
+  } else {
+    constexpr int most = stride ? column_taps : 1;
+    for (int64_t phase = 0; phase < smaller(w.sh, w.kh); ++phase)
+      for (int64_t ky = phase; ky < w.kh; ky += most * w.sh)
+        add_some<rows, most, stride>(smaller(most, ceil_div(w.kh - ky, w.sh)), plane, in + ky * plane.pitch,
+                                     weights + ky * w.kw, sum);
+  }
 }
 
 // Where they lie, or in a copy.
@@ -135,24 +154,23 @@ class Floats<float> {
   const float* values_;
 };
 
-// A layer's filters. `act` of the calls is that of the layer.
+// A layer's filters.
 template <typename T>
 class Filters {
  public:
   Filters(const Window& window, Act act, const T* weights, const float* bias, int64_t channels)
       : bordered(window),
         act_(act),
+        low_(broadcast(act == Act::none ? -__builtin_inff() : 0)),
+        high_(broadcast(act == Act::relu6 ? 6 : __builtin_inff())),
         taps_(window.kh * window.kw),
         weights_(weights, channels * taps_),
         bias_(bias) {}
 
   const Bordered bordered;  // what `filter` reads
 
-  template <Act act>
   Total filter(const float* plane, int64_t channel, T* y) const {
-    if (bordered.w.sw == 1) return filter_with<act, 1>(plane, channel, y);
-    if (bordered.w.sw == 2) return filter_with<act, 2>(plane, channel, y);
-    return filter_with<act, 0>(plane, channel, y);
+    return is_plain() ? filter_with<true>(plane, channel, y) : filter_with<false>(plane, channel, y);
   }
 
   // Which channel is next no hardware can know.
@@ -162,50 +180,78 @@ class Filters {
   }
 
   // What a plane of zeros becomes, pixel by pixel.
-  template <Act act>
   Vec of_zeros(int64_t channel) const {
-    return rounded<T>(activate<act>(act_, broadcast(bias_[channel])));
+    const Vec bias = broadcast(bias_[channel]);
+    return is_plain() ? finished<true>(bias) : finished<false>(bias);
   }
 
  private:
-  template <Act act, int stride>
+  bool is_plain() const { return act_ == Act::none || act_ == Act::relu || act_ == Act::relu6; }
+
+  // Plain activations are bounds, so that one kernel has them all.
+  template <bool plain>
+  Vec finished(Vec v) const {
+    return rounded<T>(plain ? at_most(high_, at_least(low_, v)) : activate_other(act_, v));
+  }
+
+  template <bool plain>
   Total filter_with(const float* plane, int64_t channel, T* y) const {
+    const Window& w = bordered.w;
+    const int64_t side = w.kh == w.kw && w.sh == w.sw ? w.kh : 0;
+    if (w.sw == 1) {
+      if (side == 3) return filter_plane<plain, 3, 1>(plane, channel, y);
+      if (side == 5) return filter_plane<plain, 5, 1>(plane, channel, y);
+      if (side == 7) return filter_plane<plain, 7, 1>(plane, channel, y);
+      return filter_plane<plain, 0, 1>(plane, channel, y);
+    }
+    if (w.sw == 2) {
+      if (side == 3) return filter_plane<plain, 3, 2>(plane, channel, y);
+      if (side == 5) return filter_plane<plain, 5, 2>(plane, channel, y);
+      return filter_plane<plain, 0, 2>(plane, channel, y);
+    }
+    return filter_plane<plain, 0, 0>(plane, channel, y);
+  }
+
+  template <bool plain, int side, int stride>
+  Total filter_plane(const float* plane, int64_t channel, T* y) const {
     const int64_t rows = bordered.w.oh;
     Total total = {};
     for (int64_t row = 0; row < rows;)
-      row += 2 * (rows - row) > column_rows ? filter_rows<act, stride, column_rows>(plane, channel, y, row, total)
-                                            : filter_rows<act, stride, column_rows / 2>(plane, channel, y, row, total);
+      row += 2 * (rows - row) > column_rows
+                 ? filter_rows<plain, side, stride, column_rows>(plane, channel, y, row, total)
+                 : filter_rows<plain, side, stride, column_rows / 2>(plane, channel, y, row, total);
     return total;
   }
 
   // Returns how many rows it has computed, or would have, were they not beyond the last.
-  template <Act act, int stride, int rows>
+  template <bool plain, int side, int stride, int rows>
   int64_t filter_rows(const float* plane, int64_t channel, T* y, int64_t row, Total& total) const {
-    constexpr int most = stride ? column_taps : 1;
     const Window& w = bordered.w;
-    y += row * w.ow;
-    for (int64_t column = 0; column < w.ow; column += lanes) {
+    const int64_t ow = w.ow, last = smaller(rows, w.oh - row);
+    const float *in = plane + row * w.sh * bordered.pitch + bordered.first, *weights = weights_.get() + channel * taps_;
+    const Vec bias = broadcast(bias_[channel]);
+    Total own = total;  // in registers: what is written to y might be a part of `total`
+    y += row * ow;
+    for (int64_t column = 0; column < ow; column += lanes) {
       Vec sum[rows];
       ISW_UNROLL
-      for (int r = 0; r < rows; ++r) sum[r] = broadcast(bias_[channel]);
-      for (int64_t phase = 0; phase < smaller(w.sh, w.kh); ++phase)
-        for (int64_t ky = phase; ky < w.kh; ky += most * w.sh)
-          add_taps<rows, stride, most>(smaller(most, ceil_div(w.kh - ky, w.sh)), bordered,
-                                       plane + (row * w.sh + ky) * bordered.pitch + bordered.first + column * w.sw,
-                                       weights_.get() + channel * taps_ + ky * w.kw, sum);
-      const int64_t pixels = smaller(lanes, w.ow - column);
+      for (int r = 0; r < rows; ++r) sum[r] = bias;
+      add_filter<rows, side, stride>(bordered, in + column * w.sw, weights, sum);
+      const int64_t pixels = smaller(lanes, ow - column);
       ISW_UNROLL
       for (int r = 0; r < rows; ++r) {
-        if (row + r >= w.oh) break;
-        const Vec value = rounded<T>(activate<act>(act_, only_first(sum[r], pixels)));
-        store_first(y + r * w.ow + column, value, pixels);
-        total.add(value);
+        if (r >= last) break;
+        const Vec value = only_first(finished<plain>(sum[r]), pixels);
+        store_first(y + r * ow + column, value, pixels);
+        own.add(value);
       }
     }
+    total = own;
     return rows;
   }
 
   const Act act_;
+  const Vec low_, high_;
   const int64_t taps_;
   const Floats<T> weights_;
   const float* bias_;
@@ -251,11 +297,9 @@ class Depthwise {
     const int64_t channels =
         larger(1, smaller(a_.c_in, smaller(plane_pixels / pixels, all / (8 * runner_.workers))));
     const int64_t parts = ceil_div(a_.c_in, channels);
-    with_act(a_.act, [&](auto act) {
-      parallel(runner_, a_.n * parts, [&](int64_t task, int64_t worker) {
-        const int64_t begin = task % parts * channels;
-        compute_channels<act.value>({task / parts, worker}, begin, smaller(a_.c_in, begin + channels));
-      });
+    parallel(runner_, a_.n * parts, [&](int64_t task, int64_t worker) {
+      const int64_t begin = task % parts * channels;
+      compute_channels({task / parts, worker}, begin, smaller(a_.c_in, begin + channels));
     });
   }
 
@@ -265,7 +309,6 @@ class Depthwise {
   };
 
   // Kept channels, then dropped ones: turn by turn, every other branch would be guessed wrong.
-  template <Act act>
   void compute_channels(Task task, int64_t begin, int64_t end) const {
     const int32_t *kept = kept_.channels(task.n), *last = kept + kept_.count(task.n);
     kept = std::lower_bound(kept, last, begin);
@@ -275,14 +318,14 @@ class Depthwise {
       prefetch_plane(task, kept[1]);
       const int64_t plane = task.n * a_.c_in + *kept;
       filters_.bordered.copy(a_.x + plane * a_.window.h * a_.window.w, bordered);
-      y_.keep_total(plane, filters_.template filter<act>(bordered, *kept, y_.at(plane)));
+      y_.keep_total(plane, filters_.filter(bordered, *kept, y_.at(plane)));
     }
     int32_t* dropped = dropped_.get() + task.worker * a_.c_in;
     const int64_t count = list_where(kept_.keep() + task.n * a_.c_in, false, begin, end, dropped);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t plane = task.n * a_.c_in + dropped[k];
       const bool made = !a_.out_keep || a_.out_keep[plane];
-      y_.fill(plane, made ? filters_.template of_zeros<act>(dropped[k]) : Vec{}, made || a_.zeros);
+      y_.fill(plane, made ? filters_.of_zeros(dropped[k]) : Vec{}, made || a_.zeros);
     }
   }
 

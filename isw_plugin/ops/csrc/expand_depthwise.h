@@ -100,17 +100,16 @@ class ExpandDepthwise {
   void compute(Task task, StripOutputs outputs) const {
     for (int64_t c = 0; c < strip_channels; ++c) filters_.prefetch(outputs.list[c]);
     with_act(e_.act, [&](auto act) { expand<act.value>(task, outputs); });
-    with_act(a_.act, [&](auto act) { filter<act.value>(task, outputs); });
+    filter(task, outputs);
   }
 
-  template <Act act>
   void filter(Task task, StripOutputs outputs) const {
     const int64_t first = task.n * a_.c_in;
     float* bordered = bordered_.of(task.worker);
     for (int64_t c = 0; c < outputs.count; ++c) {
       const int64_t channel = outputs.list[c];
       filters_.bordered.copy(plane(task, c), bordered);
-      y_.keep_total(first + channel, filters_.template filter<act>(bordered, channel, y_.at(first + channel)));
+      y_.keep_total(first + channel, filters_.filter(bordered, channel, y_.at(first + channel)));
     }
   }
 
