@@ -75,11 +75,11 @@ def compare(
 ) -> dict[str, Latency]:
     """Time several ways to do one thing in turn, round by round, so that a machine's drift hits all alike.
 
+    The first call of each turn is not counted: threads that slept can take ten times a small network's time to wake.
+
     Args:
         runs: Name -> what to time; each handles the same ``images`` images.
         rounds: Timed rounds, after one that warms up.
-
-    The first call of each turn is not counted: threads that slept can take ten times a small network's time to wake.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     rest = _REST if torch.get_num_threads() > 1 else 0.0

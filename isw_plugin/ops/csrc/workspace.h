@@ -23,8 +23,8 @@ class Scratch {
 
   // Null: there is no room.
   void* take(size_t bytes) {
-    wanted_ = std::max(wanted_, used_ + bytes);
-    if (used_ == 0 && wanted_ > size_ && wanted_ <= most) grow();
+    if (used_ + bytes <= most) wanted_ = std::max(wanted_, used_ + bytes);
+    if (used_ == 0 && wanted_ > size_) grow();
     if (used_ + bytes > size_) return nullptr;
     used_ += bytes;
     return static_cast<char*>(block_) + used_ - bytes;
